@@ -1,0 +1,66 @@
+// One loop over tasks, shared out among the threads of torch's own pool.
+#pragma once
+
+#include <cstdint>
+#include <exception>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+namespace lmkern {
+
+// Denormal numbers cost up to 100 cycles an operation, and peaky softmax rows are full of them: inside a kernel they
+// count as zero. The caller's mode is restored at the end.
+class FlushDenormals {
+#if defined(__SSE2__)
+public:
+    FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(saved_); }
+
+private:
+    unsigned saved_;
+#endif
+};
+
+// An OpenMP team started in a forked child (a DataLoader worker) hangs: its threads stayed in the parent.
+inline bool& in_forked_child() {
+    static bool forked = false;
+#if defined(__unix__) || defined(__APPLE__)
+    static const int registered = pthread_atfork(nullptr, nullptr, [] { in_forked_child() = true; });
+    (void)registered;
+#endif
+    return forked;
+}
+
+// body(task) for every task in [0, tasks), on up to `threads` threads; tasks are handed out in order, one at a time. An
+// exception of a task is thrown again here.
+template <class Body>
+void parallel_for(int64_t tasks, int64_t threads, const Body& body) {
+    if (threads > tasks) threads = tasks;
+    if (threads <= 1 || in_forked_child()) {
+        FlushDenormals flush;
+        for (int64_t task = 0; task < tasks; ++task) body(task);
+        return;
+    }
+    std::exception_ptr failure;
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+        FlushDenormals flush;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < tasks; ++task) {
+            try {
+                body(task);
+            } catch (...) {
+#pragma omp critical
+                failure = std::current_exception();
+            }
+        }
+    }
+    if (failure) std::rethrow_exception(failure);
+}
+
+}  // namespace lmkern

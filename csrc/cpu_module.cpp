@@ -1,0 +1,49 @@
+// The Python module of one instruction set: entry points only. Each takes one packed buffer that mirrors a params.hpp.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "attention/cpu.hpp"
+#include "layer_norm/cpu.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class Params, void (*kernel)(const Params&)>
+void call(const py::bytes& packed) {
+    const std::string_view bytes = packed;
+    if (bytes.size() != sizeof(Params)) throw py::value_error("lmkern: the packed call does not match the compiled module; rebuild it");
+    Params params;
+    std::memcpy(&params, bytes.data(), sizeof params);
+    py::gil_scoped_release release;
+    kernel(params);
+}
+
+// The instruction sets that a module may be compiled for and this processor runs, best first.
+std::vector<std::string> supported_instruction_sets() {
+    std::vector<std::string> names;
+#if defined(__x86_64__)
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512) names.push_back("avx512");
+    if (avx2) names.push_back("avx2");
+#endif
+    names.push_back("baseline");
+    return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(LMKERN_MODULE_NAME, m) {
+    using namespace lmkern;
+    m.def("supported_instruction_sets", supported_instruction_sets);
+    m.def("attention_forward", call<AttentionParams, attention_forward>);
+    m.def("attention_backward", call<AttentionParams, attention_backward>);
+    m.def("layer_norm_forward", call<LayerNormParams, layer_norm_forward>);
+    m.def("layer_norm_backward", call<LayerNormParams, layer_norm_backward>);
+}

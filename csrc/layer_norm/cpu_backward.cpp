@@ -1,0 +1,67 @@
+// Layer norm backward on the CPU. With x_hat = (x - mean) rstd and g = dy weight (docs/kernels/layer_norm.md):
+//
+//     dx = rstd (g - mean(g) - x_hat mean(g x_hat))      dweight = sum over rows of dy x_hat      dbias = sum of dy
+//
+// dweight and dbias are summed chunk by chunk of rows, the chunks fixed by the shape alone, then over the chunks in
+// order: the result does not depend on the threads.
+#include "layer_norm/cpu.hpp"
+
+#include "layer_norm/common.hpp"
+
+namespace lmkern {
+namespace {
+
+template <class T, class P>
+void backward_row(const LayerNormParams& p, int64_t row, Compute<T>* dweight, Compute<T>* dbias) {
+    using C = Compute<T>;
+    const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
+    const T* dy = static_cast<const T*>(p.dy) + row * p.dy_stride;
+    const P* weight = static_cast<const P*>(p.weight);
+    const C mean = static_cast<const C*>(p.mean)[row], rstd = static_cast<const C*>(p.rstd)[row];
+    auto x_hat = [&](auto at) { return at.inside((at(x) - mean) * rstd); };
+    auto g = [&](auto at) { return weight == nullptr ? at(dy) : at(dy) * at(weight); };
+
+    if (dweight != nullptr)
+        for_row<C>(p.columns, [&](auto at) { at.store(dweight, at(dweight) + at(dy) * x_hat(at)); });
+    if (dbias != nullptr) for_row<C>(p.columns, [&](auto at) { at.store(dbias, at(dbias) + at(dy)); });
+    if (p.dx == nullptr) return;
+    T* dx = static_cast<T*>(p.dx) + row * p.columns;
+    const C columns = static_cast<C>(p.columns);
+    const C g_mean = sum_over_row<C>(p.columns, [&](auto at) { return g(at); }) / columns;
+    const C along = sum_over_row<C>(p.columns, [&](auto at) { return g(at) * x_hat(at); }) / columns;
+    for_row<C>(p.columns, [&](auto at) { at.store(dx, (g(at) - g_mean - x_hat(at) * along) * rstd); });
+}
+
+// out[e] = the sum over chunks of partials[chunk][which][e].
+template <class C>
+void sum_chunks(const LayerNormParams& p, int64_t which, void* out) {
+    const C* partials = static_cast<const C*>(p.partials) + which * p.columns;
+    for_row<C>(p.columns, [&](auto at) {
+        Vector<C> total{};
+        for (int64_t chunk = 0; chunk < p.chunks; ++chunk) total += at(partials + chunk * 2 * p.columns);
+        at.store(static_cast<C*>(out), total);
+    });
+}
+
+}  // namespace
+
+void layer_norm_backward(const LayerNormParams& p) {
+    with_types(p, [&](auto type, auto parameter_type) {
+        using T = typename decltype(type)::type;
+        using P = typename decltype(parameter_type)::type;
+        using C = Compute<T>;
+        const int64_t rows_per_chunk = ceil_div(p.rows, p.chunks);
+        parallel_for(p.chunks, p.threads, [&](int64_t chunk) {
+            C* sums = static_cast<C*>(p.partials) + chunk * 2 * p.columns;
+            std::fill_n(sums, 2 * p.columns, C(0));
+            const int64_t end = std::min(p.rows, (chunk + 1) * rows_per_chunk);
+            for (int64_t row = chunk * rows_per_chunk; row < end; ++row)
+                backward_row<T, P>(p, row, p.dweight == nullptr ? nullptr : sums,
+                                   p.dbias == nullptr ? nullptr : sums + p.columns);
+        });
+        if (p.dweight != nullptr) sum_chunks<C>(p, 0, p.dweight);
+        if (p.dbias != nullptr) sum_chunks<C>(p, 1, p.dbias);
+    });
+}
+
+}  // namespace lmkern

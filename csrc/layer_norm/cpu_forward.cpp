@@ -1,0 +1,46 @@
+// Layer norm forward on the CPU: a row is read from memory once and from the cache twice more.
+#include "layer_norm/cpu.hpp"
+
+#include "layer_norm/common.hpp"
+
+namespace lmkern {
+namespace {
+
+template <class T, class P>
+void forward_row(const LayerNormParams& p, int64_t row) {
+    using C = Compute<T>;
+    const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
+    const P* weight = static_cast<const P*>(p.weight);
+    const P* bias = static_cast<const P*>(p.bias);
+    T* y = static_cast<T*>(p.y) + row * p.columns;
+
+    const C mean = sum_over_row<C>(p.columns, [&](auto at) { return at(x); }) / static_cast<C>(p.columns);
+    const C squares = sum_over_row<C>(p.columns, [&](auto at) {
+        const Vector<C> centred = at.inside(at(x) - mean);
+        return centred * centred;
+    });
+    const C rstd = C(1) / std::sqrt(squares / static_cast<C>(p.columns) + static_cast<C>(p.eps));
+    static_cast<C*>(p.mean)[row] = mean;
+    static_cast<C*>(p.rstd)[row] = rstd;
+    for_row<C>(p.columns, [&](auto at) {
+        Vector<C> result = (at(x) - mean) * rstd;
+        if (weight != nullptr) result = result * at(weight);
+        if (bias != nullptr) result = result + at(bias);
+        at.store(y, result);
+    });
+}
+
+}  // namespace
+
+void layer_norm_forward(const LayerNormParams& p) {
+    with_types(p, [&](auto type, auto parameter_type) {
+        using T = typename decltype(type)::type;
+        using P = typename decltype(parameter_type)::type;
+        parallel_for(ceil_div(p.rows, kRowsPerTask), p.threads, [&](int64_t task) {
+            const int64_t end = std::min(p.rows, (task + 1) * kRowsPerTask);
+            for (int64_t row = task * kRowsPerTask; row < end; ++row) forward_row<T, P>(p, row);
+        });
+    });
+}
+
+}  // namespace lmkern

@@ -1,0 +1,175 @@
+// Matrix blocks in scratch memory: packing them, and the one product under every kernel.
+//
+// A block is rows of Compute<T> values, `stride` apart, padded with zeros to whole vectors.
+#pragma once
+
+#include "simd/vector.hpp"
+
+namespace lmkern {
+
+template <class C>
+struct Block {
+    C* data;
+    int64_t stride;
+};
+
+template <class C>
+constexpr int64_t padded(int64_t columns) {
+    return (columns + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
+}
+
+// Copies a (rows, columns) matrix with free strides into a block. Returns whether it holds a NaN.
+template <class T>
+bool pack(const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, Block<Compute<T>> to) {
+    using C = Compute<T>;
+    constexpr int64_t lanes = kLanes<C>;
+    Integers<C> nan{};
+    for (int64_t row = 0; row < rows; ++row) {
+        const T* source = from + row * row_stride;
+        C* target = to.data + row * to.stride;
+        for (int64_t column = 0; column < columns; column += lanes) {
+            const int64_t count = columns - column < lanes ? columns - column : lanes;
+            Vector<C> v;
+            if (column_stride != 1) {
+                T gathered[lanes] = {};
+                for (int64_t lane = 0; lane < count; ++lane) gathered[lane] = source[(column + lane) * column_stride];
+                v = load(gathered);
+            } else {
+                v = count == lanes ? load(source + column) : load(source + column, count);
+            }
+            nan |= v != v;
+            store(target + column, v);
+        }
+    }
+    bool any = false;
+    for (int lane = 0; lane < lanes; ++lane) any |= nan[lane] != 0;
+    return any;
+}
+
+// The block with 0 for every NaN.
+template <class C>
+void clear_nan(Block<C> from, int64_t rows, int64_t columns, Block<C> to) {
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t column = 0; column < padded<C>(columns); column += kLanes<C>) {
+            const Vector<C> v = load(from.data + row * from.stride + column);
+            store(to.data + row * to.stride + column, v == v ? v : Vector<C>{});
+        }
+}
+
+// to[column][row] = from[row][column] * factor, for a block of `rows` rows, the columns of `to` beyond them zero.
+template <class C>
+void transpose(Block<C> from, int64_t rows, int64_t columns, C factor, Block<C> to) {
+    constexpr int64_t lanes = kLanes<C>;
+    for (int64_t row = 0; row < padded<C>(rows); row += lanes)
+        for (int64_t column = 0; column < columns; column += lanes) {
+            const int64_t n_columns = columns - column < lanes ? columns - column : lanes;
+            C square[lanes][lanes];
+            for (int64_t i = 0; i < lanes; ++i) {
+                Vector<C> v{};
+                if (row + i < rows) v = load(from.data + (row + i) * from.stride + column) * factor;
+                for (int64_t j = 0; j < lanes; ++j) square[j][i] = v[j];
+            }
+            for (int64_t j = 0; j < n_columns; ++j)
+                store(to.data + (column + j) * to.stride + row, load(square[j]));
+        }
+}
+
+// Writes a block's rows, each times its factor, to a (rows, columns) matrix with free strides.
+template <class T, class Factor>
+void unpack(Block<Compute<T>> from, int64_t rows, int64_t columns, T* to, int64_t row_stride, int64_t column_stride,
+            const Factor& factor) {
+    using C = Compute<T>;
+    constexpr int64_t lanes = kLanes<C>;
+    for (int64_t row = 0; row < rows; ++row) {
+        const C scale = factor(row);
+        T* target = to + row * row_stride;
+        for (int64_t column = 0; column < columns; column += lanes) {
+            const int64_t count = columns - column < lanes ? columns - column : lanes;
+            const Vector<C> v = load(from.data + row * from.stride + column) * scale;
+            if (column_stride != 1)
+                for (int64_t lane = 0; lane < count; ++lane) store_one(target + (column + lane) * column_stride, v[lane]);
+            else if (count == lanes)
+                store(target + column, v);
+            else
+                store(target + column, v, count);
+        }
+    }
+}
+
+// The left factor of a product, element (row, k) at data[row * row_stride + k * k_stride]: any layout serves, because
+// the product broadcasts one element at a time.
+template <class C>
+struct Left {
+    const C* data;
+    int64_t row_stride, k_stride;
+};
+
+// Rows x vectors of the result that stay in registers: 6 x 4 of AVX-512's 32, 6 x 2 of 16 registers elsewhere.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileVectors = 4;
+#else
+constexpr int kTileVectors = 2;
+#endif
+constexpr int kTileRows = 6;
+
+template <int rows, int vectors, bool accumulate, class C>
+inline void product_tile(Left<C> a, Block<C> b, int64_t depth, Block<C> c) {
+    Vector<C> acc[rows][vectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; ++j) {
+            if constexpr (accumulate)
+                acc[i][j] = load(c.data + i * c.stride + j * kLanes<C>);
+            else
+                acc[i][j] = Vector<C>{};
+        }
+    for (int64_t k = 0; k < depth; ++k) {
+        Vector<C> right[vectors];
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; ++j) right[j] = load(b.data + k * b.stride + j * kLanes<C>);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; ++i) {
+            const Vector<C> left = broadcast(a.data[i * a.row_stride + k * a.k_stride]);
+#pragma GCC unroll 4
+            for (int j = 0; j < vectors; ++j) acc[i][j] += left * right[j];
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; ++j) store(c.data + i * c.stride + j * kLanes<C>, acc[i][j]);
+}
+
+template <int vectors, bool accumulate, class C>
+inline void product_rows(Left<C> a, Block<C> b, int64_t rows, int64_t depth, Block<C> c) {
+    int64_t row = 0;
+    auto at = [&](int64_t i) { return Left<C>{a.data + i * a.row_stride, a.row_stride, a.k_stride}; };
+    auto to = [&](int64_t i) { return Block<C>{c.data + i * c.stride, c.stride}; };
+    for (; row + kTileRows <= rows; row += kTileRows)
+        product_tile<kTileRows, vectors, accumulate>(at(row), b, depth, to(row));
+    switch (rows - row) {
+        case 5: return product_tile<5, vectors, accumulate>(at(row), b, depth, to(row));
+        case 4: return product_tile<4, vectors, accumulate>(at(row), b, depth, to(row));
+        case 3: return product_tile<3, vectors, accumulate>(at(row), b, depth, to(row));
+        case 2: return product_tile<2, vectors, accumulate>(at(row), b, depth, to(row));
+        case 1: return product_tile<1, vectors, accumulate>(at(row), b, depth, to(row));
+        default: return;
+    }
+}
+
+// c (rows, columns) = a (rows, depth) @ b (depth, columns), added to c with `accumulate`. Columns are whole vectors.
+template <bool accumulate, class C>
+void product(Left<C> a, Block<C> b, int64_t rows, int64_t columns, int64_t depth, Block<C> c) {
+    int64_t vectors = padded<C>(columns) / kLanes<C>;
+    int64_t column = 0;
+    auto right = [&] { return Block<C>{b.data + column, b.stride}; };
+    auto result = [&] { return Block<C>{c.data + column, c.stride}; };
+    for (; vectors >= kTileVectors; vectors -= kTileVectors, column += kTileVectors * kLanes<C>)
+        product_rows<kTileVectors, accumulate>(a, right(), rows, depth, result());
+    if (vectors == 3) return product_rows<3, accumulate>(a, right(), rows, depth, result());
+    if (vectors == 2) return product_rows<2, accumulate>(a, right(), rows, depth, result());
+    if (vectors == 1) return product_rows<1, accumulate>(a, right(), rows, depth, result());
+}
+
+}  // namespace lmkern

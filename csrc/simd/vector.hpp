@@ -1,0 +1,236 @@
+// The CPU's verbs, over the compiler's own vector type: one text for every instruction set.
+//
+// Vector<float> is as wide as the widest register the file is compiled for: 16 lanes with AVX-512, 8 with AVX2, 4 with
+// SSE2 or NEON. Arithmetic, comparison and `mask ? a : b` are the compiler's; a * b + c becomes one fma.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "core/types.hpp"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace lmkern {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <class T>
+struct VectorOf {
+    typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+
+// The integers of the same width, for bits and masks.
+template <class C>
+struct IntegerOf;
+template <>
+struct IntegerOf<float> {
+    using type = int32_t;
+};
+template <>
+struct IntegerOf<double> {
+    using type = int64_t;
+};
+template <class C>
+using Integers = Vector<typename IntegerOf<C>::type>;
+
+typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
+
+template <class C>
+inline Vector<C> broadcast(C value) {
+    return Vector<C>{} + value;
+}
+
+// 0, 1, 2, ... in the lanes.
+template <class C>
+inline Integers<C> lane_indices() {
+    Integers<C> indices;
+    for (int lane = 0; lane < kLanes<C>; ++lane) indices[lane] = lane;
+    return indices;
+}
+
+inline Vector<float> load(const float* p) {
+    Vector<float> v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline Vector<double> load(const double* p) {
+    Vector<double> v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline Vector<float> load(const bfloat16* p) {
+    HalfBits bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return bit_cast<Vector<float>>(__builtin_convertvector(bits, Vector<uint32_t>) << 16);
+}
+
+inline Vector<float> load(const float16* p) {
+#if defined(__AVX512F__)
+    return bit_cast<Vector<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+    return bit_cast<Vector<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+    HalfBits bits;
+    std::memcpy(&bits, p, sizeof bits);
+    Vector<uint32_t> wide = __builtin_convertvector(bits, Vector<uint32_t>);
+    Vector<uint32_t> sign = (wide & 0x8000u) << 16;
+    const Vector<uint32_t> magnitude = (wide & 0x7fffu) << 13;
+    // Rebias the exponent from 15 to 127; infinity and NaN go to the largest one.
+    Vector<uint32_t> bits32 = magnitude + (112u << 23);
+    bits32 = magnitude >= (0x7c00u << 13) ? magnitude + (224u << 23) : bits32;
+    // A subnormal's mantissa under the exponent of 2^-14, less that 2^-14.
+    const Vector<float> anchor = broadcast(0x1p-14f);
+    const Vector<float> subnormal = bit_cast<Vector<float>>(magnitude + (113u << 23)) - anchor;
+    bits32 = magnitude < (0x0400u << 13) ? bit_cast<Vector<uint32_t>>(subnormal) : bits32;
+    return bit_cast<Vector<float>>(bits32 | sign);
+#endif
+}
+
+inline void store(float* p, Vector<float> v) { std::memcpy(p, &v, sizeof v); }
+inline void store(double* p, Vector<double> v) { std::memcpy(p, &v, sizeof v); }
+
+// Rounds to nearest, ties to even; a NaN stays one.
+inline void store(bfloat16* p, Vector<float> v) {
+    Vector<uint32_t> bits = bit_cast<Vector<uint32_t>>(v);
+    Vector<uint32_t> rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    rounded = v == v ? rounded : (bits | 0x400000u);
+    HalfBits half = __builtin_convertvector(rounded >> 16, HalfBits);
+    std::memcpy(p, &half, sizeof half);
+}
+
+inline void store(float16* p, Vector<float> v) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+    Vector<uint32_t> bits = bit_cast<Vector<uint32_t>>(v);
+    Vector<uint32_t> sign = (bits >> 16) & 0x8000u;
+    Vector<uint32_t> magnitude = bits & 0x7fffffffu;
+    // Adding 2^(e + 13), e the value's exponent, lets the float32 adder round at float16's last place.
+    const Vector<float> anchor = bit_cast<Vector<float>>((magnitude & 0x7f800000u) + (13u << 23));
+    const Vector<float> rounded = (bit_cast<Vector<float>>(magnitude) + anchor) - anchor;
+    Vector<uint32_t> half = (bit_cast<Vector<uint32_t>>(rounded) - (112u << 23)) >> 13;
+    // Under 2^-14 the last place is 2^-24, that of 0.5 in float32.
+    const Vector<float> lifted = bit_cast<Vector<float>>(magnitude) + 0.5f;
+    half = magnitude < 0x38800000u ? bit_cast<Vector<uint32_t>>(lifted) - 0x3f000000u : half;
+    half = magnitude >= 0x477ff000u ? 0x7c00u + Vector<uint32_t>{} : half;  // 65520 and above round to infinity
+    half = magnitude > 0x7f800000u ? 0x7e00u + Vector<uint32_t>{} : half;   // NaN
+    HalfBits packed = __builtin_convertvector(half | sign, HalfBits);
+    std::memcpy(p, &packed, sizeof packed);
+#endif
+}
+
+// The first n elements; the other lanes are zero.
+template <class T>
+inline Vector<Compute<T>> load(const T* p, int64_t n) {
+    T buffer[kLanes<Compute<T>>] = {};
+    std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
+    return load(buffer);
+}
+
+template <class T>
+inline void store(T* p, Vector<Compute<T>> v, int64_t n) {
+    T buffer[kLanes<Compute<T>>];
+    store(buffer, v);
+    std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
+}
+
+// One element by the same rules as a vector of them.
+template <class T>
+inline Compute<T> load_one(const T* p) {
+    return load(p, 1)[0];
+}
+template <class T>
+inline void store_one(T* p, Compute<T> value) {
+    store(p, broadcast(value), 1);
+}
+inline float load_one(const float* p) { return *p; }
+inline double load_one(const double* p) { return *p; }
+inline void store_one(float* p, float value) { *p = value; }
+inline void store_one(double* p, double value) { *p = value; }
+
+// A NaN in b wins, one in a does not: the running maximum is a, and sums carry the NaN on.
+template <class V>
+inline V max(V a, V b) {
+    return a > b ? a : b;
+}
+
+template <class C>
+inline C sum(Vector<C> v) {
+    // Halves added together: the order is fixed, and errors grow with the logarithm of the lanes.
+    for (int half = kLanes<C> / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; ++lane) v[lane] += v[lane + half];
+    return v[0];
+}
+
+// Constants of exp, by type. e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2, e^r by its Taylor series, whose
+// remainder at that end is 0.3466^(degree + 1) / (degree + 1)!.
+template <class C>
+struct ExpConstants;
+template <>
+struct ExpConstants<float> {
+    static constexpr int degree = 7;                         // 5e-9
+    static constexpr float round_magic = 0x1.8p23f;          // x + 1.5 * 2^23 has the integer nearest to x in its last bits
+    static constexpr float ln2_high = 0x1.62e4p-1f;          // 15 bits: n * ln2_high is exact
+    static constexpr float ln2_low = 0x1.7f7d1cp-20f;
+    static constexpr int bias = 127, mantissa_bits = 23;
+};
+template <>
+struct ExpConstants<double> {
+    static constexpr int degree = 13;                        // 4e-18
+    static constexpr double round_magic = 0x1.8p52;
+    static constexpr double ln2_high = 0x1.62e42fefp-1;
+    static constexpr double ln2_low = 0x1.473de6af278edp-34;
+    static constexpr int bias = 1023, mantissa_bits = 52;
+};
+
+template <class C, int term>
+constexpr C inverse_factorial() {
+    if constexpr (term <= 1)
+        return C(1);
+    else
+        return inverse_factorial<C, term - 1>() / C(term);
+}
+
+template <class C, int term, int degree>
+inline Vector<C> taylor(Vector<C> r) {
+    if constexpr (term == degree)
+        return broadcast(inverse_factorial<C, degree>());
+    else
+        return taylor<C, term + 1, degree>(r) * r + inverse_factorial<C, term>();
+}
+
+// e^x for x <= 0 or little more (2^127 is the end). Results under 2^-126.5 are 0, so exp(-inf) = 0; NaN stays NaN.
+template <class C, int degree = ExpConstants<C>::degree>
+inline Vector<C> exp(Vector<C> x) {
+    using K = ExpConstants<C>;
+    constexpr C ln2 = C(0.693147180559945309417);
+    // At the lower end n = -bias, whose scale below is 0.
+    x = max(broadcast(C(-K::bias) * ln2), x);
+    const Vector<C> shifted = x * (C(1) / ln2) + K::round_magic;
+    const Vector<C> n = shifted - K::round_magic;
+    const Vector<C> r = (x - n * K::ln2_high) - n * K::ln2_low;
+    const Integers<C> exponent = bit_cast<Integers<C>>(shifted) - bit_cast<Integers<C>>(broadcast(K::round_magic));
+    const Vector<C> scale = bit_cast<Vector<C>>((exponent + K::bias) << K::mantissa_bits);
+    return taylor<C, 0, degree>(r) * scale;
+}
+
+}  // namespace lmkern

@@ -1,0 +1,39 @@
+"""`lmkern doctor`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lmkern.cli.options import parse
+from lmkern.cli.show import columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Print what this machine can run: every op and backend with the reason for each gap, versions, hardware.
+
+    example:
+      lmkern doctor
+    """
+
+    def run(self) -> int:
+        """Print the tables."""
+        from lmkern.kernels.backends import describe
+        from lmkern.report.machine import hardware, versions
+
+        rows = [("op", "backend", "here", "")]
+        rows += [(row.op, row.backend, "yes" if row.usable else "no", row.reason) for row in describe()]
+        print(columns(rows))
+        for facts in (versions(), hardware()):
+            print("\n" + columns(list(facts.items())))
+        return 0
+
+    def kept(self) -> str:
+        """What an interruption leaves."""
+        return "doctor writes no files"
+
+
+def command(argv: Sequence[str]) -> Doctor:
+    """The command line as a Doctor."""
+    return parse(Doctor, "doctor", argv)

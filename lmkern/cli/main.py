@@ -1,0 +1,85 @@
+"""The verbs of `lmkern`, and what becomes of errors."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+# Module lmkern.cli.<verb> has `command(argv)`; what it gives has `run() -> int`, the exit status, and
+# `kept() -> str`, what an interruption leaves.
+VERBS = {
+    "demo": "text in, a judged and writing model and its report out, in one go",
+    "prepare": "clean, split and tokenize text into a data folder",
+    "train": "train a GPT on a data folder, or go on with an interrupted run",
+    "evaluate": "bits per byte on the test text, beside a 5-gram model and xz",
+    "generate": "continue a prompt",
+    "report": "write the page of a run",
+    "doctor": "what this machine can run, and why not the rest",
+}
+USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit status.
+
+    A known error (bad values, missing or existing files, a backend that cannot run) is one line on stderr and
+    status 2; with LMKERN_TRACEBACK=1 in the environment it is raised. Ctrl-C is status 130.
+    """
+    verb, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if verb in ("-h", "--help"):
+        print(overview())
+        return 0
+    if verb == "--version":
+        from lmkern import __version__
+
+        print(f"lmkern {__version__}")
+        return 0
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        return complain(
+            f"no verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}")
+        )
+    command = None
+    try:
+        command = importlib.import_module(f"lmkern.cli.{verb}").command(rest)
+        return int(command.run())
+    except KeyboardInterrupt:
+        print(f"\nlmkern: interrupted; {command.kept() if command else 'nothing was begun'}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of stdout is gone; without this the flush at exit would complain once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except Exception as error:
+        if os.environ.get("LMKERN_TRACEBACK") == "1" or not known(error):
+            raise
+        return complain(str(error))
+
+
+def known(error: Exception) -> bool:
+    """Whether the error's message alone tells the user what to do."""
+    from lmkern.kernels.backends import UnsupportedBackend
+
+    return isinstance(error, ValueError | OSError | FloatingPointError | UnsupportedBackend)
+
+
+def complain(message: str) -> int:
+    """One line on stderr; the status of a usage error."""
+    print(f"lmkern: error: {' '.join(message.split())}", file=sys.stderr)
+    return USAGE_ERROR
+
+
+def overview() -> str:
+    """What `lmkern --help` prints."""
+    verbs = "\n".join(f"  {verb:<10}{summary}" for verb, summary in VERBS.items())
+    return (
+        "usage: lmkern VERB [OPTIONS]\n\nFrom raw text to an evaluated, writing language model.\n\n"
+        f"verbs:\n{verbs}\n\n"
+        "example:\n  lmkern demo                      the documentation inside this Python, about 3 minutes\n"
+        "  lmkern demo book.txt notes/      your own text\n"
+        "  lmkern train --help              the options of a verb\n\n"
+        "LMKERN_TRACEBACK=1 shows where an error came from."
+    )

@@ -1,0 +1,214 @@
+"""From text to a data folder, in one call."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from lmkern.data import shards
+from lmkern.data.clean import SPLITS, Corpus, clean
+from lmkern.data.corpus import EMBEDDED_SOURCES, Document, Removed, list_files, read_embedded, read_files
+from lmkern.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
+
+MIN_DOCUMENT_BYTES = 64
+MIN_SPLIT_BYTES = 1024
+# With this many pieces of equal size, validation or test is empty in fewer than 1 % of the corpora.
+ENOUGH_PIECES = 64
+
+Progress = Callable[[str, int, int | None], None]  # stage, done, total (None: not known)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to prepare.
+
+    paths: text files and folders of them; none: the embedded corpus.
+    vocab_size: tokens in the vocabulary, at least 257.
+    max_document_bytes: longer texts are cut at paragraphs.
+    """
+
+    paths: tuple[str, ...] = ()
+    vocab_size: int = 4096
+    max_document_bytes: int = 8192
+
+    def __post_init__(self) -> None:
+        if isinstance(self.paths, str):
+            raise ValueError(f"DataConfig: paths must be a sequence of paths; got the string {self.paths!r}")
+        object.__setattr__(self, "paths", tuple(str(path) for path in self.paths))
+        if self.vocab_size < MIN_VOCAB_SIZE:
+            raise ValueError(
+                f"DataConfig: vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and the end of text); "
+                f"got {self.vocab_size}"
+            )
+        if self.max_document_bytes < MIN_DOCUMENT_BYTES:
+            raise ValueError(
+                f"DataConfig: max_document_bytes must be at least {MIN_DOCUMENT_BYTES}; "
+                f"got {self.max_document_bytes}"
+            )
+
+
+def prepare(
+    config: DataConfig,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress = lambda stage, done, total: None,
+) -> dict[str, Any]:
+    """Reads, cleans and splits the text, trains the tokenizer on the train split and writes the folder.
+
+    The folder appears whole or not at all. It holds manifest.json, tokenizer.json, a <split>.safetensors and
+    a <split>.txt for train, validation and test, and removed.jsonl: a line for everything that was left out.
+    The same config, text, lmkern and libraries give the same bytes. Returns the manifest.
+
+    overwrite: replace a folder that holds data (and nothing else).
+    progress: called with (stage, done, total) for the stages read, train tokenizer, encode <split> and write.
+
+    Raises FileNotFoundError for a path that is missing, ValueError where there is no text or too little of
+    it, FileExistsError if the folder is taken.
+    """
+    folder = Path(folder).resolve()
+    _check_free(folder, overwrite)
+    name, sources, total, documents = _read(config)
+    corpus = clean(documents, config.max_document_bytes, lambda done: progress("read", done, total))
+    _check_enough(corpus, config)
+
+    progress("train tokenizer", 0, 1)
+    tokenizer = train_tokenizer(corpus.splits["train"], config.vocab_size)
+    progress("train tokenizer", 1, 1)
+    splits = {}
+    with _replacing(folder) as partial:
+        for split, texts in corpus.splits.items():
+            splits[split] = _write_split(partial, split, texts, tokenizer, progress)
+        progress("write", 0, 1)
+        tokenizer.save(str(partial / shards.TOKENIZER))
+        with (partial / shards.REMOVED).open("w", encoding="utf-8") as file:
+            for removed in corpus.removed:
+                file.write(json.dumps(asdict(removed), ensure_ascii=False) + "\n")
+        manifest = {
+            "format": shards.FORMAT,
+            "version": shards.VERSION,
+            "lmkern": _version(),
+            "python": platform.python_version(),
+            "config": asdict(config) | {"paths": list(config.paths)},
+            "corpus": {
+                "name": name,
+                "sources": list(sources),
+                "files": corpus.counts["read"],
+                "bytes": corpus.bytes,
+                "sha256": corpus.sha256,
+            },
+            "counts": dict(corpus.counts),
+            "splits": splits,
+            "vocab_size": tokenizer.get_vocab_size(),
+            "files": {file: shards.checksum(partial / file) for file in shards.FILES},
+        }
+        (partial / shards.MANIFEST).write_text(
+            json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+    progress("write", 1, 1)
+    return manifest
+
+
+def _read(config: DataConfig) -> tuple[str, tuple[str, ...], int | None, Iterator[Document | Removed]]:
+    """The corpus' name, its sources, the number of its documents if it is known, and the documents."""
+    if not config.paths:
+        name = f"Python {platform.python_version()}: language reference and docstrings"
+        return name, EMBEDDED_SOURCES, None, read_embedded()
+    files = list_files(config.paths)
+    name = " + ".join(Path(path).resolve().name for path in config.paths)
+    return name, config.paths, len(files), read_files(files)
+
+
+def _write_split(
+    folder: Path, name: str, texts: list[str], tokenizer: Tokenizer, progress: Progress
+) -> dict[str, int]:
+    """The split's files; its line in the manifest."""
+    tensors = shards.encode(tokenizer, texts, lambda done: progress(f"encode {name}", done, len(texts)))
+    shards.write_split(folder, name, tensors, texts)
+    return {
+        **{unit: len(tensors[unit]) for unit in shards.UNITS},
+        "bytes": int(tensors["document_bytes"].sum()),
+        "tokens": len(tensors["tokens"]),
+    }
+
+
+def _check_free(folder: Path, overwrite: bool) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"prepare: expected a folder to write to; {folder} is a file; choose another")
+    found = sorted(path.name for path in folder.iterdir())
+    foreign = [name for name in found if name not in (shards.MANIFEST, *shards.FILES)]
+    if foreign:
+        raise FileExistsError(
+            f"prepare: {folder} holds other files than data ({foreign[0]}); choose another folder"
+        )
+    if found and not overwrite:
+        raise FileExistsError(
+            f"prepare: {folder} already holds data; pass --overwrite to replace it, or choose another folder"
+        )
+
+
+def _check_enough(corpus: Corpus, config: DataConfig) -> None:
+    """Every split must hold at least MIN_SPLIT_BYTES bytes."""
+    sizes = {name: sum(len(text.encode()) for text in texts) for name, texts in corpus.splits.items()}
+    found = sum(sizes.values())
+    skipped = "; ".join(f"{r.source}: {r.detail}" for r in corpus.removed if r.reason == "not text")
+    if not found:
+        raise ValueError(
+            f"prepare: expected text; {', '.join(config.paths)} has none in {corpus.counts['read']} files"
+            + (f" ({skipped})" if skipped else "")
+        )
+    small = [name for name in SPLITS if sizes[name] < MIN_SPLIT_BYTES]
+    if small:
+        shorter = max(MIN_DOCUMENT_BYTES, found // ENOUGH_PIECES)
+        remedy = f"give at least {ENOUGH_PIECES * config.max_document_bytes:,} bytes"
+        if found >= 20 * MIN_SPLIT_BYTES and shorter < config.max_document_bytes:
+            remedy += f", or cut shorter documents: --max-document-bytes {shorter}"
+        raise ValueError(
+            f"prepare: the corpus is too small to split: each of {', '.join(SPLITS)} "
+            f"needs {MIN_SPLIT_BYTES:,} bytes; "
+            f"found {found:,} bytes in {corpus.counts['pieces']} pieces, "
+            f"{', '.join(f'{sizes[name]:,} for {name}' for name in small)}; {remedy}"
+        )
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A new folder beside this one that takes its place at the end, or disappears if anything goes wrong."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had the same id
+    partial.mkdir()
+    try:
+        yield partial
+        for path in partial.iterdir():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        if folder.exists():
+            folder.rename(old)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("lmkern")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,167 @@
+"""Token shards: one safetensors file a split, read through a memory map, checked against the manifest."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+
+from lmkern.data.clean import DOCUMENT_SEPARATOR, SPLITS
+from lmkern.data.spans import paragraph_starts, sentence_starts
+from lmkern.data.tokenizer import END_OF_TEXT_ID, load_tokenizer
+
+FORMAT, VERSION = "lmkern-data", 1
+# One key: safetensors writes several in no fixed order, and the same data should give the same bytes.
+SHARD_METADATA = {"format": "lmkern-shard version 1"}
+UNITS = ("sentences", "paragraphs", "documents")
+MANIFEST, TOKENIZER, REMOVED = "manifest.json", "tokenizer.json", "removed.jsonl"
+FILES = (TOKENIZER, REMOVED, *(f"{name}.{ending}" for name in SPLITS for ending in ("safetensors", "txt")))
+_REMEDY = "make it again with `lmkern prepare`"
+ENCODE_AT_ONCE = 256  # documents: bounds the memory that the tokenizer's offsets take
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a data folder.
+
+    tokens: (T,) uint16 or int32, mapped from the file; every document is its tokens and <|endoftext|>.
+    documents, paragraphs, sentences: int64 start offsets into tokens, ascending, the first 0, each level a
+    refinement of the one before. document_bytes: (documents,) int64, UTF-8 bytes of each document's text.
+    """
+
+    name: str
+    tokens: torch.Tensor
+    documents: torch.Tensor
+    paragraphs: torch.Tensor
+    sentences: torch.Tensor
+    document_bytes: torch.Tensor
+    path: Path  # of the text
+
+    @property
+    def bytes(self) -> int:
+        """UTF-8 bytes of the documents' text: the denominator of bits per byte."""
+        return int(self.document_bytes.sum())
+
+    def text(self) -> list[str]:
+        """The text of each document."""
+        return self.path.read_bytes().decode().split(DOCUMENT_SEPARATOR)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data folder: manifest (as in manifest.json), tokenizer and the three splits."""
+
+    manifest: dict[str, Any]
+    tokenizer: Tokenizer
+    train: Split
+    validation: Split
+    test: Split
+    end_of_text: int = END_OF_TEXT_ID
+
+
+def token_starts(offsets: NDArray[np.int64], characters: Sequence[int]) -> NDArray[np.int64]:
+    """The tokens at which the spans that start at these characters begin, ascending and each once.
+
+    offsets: (T, 2) the first and the last-plus-one character of each token. A span begins at the first token
+    that starts at or after its character and shares no character with the token before: none is torn.
+    """
+    whole = np.flatnonzero(np.append(True, offsets[1:, 0] >= offsets[:-1, 1]))
+    at = np.searchsorted(offsets[whole, 0], characters)
+    return np.unique(whole[at[at < len(whole)]])
+
+
+def encode(
+    tokenizer: Tokenizer, texts: Sequence[str], progress: Callable[[int], None] = lambda done: None
+) -> dict[str, torch.Tensor]:
+    """The tensors of a shard (see Split). progress: called with the number of texts done."""
+    dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.int32
+    tokens: list[NDArray[Any]] = []
+    starts: dict[str, list[NDArray[np.int64]]] = {unit: [] for unit in UNITS}
+    position = 0
+    for first in range(0, len(texts), ENCODE_AT_ONCE):
+        batch = texts[first : first + ENCODE_AT_ONCE]
+        for text, encoding in zip(batch, tokenizer.encode_batch(batch), strict=True):
+            offsets = np.array(encoding.offsets, dtype=np.int64)  # (T, 2)
+            starts["documents"].append(np.array([position], dtype=np.int64))
+            starts["paragraphs"].append(position + token_starts(offsets, paragraph_starts(text)))
+            starts["sentences"].append(position + token_starts(offsets, sentence_starts(text)))
+            tokens.append(np.array([*encoding.ids, END_OF_TEXT_ID], dtype=dtype))
+            position += len(encoding.ids) + 1
+        progress(first + len(batch))
+    tensors = {unit: torch.from_numpy(np.concatenate(starts[unit])) for unit in UNITS}
+    tensors["tokens"] = torch.from_numpy(np.concatenate(tokens))
+    tensors["document_bytes"] = torch.tensor([len(text.encode()) for text in texts], dtype=torch.int64)
+    return tensors
+
+
+def write_split(folder: Path, name: str, tensors: dict[str, torch.Tensor], texts: Sequence[str]) -> None:
+    """<name>.safetensors and <name>.txt, the documents of which are separated by DOCUMENT_SEPARATOR."""
+    save_file(tensors, folder / f"{name}.safetensors", metadata=SHARD_METADATA)
+    (folder / f"{name}.txt").write_bytes(DOCUMENT_SEPARATOR.join(texts).encode())
+
+
+def checksum(path: Path) -> dict[str, int | str]:
+    """{"bytes": size, "sha256": hexadecimal}."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def load(folder: str | Path) -> Dataset:
+    """The data that prepare() wrote to a folder, every file checked against the manifest.
+
+    Raises FileNotFoundError for a folder or file that is missing, ValueError for another format or version
+    and for a file that is truncated or altered.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"load: {folder / name} is in the manifest but missing; {_REMEDY}")
+        size = (folder / name).stat().st_size
+        if size != expected["bytes"]:
+            raise ValueError(
+                f"load: {folder / name} is truncated or altered: "
+                f"expected {expected['bytes']} bytes; got {size}; {_REMEDY}"
+            )
+        actual = checksum(folder / name)["sha256"]
+        if actual != expected["sha256"]:
+            raise ValueError(
+                f"load: {folder / name} is altered: "
+                f"expected sha256 {expected['sha256']}; got {actual}; {_REMEDY}"
+            )
+    train, validation, test = (_load_split(folder, name) for name in SPLITS)
+    return Dataset(manifest, load_tokenizer(folder / TOKENIZER), train, validation, test)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """manifest.json, its format and version checked."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"load: expected a folder written by `lmkern prepare`; {path} does not exist")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        found = manifest["format"], manifest["version"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"load: {path} is truncated or no lmkern manifest; {_REMEDY}") from None
+    if found != (FORMAT, VERSION):
+        raise ValueError(
+            f"load: {path}: expected {FORMAT} version {VERSION}; got {found[0]} version {found[1]}; {_REMEDY}"
+        )
+    return dict(manifest)
+
+
+def _load_split(folder: Path, name: str) -> Split:
+    path = folder / f"{name}.safetensors"
+    with safe_open(path, framework="pt") as shard:
+        if shard.metadata() != SHARD_METADATA:
+            raise ValueError(f"load: {path}: expected {SHARD_METADATA}; got {shard.metadata()}; {_REMEDY}")
+        tensors = {key: shard.get_tensor(key) for key in ("tokens", *UNITS, "document_bytes")}
+    return Split(name=name, path=folder / f"{name}.txt", **tensors)

@@ -1,0 +1,130 @@
+"""Attention on GPUs through Triton: grids, tile sizes and allocation. The kernels are in triton_kernels.py.
+
+O(N) memory and no atomics: forward and backward give the same bits every time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmkern.kernels import triton_runtime
+from lmkern.kernels.backends import Call
+
+MAX_HEAD_DIM = 256
+
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) of each kernel by (bytes an element, BLOCK_D): the largest tiles whose
+# accumulators stay in registers (no spills for sm_90) and whose operands fit the smallest shared memory in use.
+TILES: dict[str, dict[tuple[int, int], tuple[int, int, int, int]]] = {}
+
+# Rows of the element-wise kernel that makes delta.
+DELTA_ROWS = 64
+
+
+def unavailable() -> str | None:
+    return triton_runtime.unavailable()
+
+
+def unsupported(call: Call) -> str | None:
+    if reason := triton_runtime.unsupported(call):
+        return reason
+    q = call.tensors["q"]
+    if q is not None and q.shape[3] > MAX_HEAD_DIM:
+        return f"takes head_dim up to {MAX_HEAD_DIM}; got {q.shape[3]}"
+    return None
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, *, diagonal: int | None, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    from lmkern.kernels.attention import triton_kernels
+
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    options = constants("forward", q, diagonal)
+    if programs := q.shape[0] * q.shape[1] * _blocks(q.shape[2], options["BLOCK_M"]):
+        with torch.cuda.device_of(q):
+            triton_kernels.forward_kernel[(programs,)](
+                *_strided(q, k, v, out), lse, *_sizes(q, k, diagonal), softmax_scale, **options
+            )
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    *,
+    diagonal: int | None,
+    softmax_scale: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    from lmkern.kernels.attention import triton_kernels
+
+    sequences, heads, n_q, _ = q.shape
+    heads_kv, n_k = k.shape[1:3]
+    lse = lse.contiguous()
+    sizes = _sizes(q, k, diagonal)
+    dq = dk = dv = None
+    with torch.cuda.device_of(q):
+        delta = torch.empty_like(lse)
+        if programs := sequences * heads * _blocks(n_q, DELTA_ROWS):
+            dlse = None if dlse is None else dlse.contiguous()
+            block_d = constants("dq", q, diagonal)["BLOCK_D"]
+            triton_kernels.delta_kernel[(programs,)](
+                *_strided(out, dout), dlse, delta, heads, n_q, D=q.shape[3], BLOCK_M=DELTA_ROWS, BLOCK_D=block_d
+            )
+        if needs[0]:
+            dq = torch.empty_like(q)
+            options = constants("dq", q, diagonal)
+            if programs := sequences * heads * _blocks(n_q, options["BLOCK_M"]):
+                triton_kernels.backward_dq_kernel[(programs,)](
+                    *_strided(dq, q, k, v, dout), lse, delta, *sizes, softmax_scale, **options
+                )
+        # One kernel makes both: a caller who wants only one of them is rare, and reads the same memory for it.
+        if needs[1] or needs[2]:
+            dk, dv = torch.empty_like(k), torch.empty_like(v)
+            options = constants("dk_dv", q, diagonal)
+            if programs := sequences * heads_kv * _blocks(n_k, options["BLOCK_N"]):
+                triton_kernels.backward_dk_dv_kernel[(programs,)](
+                    *_strided(dk, dv, q, k, v, dout), lse, delta, *sizes, softmax_scale, **options
+                )
+    return dq, dk if needs[1] else None, dv if needs[2] else None
+
+
+def constants(kernel: str, q: Tensor, diagonal: int | None) -> dict[str, Any]:
+    """The compile-time arguments of "forward", "dq" or "dk_dv" for queries like q."""
+    head_dim = q.shape[3]
+    block_d = max(16, 1 << (head_dim - 1).bit_length())
+    block_m, block_n, num_warps, num_stages = TILES[kernel][q.element_size(), max(block_d, 32)]
+    return {
+        "D": head_dim,
+        "CAUSAL": diagonal is not None,
+        "WIDEN": triton_runtime.widen(q),
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_D": block_d,
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+    }
+
+
+def _sizes(q: Tensor, k: Tensor, diagonal: int | None) -> tuple[int, int, int, int, int]:
+    """H, H_kv, N_q, N_k and the diagonal, moved to the nearest one that hides and shows the same keys in 32 bits."""
+    n_q, n_k = q.shape[2], k.shape[2]
+    return q.shape[1], k.shape[1], n_q, n_k, max(-n_q, min(diagonal or 0, n_k))
+
+
+def _strided(*tensors: Tensor) -> list[Any]:
+    """Each tensor followed by its strides, as the kernels take them."""
+    return [argument for x in tensors for argument in (x, *x.stride())]
+
+
+def _blocks(length: int, block: int) -> int:
+    return -(-length // block)

@@ -1,0 +1,36 @@
+"""What every CPU kernel's Python half shares: dtype codes, and why a call cannot go to the compiled module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lmkern.kernels import native
+from lmkern.kernels.backends import Call
+
+# enum class Dtype in csrc/core/types.hpp.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+def unavailable() -> str | None:
+    return native.cpu_unavailable()
+
+
+def unsupported(call: Call) -> str | None:
+    """The reasons that hold for every op."""
+    for name, tensor in call.tensors.items():
+        if tensor is not None and tensor.device.type != "cpu":
+            return f"takes CPU tensors; {name} is on {tensor.device}"
+        if tensor is not None and tensor.dtype not in DTYPE_CODES:
+            return f"takes float32, bfloat16, float16 and float64; {name} is {tensor.dtype}"
+    return unavailable()
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """The address of the first element; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a kernel keeps sums and statistics of x in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

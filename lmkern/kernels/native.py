@@ -1,0 +1,71 @@
+"""The compiled CPU modules: one per instruction set, the best that this machine can run.
+
+They are imported after torch, always through this file: the modules are compiled with -fopenmp but not linked
+against an OpenMP library, and find torch's own in the global scope, so the process has one thread pool.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+# Best first. Each is the module lmkern._cpu_<name>, compiled from the same sources (CMakeLists.txt).
+INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
+
+
+@cache
+def module() -> ModuleType:
+    """The module for the best instruction set of this processor, or the one LMKERN_CPU_ISA names.
+
+    RuntimeError when none was built, ValueError when LMKERN_CPU_ISA names one that is not here.
+    """
+    modules = cpu_modules()
+    forced = os.environ.get("LMKERN_CPU_ISA")
+    if forced is not None and forced not in modules:
+        here = ", ".join(modules) or "none"
+        raise ValueError(f"LMKERN_CPU_ISA: expected an instruction set of this machine ({here}); got {forced!r}")
+    if not modules:
+        raise RuntimeError(f"lmkern: the CPU kernels {cpu_unavailable()}")
+    return modules[forced or next(iter(modules))]
+
+
+@cache
+def cpu_modules() -> dict[str, ModuleType]:
+    """Every compiled module that this processor can run, best first."""
+    baseline = _import("baseline")
+    if baseline is None:
+        return {}
+    supported = baseline.supported_instruction_sets()
+    found = {name: _import(name) for name in INSTRUCTION_SETS if name in supported}
+    return {name: module for name, module in found.items() if module is not None}
+
+
+@cache
+def cpu_unavailable() -> str | None:
+    """Why no compiled module can be used, in words; None when one can."""
+    if cpu_modules():
+        return None
+    return f"was not built: {build_failure('cpu') or 'no compiled module beside the package; run pip install -e .'}"
+
+
+def build_failure(kind: str) -> str | None:
+    """What setup.py recorded when the "cpu" or "cuda" modules could not be compiled."""
+    report = Path(__file__).parents[1] / f"_build_failure_{kind}.txt"
+    return report.read_text(encoding="utf-8").strip() if report.exists() else None
+
+
+def threads() -> int:
+    """The number of threads a kernel may use: torch's, passed in explicitly because a fresh Python thread has OpenMP's default."""
+    return torch.get_num_threads()
+
+
+def _import(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(f"lmkern._cpu_{name}")
+    except ImportError:
+        return None

@@ -1,0 +1,72 @@
+"""What the Triton backends share: whether they can run here, and on which tensors. Triton itself is imported on first use."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lmkern.kernels.backends import Call
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Programs of a persistent kernel under the interpreter: more than one, so that partial sums are summed.
+INTERPRETED_PROGRAMS = 3
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET, read when Triton is imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@cache
+def unavailable() -> str | None:
+    """Why no Triton kernel can run on this machine, in words; None when one can."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton; pip install triton"
+    if interpreted() or torch.cuda.is_available():
+        return None
+    return "needs a CUDA or ROCm GPU and none is visible (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
+
+
+def unsupported(call: Call) -> str | None:
+    """Why these tensors cannot go through a Triton kernel, in words; None when they can."""
+    if reason := unavailable():
+        return reason
+    tensors = [x for x in call.tensors.values() if x is not None]
+    for x in tensors:
+        if x.dtype not in DTYPES:
+            return f"takes float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
+    device = tensors[0].device
+    if interpreted():
+        # The interpreter is a thousand times slower than any other backend: never an automatic choice.
+        return None if call.backend == "triton" else "is Triton's interpreter here; ask for it with backend='triton'"
+    if device.type != "cuda":
+        return f"needs tensors on a GPU; these are on {device}"
+    return _too_old(device.index or 0)
+
+
+@cache
+def _too_old(device: int) -> str | None:
+    if torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 8:
+        return None
+    return f"needs compute capability 8.0; {torch.cuda.get_device_name(device)} has {major}.{minor}"
+
+
+def widen(x: Tensor) -> bool:
+    """Whether products must be widened to float32: the interpreter multiplies the raw bits of bfloat16."""
+    return x.dtype == torch.bfloat16 and interpreted()
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors (NVIDIA) or compute units (AMD) of a GPU."""
+    if device.type != "cuda":
+        return INTERPRETED_PROGRAMS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,152 @@
+"""Models on disk: a folder with model.safetensors and config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lmkern.models.gpt import GPT, GPTConfig
+from lmkern.models.transformer import Transformer, TransformerConfig
+
+FORMAT = "lmkern-model"
+VERSION = 1
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+
+Model = GPT | Transformer
+
+
+def save(model: Model, folder: str | os.PathLike[str]) -> None:
+    """Writes model.safetensors and config.json into folder, which is made if need be; its other files stay.
+
+    Both are written in full beside their places before either takes its place, config.json last: it carries
+    the size and SHA-256 of the weights, so that no mixture of old and new loads. Raises TypeError for another
+    kind of model.
+    """
+    architecture = type(model).__name__
+    if architecture not in ("GPT", "Transformer"):
+        raise TypeError(f"save: expected an lmkern GPT or Transformer; got {architecture}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights, config = folder / (WEIGHTS + ".partial"), folder / (CONFIG + ".partial")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    safetensors.torch.save_file(tensors, weights)
+    _flush(weights)
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "architecture": architecture,
+        "config": dataclasses.asdict(model.config),
+        "files": {WEIGHTS: {"bytes": weights.stat().st_size, "sha256": sha256(weights)}},
+    }
+    config.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    _flush(config)
+    weights.replace(folder / WEIGHTS)
+    config.replace(folder / CONFIG)
+
+
+def load(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Model:
+    """The model that save wrote, in evaluation mode, in the dtype it was saved in, on device.
+
+    Nothing is built before all is checked, and torch's random state is not touched. Raises FileNotFoundError
+    for a missing folder or file; ValueError, naming file and checksums, for a file that is not what was
+    saved, for another format or version, and for weights that do not fit the configuration.
+    """
+    folder = Path(folder)
+    for path in (folder / CONFIG, folder / WEIGHTS):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"load: expected {path}; there is no such file. "
+                "Give the folder that save wrote (in a run, model/)"
+            )
+    description = _read_description(folder / CONFIG)
+    _verify(folder / WEIGHTS, description["files"].get(WEIGHTS, {}))
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    # Building draws initial values: the caller's random numbers must not depend on that.
+    with torch.random.fork_rng(devices=[]):
+        model = _build(folder / CONFIG, description["architecture"], description["config"])
+    _check_tensors(folder, model.state_dict(), tensors)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(tensors[name].dtype)
+    model.load_state_dict(tensors)
+    return model.to(device).eval()
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"load: {path} is not JSON ({error}). It was cut short or altered: save again"
+        ) from error
+    found = description.get("format") if isinstance(description, dict) else None
+    if found != FORMAT:
+        raise ValueError(
+            f"load: {path} must have format {FORMAT!r}; got {found!r}. It is no model that save wrote"
+        )
+    if description.get("version") != VERSION:
+        raise ValueError(
+            f"load: {path} must have version {VERSION}; got {description.get('version')!r}. "
+            "It was written by another version of lmkern: load it there"
+        )
+    expected = {"architecture": str, "config": dict, "files": dict}
+    if wrong := [name for name, kind in expected.items() if not isinstance(description.get(name), kind)]:
+        raise ValueError(f"load: {path} lacks {', '.join(wrong)}. It was altered: save again")
+    return description  # type: ignore[no-any-return]
+
+
+def _verify(path: Path, expected: Mapping[str, Any]) -> None:
+    found = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    if found != expected:
+        raise ValueError(
+            f"load: {path} must have {expected.get('bytes')} bytes with SHA-256 {expected.get('sha256')}; "
+            f"got {found['bytes']} bytes with {found['sha256']}. "
+            "It was cut short or altered: take another copy"
+        )
+
+
+def _build(path: Path, architecture: str, config: dict[str, Any]) -> Model:
+    try:
+        if architecture == "GPT":
+            return GPT(GPTConfig(**config))
+        if architecture == "Transformer":
+            return Transformer(**dataclasses.asdict(TransformerConfig(**config)))
+    except TypeError as error:
+        raise ValueError(f"load: {path}: config does not describe a {architecture}: {error}") from error
+    raise ValueError(f"load: {path}: architecture must be GPT or Transformer; got {architecture!r}")
+
+
+def _check_tensors(folder: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """ValueError that lists, side by side, every tensor that the configuration does not ask for as it is."""
+    lines = []
+    for name in sorted({*expected, *found}):
+        shapes = [str(tuple(side[name].shape)) if name in side else "-" for side in (expected, found)]
+        if shapes[0] != shapes[1]:
+            lines.append(f"  {name}: {shapes[0]} | {shapes[1]}")
+    if lines:
+        table = "\n".join(lines)
+        raise ValueError(
+            f"load: the tensors of {folder / WEIGHTS} do not fit {CONFIG}; name: expected | got\n{table}\n"
+            "The two files are of different models: take both from one save"
+        )
+
+
+def _flush(path: Path) -> None:
+    """Waits until the file's bytes are on the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())

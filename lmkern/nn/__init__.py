@@ -1,0 +1,22 @@
+"""Modules: parameters and initialisation around the ops, with torch.nn's names where torch has the thing."""
+
+from lmkern.nn.attention import KeyValueCache, MultiheadAttention, SelfAttention
+from lmkern.nn.block import Block
+from lmkern.nn.embedding import Embedding
+from lmkern.nn.feed_forward import FeedForward
+from lmkern.nn.norm import LayerNorm
+from lmkern.nn.positions import LearnedPositions, Rotary, SinusoidalPositions, sinusoidal_positions
+
+__all__ = [
+    "Block",
+    "Embedding",
+    "FeedForward",
+    "KeyValueCache",
+    "LayerNorm",
+    "LearnedPositions",
+    "MultiheadAttention",
+    "Rotary",
+    "SelfAttention",
+    "SinusoidalPositions",
+    "sinusoidal_positions",
+]

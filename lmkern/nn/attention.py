@@ -1,0 +1,263 @@
+"""Attention as modules: torch's MultiheadAttention, and the self-attention of our own models."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmkern.nn.positions import Rotary
+from lmkern.ops import attention, scaled_dot_product_attention
+
+
+class KeyValueCache:
+    """The keys and values of the tokens that one layer has read.
+
+    batch: B. context: the most tokens it can hold. Memory is taken once, at the first append, in the dtype
+    and on the device of the keys: (B, H_kv, context, D) each. Meant for inference: with gradients on, a later
+    append makes an earlier backward fail, as torch reports.
+    """
+
+    def __init__(self, batch: int, context: int) -> None:
+        self.batch, self.context = batch, context
+        self.length = 0
+        self._keys = self._values = torch.empty(0)
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes k, v (B, H_kv, N, D) of the next N tokens; returns views (B, H_kv, length, D) of all so far.
+
+        Raises ValueError, with nothing changed, for another batch size or more tokens than it can hold.
+        """
+        batch, heads, tokens, head_dim = k.shape
+        end = self.length + tokens
+        if batch != self.batch or end > self.context:
+            raise ValueError(
+                f"KeyValueCache: expected a batch of {self.batch} and at most "
+                f"{self.context - self.length} more tokens; got k {tuple(k.shape)} (B, H_kv, N, D). "
+                "Begin again with a new cache"
+            )
+        if not self._keys.numel():
+            shape = (batch, heads, self.context, head_dim)
+            self._keys, self._values = k.new_empty(shape), v.new_empty(shape)
+        self._keys[:, :, self.length : end] = k
+        self._values[:, :, self.length : end] = v
+        self.length = end
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+
+class SelfAttention(nn.Module):
+    """Causal self-attention with grouped heads, rotary positions and a cache.
+
+    width: E, a multiple of heads. heads: H. kv_heads: H_kv, default H; H must be a multiple.
+    rotary: rotates queries and keys, or None.
+    dropout falls on the output. The attention weights are never dropped: the kernels never hold them.
+
+    qkv: (E + 2 H_kv D, E), the queries above the keys above the values; one product makes all three, and the
+    op reads them as views of it. out: (E, E). Raises ValueError for head counts that do not divide.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        kv_heads: int | None = None,
+        dropout: float = 0.0,
+        bias: bool = True,
+        rotary: Rotary | None = None,
+    ) -> None:
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        if heads < 1 or width % heads:
+            raise ValueError(f"SelfAttention: width must be a multiple of heads; got {width}, {heads}")
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"SelfAttention: heads must be a multiple of kv_heads; got {heads}, {kv_heads}")
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, width // heads
+        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias=bias)
+        self.out = nn.Linear(width, width, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+        self.rotary = rotary
+
+    def forward(self, x: Tensor, *, cache: KeyValueCache | None = None) -> Tensor:
+        """(B, N, E) -> (B, N, E). The N tokens follow those in the cache and join it."""
+        counts = (self.heads, self.kv_heads, self.kv_heads)
+        qkv = self.qkv(x).view(*x.shape[:2], sum(counts), self.head_dim)  # (B, N, H + 2 H_kv, D)
+        if self.rotary is None:
+            q, k, v = qkv.split(counts, dim=2)
+        else:
+            # Queries and keys lie side by side and turn together.
+            qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
+            qk = self.rotary(qk, offset=0 if cache is None else cache.length)
+            q, k = qk.split(counts[:2], dim=2)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H or H_kv, N, D)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        y = cast(Tensor, attention(q, k, v, causal=True))  # (B, H, N, D)
+        return self.dropout(self.out(y.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """torch.nn.MultiheadAttention, argument for argument and key for key, on lmkern's attention.
+
+    Weights load from torch's module and back. need_weights=True, the default as in torch, has to hold the
+    (N_q, N_k) weights: ask for need_weights=False where only the output is used.
+
+    Differences: a query that sees no key gets zeros (and zero weights) where torch may give NaN;
+    is_causal=True without attn_mask means the causal mask, where torch raises; nested tensors are refused.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attended values, and the weights if they are asked for.
+
+        query: (N_q, B, E), key: (N_k, B, kdim), value: (N_k, B, vdim). With batch_first B comes first;
+            unbatched there is none.
+        key_padding_mask: (B, N_k), or (N_k,) unbatched. attn_mask: (N_q, N_k) or (B * num_heads, N_q, N_k).
+            Both are boolean (True: the key is NOT seen) or floating (added to the scores).
+        is_causal: a promise that attn_mask is the causal mask, so that the kernels need not read it.
+
+        Returns the output in query's layout, and weights (B, N_q, N_k) averaged over heads, or
+        (B, num_heads, N_q, N_k) if not average_attn_weights, or None if not need_weights. Dropout, in
+        training, falls on the weights. Raises ValueError for shapes and dtypes.
+        """
+        self._check(query, key, value, key_padding_mask, attn_mask)
+        batched = query.dim() == 3
+        q, k, v = self._project(query, key, value)  # (B, N, E) each
+        batch, n_q, n_k = q.shape[0], q.shape[1], k.shape[1]
+        if is_causal and key_padding_mask is None and not need_weights and self._extra_keys == 0:
+            mask = None
+        else:
+            if is_causal and attn_mask is None:
+                attn_mask = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).triu(1)
+            is_causal = False
+            mask = self._merge(attn_mask, key_padding_mask, batch)
+        if self.bias_k is not None and self.bias_v is not None:
+            k = torch.cat((k, self.bias_k.to(k.dtype).expand(batch, 1, -1)), dim=1)
+            v = torch.cat((v, self.bias_v.to(v.dtype).expand(batch, 1, -1)), dim=1)
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        q, k, v = (x.view(batch, -1, self.num_heads, self.head_dim).transpose(1, 2) for x in (q, k, v))
+
+        dropout_p = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            weights = F.dropout(_weights(q, k, mask), dropout_p)  # (B, H, N_q, N_k)
+            y = weights @ v  # (B, H, N_q, D)
+        else:
+            y = scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
+        out = self.out_proj(y.transpose(1, 2).flatten(2))  # (B, N_q, E)
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(dim=1)
+        if not batched:
+            return out.squeeze(0), None if weights is None else weights.squeeze(0)
+        return out if self.batch_first else out.transpose(0, 1), weights
+
+    @property
+    def _extra_keys(self) -> int:
+        """Keys beyond those given, that every query sees: the learned one and the zero one."""
+        return int(self.bias_k is not None) + int(self.add_zero_attn)
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v as (B, N, E), before the split into heads."""
+        shared = query is key and key is value
+        if query.dim() == 2:
+            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+        elif not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        bias = self.in_proj_bias
+        if shared and self.in_proj_weight is not None:
+            q, k, v = F.linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)
+            return q, k, v
+        if self.in_proj_weight is not None:
+            weights = self.in_proj_weight.chunk(3)
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        q, k, v = (F.linear(*each) for each in zip((query, key, value), weights, biases, strict=True))
+        return q, k, v
+
+    def _merge(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int) -> Tensor | None:
+        """Both masks as one that broadcasts to (B, H, N_q, N_k); if boolean, True: the key is seen."""
+        masks = []
+        if attn_mask is not None:
+            masks.append(
+                attn_mask
+                if attn_mask.dim() == 2
+                else attn_mask.view(batch, self.num_heads, *attn_mask.shape[1:])
+            )
+        if key_padding_mask is not None:
+            padding = key_padding_mask if key_padding_mask.dim() == 2 else key_padding_mask.unsqueeze(0)
+            masks.append(padding[:, None, None, :])
+        if not masks:
+            return None
+        if all(mask.dtype == torch.bool for mask in masks):
+            hidden = masks[0] if len(masks) == 1 else masks[0] | masks[1]
+            return F.pad(~hidden, (0, self._extra_keys), value=True)
+        total = sum(_added(mask) for mask in masks)
+        return F.pad(cast(Tensor, total), (0, self._extra_keys))
+
+    def _check(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+    ) -> None:
+        def fail(what: str, got: str) -> None:
+            raise ValueError(f"MultiheadAttention: {what}; got {got}")
+
+        shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+        if query.is_nested or key.is_nested or value.is_nested:
+            fail("nested tensors are not supported; pad them and give key_padding_mask", "a nested tensor")
+        if query.dim() not in (2, 3) or not (query.dim() == key.dim() == value.dim()):
+            fail("query, key and value must all be batched (3 dimensions) or all unbatched (2)", shapes)
+        widths = (self.embed_dim, self.kdim, self.vdim)
+        if (query.shape[-1], key.shape[-1], value.shape[-1]) != widths:
+            fail(f"query, key and value must have widths {widths}", shapes)
+        axis = 0 if self.batch_first else 1
+        batch = query.shape[axis] if query.dim() == 3 else 1
+        if key.shape[:-1] != value.shape[:-1] or (query.dim() == 3 and key.shape[axis] != batch):
+            fail("query, key and value must share the batch size, key and value also the length", shapes)
+        n_q = query.shape[-2] if self.batch_first or query.dim() == 2 else query.shape[0]
+        n_k = key.shape[-2] if self.batch_first or key.dim() == 2 else key.shape[0]
+        padding_shape = (batch, n_k) if query.dim() == 3 else (n_k,)
+        if key_padding_mask is not None and tuple(key_padding_mask.shape) != padding_shape:
+            fail(f"key_padding_mask must be {padding_shape}", f"{tuple(key_padding_mask.shape)}")
+        mask_shapes = ((n_q, n_k), (batch * self.num_heads, n_q, n_k))
+        if attn_mask is not None and tuple(attn_mask.shape) not in mask_shapes:
+            fail(f"attn_mask must be {mask_shapes[0]} or {mask_shapes[1]}", f"{tuple(attn_mask.shape)}")
+        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if mask is not None and mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+                fail(f"{name} must be boolean (True: not seen) or floating (added)", f"{mask.dtype}")
+
+
+def _added(mask: Tensor) -> Tensor:
+    """A mask of torch.nn.MultiheadAttention as what is added to the scores."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(mask, -math.inf)
+
+
+def _weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q @ k^T / sqrt(D) + mask), (B, H, N_q, N_k) in q's dtype; the softmax in float32 or wider."""
+    scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, N_q, N_k)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if mask is None:
+        return scores.softmax(dim=-1).to(q.dtype)
+    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    # softmax over nothing is NaN: such a row gets any finite scores, then zero weights.
+    unseen = (scores == -math.inf).all(dim=-1, keepdim=True)
+    return scores.masked_fill(unseen, 0.0).softmax(dim=-1).masked_fill(unseen, 0.0).to(q.dtype)

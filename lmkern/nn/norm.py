@@ -1,0 +1,19 @@
+"""Layer norm as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lmkern.ops import layer_norm
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """torch.nn.LayerNorm, argument for argument and key for key, on lmkern.layer_norm.
+
+    forward: (*, *normalized_shape) -> the same shape and dtype, contiguous. Statistics are float32 (float64
+    for float64), and float32 parameters may stand beside a 16-bit input.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)

@@ -1,0 +1,82 @@
+"""What this machine and installation are, for `lmkern doctor`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from lmkern.kernels.native import cpu_modules
+
+PACKAGES = ("lmkern", "torch", "triton", "numpy", "safetensors", "tokenizers")
+# Of the flags that Linux lists, those that decide which kernels run and how fast.
+INSTRUCTION_SETS = (
+    *(
+        "sse4_2",
+        "avx",
+        "f16c",
+        "fma",
+        "avx2",
+        "avx512f",
+        "avx512bw",
+        "avx512vl",
+        "avx512_vnni",
+        "avx512_bf16",
+    ),
+    *("avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "bf16", "sve"),
+)
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of each package that matters, by name."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def version(package: str) -> str:
+    """The installed version, or that there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def hardware() -> dict[str, str]:
+    """Processor, instruction sets, compiled CPU modules, threads, memory and accelerator, each in words."""
+    facts = cpu_facts()
+    return {
+        "processor": facts.get("model name") or platform.processor() or platform.machine(),
+        "instruction sets": instruction_sets(facts),
+        "CPU modules": ", ".join(cpu_modules()) or "none compiled",
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} logical processors",
+        "memory": memory(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+
+
+def cpu_facts() -> dict[str, str]:
+    """The first processor's lines of /proc/cpuinfo; empty where there is no such file."""
+    try:
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def instruction_sets(facts: dict[str, str]) -> str:
+    """Those of INSTRUCTION_SETS that the processor has; elsewhere than on Linux what torch found."""
+    flags = (facts.get("flags") or facts.get("Features") or "").split()
+    return (
+        " ".join(name for name in INSTRUCTION_SETS if name in flags)
+        or torch.backends.cpu.get_cpu_capability()
+    )
+
+
+def memory() -> str:
+    """Physical memory, in GiB."""
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return "unknown"
+    return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"

@@ -1,0 +1,163 @@
+"""A training run as its folder holds it: what the report reads, and what evaluation and generation add."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+MARKER, FORMAT, VERSION = "run.json", "lmkern-run", 1
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What the preparation of the corpus removed for one reason."""
+
+    pieces: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run folder says of itself; a piece that is not there yet is None or empty."""
+
+    folder: Path
+    about: dict[str, Any]
+    config: dict[str, Any]
+    data: Path
+    manifest: dict[str, Any] | None
+    removed: dict[str, Removed]
+    metrics: tuple[dict[str, Any], ...]
+    evaluation: dict[str, Any] | None
+    samples: tuple[dict[str, Any], ...]
+    timings: dict[str, float]
+    parameters: int | None
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The events of one kind by step; of a step that was run twice, the later record."""
+        latest = {
+            event.get("step", index): event
+            for index, event in enumerate(self.metrics)
+            if event["event"] == name
+        }
+        return [latest[step] for step in sorted(latest)]
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a run folder. Raises FileNotFoundError where there is none, ValueError for a damaged file."""
+    folder = Path(folder)
+    about = read_about(folder)
+    data = data_folder(folder, about)
+    config = folder / "config.toml"
+    return Run(
+        folder=folder,
+        about=about,
+        config=tomllib.loads(config.read_text(encoding="utf-8")) if config.is_file() else {},
+        data=data,
+        manifest=read_json(data / "manifest.json"),
+        removed=read_removed(data / "removed.jsonl"),
+        metrics=tuple(read_lines(folder / "metrics.jsonl")),
+        evaluation=read_json(folder / "evaluation.json"),
+        samples=tuple(read_json(folder / "samples.json") or ()),
+        timings=read_json(folder / "timings.json") or {},
+        parameters=count_parameters(folder / "model" / "model.safetensors"),
+    )
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """run.json, checked for its format and version."""
+    about: dict[str, Any] | None = read_json(folder / MARKER)
+    if about is None:
+        what = "has no run.json" if folder.is_dir() else "does not exist"
+        raise FileNotFoundError(
+            f"run: {folder} {what}; expected a folder that `lmkern train` or `lmkern demo` wrote"
+        )
+    found = (about.get("format"), about.get("version"))
+    if found != (FORMAT, VERSION):
+        raise ValueError(
+            f"run: {folder / MARKER} has format and version {found}; expected {(FORMAT, VERSION)}: "
+            "read it with the lmkern that wrote it"
+        )
+    return about
+
+
+def data_folder(folder: Path, about: dict[str, Any]) -> Path:
+    """Where the run's data lies: the recorded path, which is relative to the run where it lies inside it."""
+    recorded = Path(about.get("data", "data"))
+    candidates = (folder / recorded, recorded, folder / "data")
+    return next((path for path in candidates if (path / "manifest.json").is_file()), recorded)
+
+
+def read_json(path: Path) -> Any:
+    """The file's content, None where there is no file; ValueError naming the file where it is not JSON."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"run: {path} is not JSON ({error}); it may be truncated: write it again") from error
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file; a last line cut short by a kill is left out."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"run: {path} line {number} is not JSON ({error})") from error
+
+
+def read_removed(path: Path) -> dict[str, Removed]:
+    """What was removed, by reason: how many pieces and how many bytes of UTF-8."""
+    found: dict[str, Removed] = {}
+    for entry in read_lines(path):
+        n_bytes = (
+            entry["bytes"] if "bytes" in entry else len(entry.get("text", "").encode("utf-8", "replace"))
+        )
+        before = found.get(entry["reason"], Removed())
+        found[entry["reason"]] = Removed(before.pieces + 1, before.bytes + n_bytes)
+    return found
+
+
+def count_parameters(path: Path) -> int | None:
+    """The elements of every tensor in a safetensors file, from its header; tied weights are stored once."""
+    if not path.is_file():
+        return None
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        names = file.keys()
+        sizes: list[int] = [prod(file.get_slice(name).get_shape()) for name in names]
+    return sum(sizes)
+
+
+def record(folder: Path, name: str, value: Any) -> None:
+    """Write one JSON file of the run folder, whole or not at all."""
+    temporary = folder / f".{name}.writing"
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / name)
+
+
+def record_time(folder: Path, phase: str, seconds: float) -> None:
+    """Note in timings.json how long a phase took."""
+    timings = read_json(folder / "timings.json") or {}
+    record(folder, "timings.json", {**timings, phase: round(seconds, 3)})
+
+
+@contextmanager
+def timed(folder: Path, phase: str) -> Iterator[None]:
+    """Note in timings.json how long the inside took, unless it failed."""
+    start = time.perf_counter()
+    yield
+    record_time(folder, phase, time.perf_counter() - start)

@@ -1,0 +1,248 @@
+"""What one training run is asked to do, as frozen dataclasses, and their TOML form.
+
+A file holds the tables [data], [model] and [training]; `[[training.stages]]` lists the stages. Reading is
+strict: a field that does not exist, or that has the wrong type, is an error that names the place and the
+nearest field.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from lmkern.data import DataConfig
+from lmkern.models import GPTConfig
+
+T = TypeVar("T")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run that reads one kind of unit at one row length."""
+
+    unit: Literal["sentences", "paragraphs", "documents"] = "documents"
+    """What is shuffled and packed into rows."""
+    context: int = 256
+    """Tokens in a row."""
+    share: float = 1.0
+    """Share of the run's tokens; the shares of all stages add up to 1."""
+
+    def __post_init__(self) -> None:
+        units = ("sentences", "paragraphs", "documents")
+        _require(self.unit in units, f"Stage: unit must be one of {', '.join(units)}; got {self.unit!r}")
+        _require(self.context >= 1, f"Stage: context must be at least 1; got {self.context}")
+        _require(0 < self.share <= 1, f"Stage: share must be in (0, 1]; got {self.share}")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Budget, schedule, optimizer and bookkeeping of a run. Every schedule counts tokens, never seconds."""
+
+    tokens: int = 4_000_000
+    """Tokens to train on; the run takes tokens // batch_tokens steps, at least one."""
+    batch_tokens: int = 8192
+    """Tokens of one optimizer step, a multiple of the context of each stage."""
+    micro_batch_tokens: int = 0
+    """Tokens held in memory at once; the gradient is accumulated over the step. 0: the whole step at once."""
+    stages: tuple[Stage, ...] = (Stage(),)
+    """Stages in order."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    final_learning_rate: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
+    warmup: float = 0.05
+    """Share of the tokens over which the learning rate rises from 0 to its peak."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on parameters of two or more dimensions."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    """Largest global gradient norm. 0: no clipping."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the matrix products; parameters stay float32. auto: bfloat16 where it is measured to pay."""
+    device: str = "auto"
+    """A torch device. auto: cuda where there is one, else cpu."""
+    threads: int = 0
+    """CPU threads. 0: as many as torch has."""
+    validate_every: int = 200_000
+    """Tokens between validations. 0: only at the end."""
+    validation_tokens: int = 65_536
+    """Tokens of the validation split, at most, that are scored each time; the same ones always."""
+    patience: int = 0
+    """Validations without a gain after which the run stops. 0: never stops early."""
+    checkpoint_every: int = 1_000_000
+    """Tokens between checkpoints. 0: only at the end and on interruption."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    seed: int = 0
+    """Fixes initial weights, order of the data and dropout."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch_tokens", "validation_tokens", "keep_checkpoints"):
+            value = getattr(self, name)
+            _require(value >= 1, f"TrainingConfig: {name} must be at least 1; got {value}")
+        counts = ("micro_batch_tokens", "threads", "validate_every", "patience", "checkpoint_every")
+        for name in (*counts, "weight_decay", "clip", "seed"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"TrainingConfig: {name} must be 0 or more; got {value}")
+        for name in ("final_learning_rate", "warmup"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"TrainingConfig: {name} must be in [0, 1]; got {value}")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"TrainingConfig: {name} must be in [0, 1); got {value}")
+        _require(
+            0 < self.learning_rate < math.inf,
+            f"TrainingConfig: learning_rate must be above 0; got {self.learning_rate}",
+        )
+        dtypes = ("auto", "bfloat16", "float32")
+        _require(
+            self.dtype in dtypes,
+            f"TrainingConfig: dtype must be one of {', '.join(dtypes)}; got {self.dtype!r}",
+        )
+        _require(len(self.stages) > 0, "TrainingConfig: stages must hold at least one stage; got none")
+        total = sum(stage.share for stage in self.stages)
+        _require(
+            abs(total - 1) < 1e-6,
+            f"TrainingConfig: the shares of the stages must add up to 1; got {total:g}"
+            f" from {', '.join(f'{stage.share:g}' for stage in self.stages)}",
+        )
+        for stage in self.stages:
+            _require(
+                self.batch_tokens % stage.context == 0,
+                f"TrainingConfig: batch_tokens must be a multiple of each stage's context; got "
+                f"{self.batch_tokens} and {stage.context}: "
+                f"take {math.ceil(self.batch_tokens / stage.context) * stage.context}",
+            )
+            _require(
+                self.micro_batch_tokens == 0 or self.micro_batch_tokens >= stage.context,
+                f"TrainingConfig: micro_batch_tokens must be 0 or hold a row of each stage; got "
+                f"{self.micro_batch_tokens} and a context of {stage.context}",
+            )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides the weights that come out: data, model, training."""
+
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: GPTConfig = dataclasses.field(default_factory=GPTConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        longest = max(stage.context for stage in self.training.stages)
+        _require(
+            longest <= self.model.context,
+            f"RunConfig: a stage has a context of {longest} and the model takes {self.model.context}: "
+            "raise model.context or shorten the stage",
+        )
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """The RunConfig in a TOML file; fields that the file does not name keep their defaults.
+
+    Raises FileNotFoundError if there is no such file; ValueError, with the place in words, for text that is
+    not TOML, a field that does not exist (the nearest name is suggested) and a value of the wrong type or
+    out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"load_config: expected a TOML file; there is none at {path}")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return _build(RunConfig, table, "")
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"load_config: {path}: {error}") from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The TOML text that load_config reads back as an equal RunConfig, with every field written out."""
+    lines: list[str] = []
+    for table in dataclasses.fields(config):
+        lines.extend(_table_lines(getattr(config, table.name), table.name))
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def config_differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Dotted name -> (value before, value now) for each field in which the two differ."""
+    old, new = _flatten(before, ""), _flatten(now, "")
+    return {name: (old[name], new[name]) for name in old if old[name] != new[name]}
+
+
+def _flatten(config: Any, prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= _flatten(value, f"{prefix}{field.name}.")
+        else:
+            flat[f"{prefix}{field.name}"] = value
+    return flat
+
+
+def _build(kind: type[T], table: dict[str, Any], prefix: str) -> T:
+    """A dataclass from a TOML table; prefix is the table's dotted name with its dot."""
+    hints = typing.get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(typing.cast(Any, kind))]
+    values = {}
+    for name, value in table.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            remedy = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(names)}"
+            raise ValueError(f"unknown field {prefix}{name}: {remedy}")
+        values[name] = _convert(hints[name], value, f"{prefix}{name}")
+    return kind(**values)
+
+
+def _convert(hint: Any, value: Any, place: str) -> Any:
+    """A TOML value as the annotated type; ValueError names the place."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return _build(typing.cast(type, hint), value, f"{place}.")
+    if origin is tuple and isinstance(value, list):
+        return tuple(_convert(arguments[0], item, f"{place}[{i}]") for i, item in enumerate(value))
+    if origin is Literal and value in arguments:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        plain = [argument for argument in arguments if argument is not type(None)]
+        return _convert(plain[0], value, place)
+    if hint is float and type(value) is int:
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    expected = getattr(hint, "__name__", str(hint)) if origin is None else str(hint).replace("typing.", "")
+    raise ValueError(f"{place} must be {expected}; got {value!r}")
+
+
+def _table_lines(config: Any, name: str) -> list[str]:
+    plain, tables = [], []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            for item in value:
+                tables += ["", f"[[{name}.{field.name}]]", *_table_lines(item, "")[2:]]
+        elif value is not None:
+            plain.append(f"{field.name} = {_toml(value)}")
+    return ["", f"[{name}]", *plain, *tables]
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, but for the delete character, which JSON leaves as it is.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(_toml(item) for item in value)}]"
+    return repr(value)

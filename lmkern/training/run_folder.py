@@ -1,0 +1,127 @@
+"""The folder of a run: who may write to it, and what is written there before the first step."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmkern.data import Dataset
+from lmkern.training.checkpoint import list_checkpoints, remove_unfinished
+from lmkern.training.config import RunConfig, config_differences, dump_config, load_config
+from lmkern.training.files import write_atomically
+
+FORMAT = "lmkern-run"
+VERSION = 1
+CONFIG, ABOUT, METRICS, CHECKPOINTS, MODEL = (
+    "config.toml",
+    "run.json",
+    "metrics.jsonl",
+    "checkpoints",
+    "model",
+)
+# Any of these says that the folder holds a run; data/ and timings.json may be there before it.
+MARKS = (CONFIG, ABOUT, METRICS, CHECKPOINTS, MODEL)
+# What is made from a run and says nothing true of the next.
+DERIVED = ("evaluation.json", "samples.json", "report.html", "report.md")
+# Fields that may change on the way: nothing that is computed depends on them.
+FREE = ("training.keep_checkpoints", "training.checkpoint_every")
+PACKAGES = ("lmkern", "torch", "numpy", "safetensors", "tokenizers")
+
+
+def check_run_folder(config: RunConfig, folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
+    """The checkpoint to go on from, None to start at the first step. Changes nothing.
+
+    Raises FileExistsError for a folder that holds a run, unless resume or overwrite is asked for; with resume
+    FileNotFoundError where there is no run, and ValueError for a configuration other than the run's.
+    """
+    if resume and overwrite:
+        raise ValueError("train: resume and overwrite exclude each other; got both")
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"train: expected a folder to write to; {folder} is a file; choose another")
+    marks = [name for name in MARKS if (folder / name).exists()]
+    if marks and not (resume or overwrite):
+        raise FileExistsError(
+            f"train: {folder} already holds a run ({', '.join(marks)}): pass --resume to go on with it, "
+            "--overwrite to replace it, or choose another folder"
+        )
+    if not resume:
+        return None
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"train: expected a run to resume; {folder / CONFIG} does not exist: "
+            "leave --resume out to start one"
+        )
+    _check_same(load_config(folder / CONFIG), config, folder)
+    return next(reversed(list_checkpoints(folder / CHECKPOINTS)), None)
+
+
+def open_run_folder(folder: Path, *, fresh: bool) -> None:
+    """Make the folder ready to be written to. fresh: remove what an older run left in it."""
+    if fresh:
+        for name in (*MARKS, *DERIVED):
+            path = folder / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    remove_unfinished(folder / CHECKPOINTS)
+
+
+def write_about(config: RunConfig, dataset: Dataset, folder: Path, resolved: dict[str, Any]) -> None:
+    """config.toml, as asked for, and run.json: data, command, versions and machine.
+
+    resolved: what "auto" became (dtype, device, threads), and the measured ceiling.
+    """
+    data = dataset.train.path.resolve().parent
+    inside = data.is_relative_to(folder.resolve())
+    about = {
+        "format": FORMAT,
+        "version": VERSION,
+        "data": str(data.relative_to(folder.resolve()) if inside else data),
+        "corpus_sha256": dataset.manifest["corpus"]["sha256"],
+        "command": sys.argv,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "machine": {
+            "system": platform.platform(),
+            "processor": _processor(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "resolved": resolved,
+    }
+    write_atomically(folder / CONFIG, dump_config(config))
+    write_atomically(folder / ABOUT, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+
+
+def _check_same(before: RunConfig, now: RunConfig, folder: Path) -> None:
+    differing = {name: pair for name, pair in config_differences(before, now).items() if name not in FREE}
+    if differing:
+        listed = "; ".join(f"{name} was {old!r} and is now {new!r}" for name, (old, new) in differing.items())
+        raise ValueError(
+            f"train: to resume, the configuration must be that of the run in {folder}: {listed}. "
+            "Put the fields back, or start another run in another folder"
+        )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """The processor's name as Linux gives it; elsewhere as Python knows it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -1,0 +1,119 @@
+import codecs
+from pathlib import Path
+
+import pytest
+
+from lmkern.data.corpus import (
+    Document,
+    NotText,
+    Removed,
+    decode,
+    list_files,
+    module_docstrings,
+    read_embedded,
+    read_files,
+)
+
+TEXT = "Füße, 世界, naïve"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_unicode_files_decode_with_or_without_a_byte_order_mark(encoding: str) -> None:
+    assert decode(TEXT.encode(encoding)) == TEXT
+
+
+def test_a_byte_order_mark_gives_the_byte_order() -> None:
+    assert decode(codecs.BOM_UTF16_BE + TEXT.encode("utf-16-be")) == TEXT
+    assert decode(codecs.BOM_UTF32_BE + TEXT.encode("utf-32-be")) == TEXT
+
+
+def test_prose_in_latin_1_decodes() -> None:
+    text = "Die Straße führt über die Brücke."
+    assert decode(text.encode("latin-1")) == text
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"text\0more", "NUL at byte 4"),
+        (codecs.BOM_UTF16_LE + b"\x00\xd8x", "marked as utf-16"),
+        (b"\x89PNG\x1a\x0a rest", "control bytes"),
+        ("世界。".encode()[:-1], "too few ASCII bytes"),
+    ],
+)
+def test_bytes_that_are_no_text_are_refused_with_the_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(NotText, match=reason):
+        decode(data)
+
+
+def test_folders_are_read_in_sorted_order_without_hidden_files(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.md", "a/.hidden", ".git/config", "c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    found = [file.relative_to(tmp_path).as_posix() for file in list_files([tmp_path])]
+    assert found == ["a/z.md", "b.txt", "c"]
+
+
+def test_paths_keep_their_order(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    (tmp_path / "b").write_text("b")
+    assert list_files([tmp_path / "b", tmp_path / "a"]) == [tmp_path / "b", tmp_path / "a"]
+
+
+def test_a_missing_path_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"prepare: expected a text file or a folder; .*/nowhere does not exist"
+    ):
+        list_files([tmp_path / "nowhere"])
+
+
+def test_an_empty_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"prepare: expected text files in {tmp_path}; the folder is empty"):
+        list_files([tmp_path])
+
+
+def test_a_file_that_is_no_text_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"\x7fELF\0\0" + bytes(100_000))
+    (tmp_path / "b.txt").write_text("words")
+    removed, document = read_files(list_files([tmp_path]))
+    assert removed == Removed(str(tmp_path / "a.bin"), "not text", "NUL at byte 4", 100_006)
+    assert document == Document(str(tmp_path / "b.txt"), "words")
+
+
+def test_docstrings_come_in_source_order_without_indentation_and_nothing_runs() -> None:
+    source = b'''"""Module."""
+raise SystemExit
+class First:
+    """Class.
+
+        indented
+    end
+    """
+    def method(self):
+        r"""Method \\d."""
+        def inner(): "Inner."
+        x = "no docstring"
+async def last(): "Last."
+'''
+    expected = ["Module.", "Class.\n\n    indented\nend", r"Method \d.", "Inner.", "Last."]
+    assert module_docstrings(source) == "\n\n".join(expected)
+
+
+def test_a_module_that_does_not_parse_has_no_docstrings() -> None:
+    assert module_docstrings(b"print 'Python 2'") == ""
+
+
+def test_the_embedded_corpus_leaves_out_tests_and_packages(tmp_path: Path) -> None:
+    for name in ("json/tool.py", "test/support.py", "json/tests/x.py", "site-packages/y.py", "idlelib/z.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f'"""{name}"""')
+    sources = [document.source for document in read_embedded(tmp_path)]
+    assert [source for source in sources if source.startswith("stdlib")] == ["stdlib/json/tool.py"]
+
+
+def test_the_embedded_corpus_of_this_python_is_megabytes_of_reference_and_docstrings() -> None:
+    documents = list(read_embedded())
+    assert {"pydoc_data.topics/assert", "stdlib/argparse.py"} <= {document.source for document in documents}
+    assert (
+        1_500_000 < sum(len(document.text.encode("utf-8", "replace")) for document in documents) < 6_000_000
+    )
