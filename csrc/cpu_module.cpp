@@ -1,4 +1,5 @@
-// The Python module of one instruction set: entry points only. Each takes one packed buffer that mirrors a params.hpp.
+// The Python module of one instruction set: entry points only. Each takes one packed buffer that mirrors a
+// params.hpp.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -16,7 +17,8 @@ namespace {
 template <class Params, void (*kernel)(const Params&)>
 void call(const py::bytes& packed) {
     const std::string_view bytes = packed;
-    if (bytes.size() != sizeof(Params)) throw py::value_error("lmkern: the packed call does not match the compiled module; rebuild it");
+    if (bytes.size() != sizeof(Params))
+        throw py::value_error("lmkern: the packed call does not match the compiled module; rebuild it");
     Params params;
     std::memcpy(&params, bytes.data(), sizeof params);
     py::gil_scoped_release release;

@@ -11,8 +11,8 @@
 
 namespace lmkern {
 
-// Queries stand in the lanes of the scores (S^T = K Q^T): a row's maximum and sum need no step across lanes, and K is
-// read as it lies. Both counts are multiples of every vector width.
+// Queries stand in the lanes of the scores (S^T = K Q^T): a row's maximum and sum need no step across lanes,
+// and K is read as it lies. Both counts are multiples of every vector width.
 constexpr int64_t kQueryBlock = 64;
 constexpr int64_t kKeyBlock = 64;
 
@@ -31,7 +31,8 @@ Matrix<T> head_of(const void* tensor, const Strides& strides, int64_t batch, int
     return {data + batch * strides.batch + head * strides.head, strides.row, strides.column};
 }
 
-// Hides from each query lane the keys past its diagonal: sets `hidden` in the (keys, queries) block of scores.
+// Hides from each query lane the keys past its diagonal: sets `hidden` in the (keys, queries) block of
+// scores.
 template <class C>
 void mask_diagonal(Block<C> scores, int64_t first_key, int64_t keys, int64_t first_query, int64_t queries,
                    int64_t diagonal, C hidden) {

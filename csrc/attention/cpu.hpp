@@ -1,4 +1,5 @@
-// Attention on the CPU: out = softmax(q k^T softmax_scale) v and its gradients. Contract: lmkern/kernels/attention/__init__.py.
+// Attention on the CPU: out = softmax(q k^T softmax_scale) v and its gradients. Contract:
+// lmkern/kernels/attention/__init__.py.
 #pragma once
 
 #include "attention/params.hpp"

@@ -1,11 +1,11 @@
-// Attention backward on the CPU, deterministic: every sum has one owner and one order. Derivation: docs/kernels/attention.md.
+// Attention backward on the CPU, deterministic: every sum has one owner and one order. Derivation:
+// docs/kernels/attention.md.
 //
 //     P  = exp(S - lse)                 dV = P^T dO
 //     dP = dO V^T                       dS = P (dP - delta),  delta = rowsum(dO O) - dlse
 //     dQ = dS K softmax_scale           dK = dS^T Q softmax_scale
-#include "attention/cpu.hpp"
-
 #include "attention/common.hpp"
+#include "attention/cpu.hpp"
 
 namespace lmkern {
 namespace {
@@ -18,8 +18,8 @@ struct Part {
     bool dq, dk, dv;
 };
 
-// lse and delta of a block's queries, a lane each; a query with no visible key, or past the end, has lse = +inf, so
-// that its weights are exp(-inf) = 0.
+// lse and delta of a block's queries, a lane each; a query with no visible key, or past the end, has lse =
+// +inf, so that its weights are exp(-inf) = 0.
 template <class C>
 struct RowStatistics {
     C lse[kQueryBlock];
@@ -40,12 +40,20 @@ class BackwardPart {
 
 public:
     BackwardPart(const AttentionParams& p, const Part& part)
-        : p_(p), part_(part), D_(p.head_dim), width_(padded<C>(p.head_dim)), keys_(part.end_key - part.first_key) {
-        const int64_t group = kQueryBlock * width_, across = D_ * kQueryBlock, square = kKeyBlock * kQueryBlock;
+        : p_(p),
+          part_(part),
+          D_(p.head_dim),
+          width_(padded<C>(p.head_dim)),
+          keys_(part.end_key - part.first_key) {
+        const int64_t group = kQueryBlock * width_, across = D_ * kQueryBlock,
+                      square = kKeyBlock * kQueryBlock;
         Workspace& workspace = Workspace::of_this_thread();
-        workspace.reserve(sizeof(C) * static_cast<size_t>(5 * keys_ * width_ + 5 * group + 2 * across + 2 * square));
+        workspace.reserve(sizeof(C) *
+                          static_cast<size_t>(5 * keys_ * width_ + 5 * group + 2 * across + 2 * square));
         auto rows = [&](int64_t count) { return Block<C>{workspace.take<C>(count * width_), width_}; };
-        auto lanes = [&](int64_t count) { return Block<C>{workspace.take<C>(count * kQueryBlock), kQueryBlock}; };
+        auto lanes = [&](int64_t count) {
+            return Block<C>{workspace.take<C>(count * kQueryBlock), kQueryBlock};
+        };
         k_ = rows(keys_), k_clean_ = rows(keys_), v_ = rows(keys_), dk_ = rows(keys_), dv_ = rows(keys_);
         block_ = {rows(kQueryBlock), lanes(D_), rows(kQueryBlock), rows(kQueryBlock), lanes(D_)};
         dq_ = rows(kQueryBlock);
@@ -78,8 +86,8 @@ private:
         };
         const bool nan = read(p_.k, p_.k_strides, k_);
         read(p_.v, p_.v_strides, v_);
-        // A NaN in k makes every weight of the queries that see it NaN; those that do not see it meet it as 0 * NaN in
-        // dS K, where it must count as 0. The same holds for q in dS^T Q.
+        // A NaN in k makes every weight of the queries that see it NaN; those that do not see it meet it as 0
+        // * NaN in dS K, where it must count as 0. The same holds for q in dS^T Q.
         if (nan)
             clear_nan(k_, keys_, D_, k_clean_);
         else
@@ -134,7 +142,8 @@ private:
         const int64_t offset = (key - part_.first_key) * width_, lanes = padded<C>(queries);
         product<false>(Left<C>{k_.data + offset, width_, 1}, block_.q_transposed, keys, lanes, D_, weights_);
         if (part_.dq || part_.dk)
-            product<false>(Left<C>{v_.data + offset, width_, 1}, block_.dout_transposed, keys, lanes, D_, dscores_);
+            product<false>(Left<C>{v_.data + offset, width_, 1}, block_.dout_transposed, keys, lanes, D_,
+                           dscores_);
         for (int64_t j = 0; j < keys; ++j)
             for (int64_t i = 0; i < lanes; i += kLanes<C>) {
                 C* weight = weights_.data + j * kQueryBlock + i;
@@ -151,7 +160,8 @@ private:
         const Left<C> weights{weights_.data, kQueryBlock, 1}, dscores{dscores_.data, kQueryBlock, 1};
         if (part_.dv) product<true>(weights, block_.dout, keys, D_, queries, keys_of(dv_));
         if (part_.dk) product<true>(dscores, q_factor_, keys, D_, queries, keys_of(dk_));
-        if (part_.dq) product<true>(Left<C>{dscores_.data, 1, kQueryBlock}, keys_of(k_clean_), queries, D_, keys, dq_);
+        if (part_.dq)
+            product<true>(Left<C>{dscores_.data, 1, kQueryBlock}, keys_of(k_clean_), queries, D_, keys, dq_);
     }
 
     const AttentionParams& p_;
@@ -159,9 +169,9 @@ private:
     const int64_t D_, width_, keys_;
     Block<C> k_, k_clean_, v_, dk_, dv_;  // the part's keys
     QueryBlock<C> block_;
-    Block<C> q_factor_;                   // q or q_clean
+    Block<C> q_factor_;  // q or q_clean
     Block<C> dq_, out_;
-    Block<C> weights_, dscores_;          // (keys, queries)
+    Block<C> weights_, dscores_;  // (keys, queries)
 };
 
 // Keys of a part that sums dK and dV alone.
@@ -174,8 +184,8 @@ void backward(const AttentionParams& p) {
     auto part = [&](int64_t head) {
         return Part{head / p.heads_kv, head % p.heads_kv, 0, p.n_q, 0, p.n_k, dq, dk, dv};
     };
-    // A whole head is one task when that keeps the threads busy: 5 products a tile. Split in two passes the scores are
-    // computed twice, 7 products, but there is work for every thread.
+    // A whole head is one task when that keeps the threads busy: 5 products a tile. Split in two passes the
+    // scores are computed twice, 7 products, but there is work for every thread.
     const int64_t rounds = ceil_div(heads, p.threads);
     if (!dq || !(dk || dv) || 7 * heads >= 5 * rounds * p.threads) {
         if (dq || dk || dv)

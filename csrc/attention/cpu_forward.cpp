@@ -1,7 +1,7 @@
-// Attention forward on the CPU. Online softmax over key blocks (Dao et al. 2022, arXiv:2205.14135), queries in the lanes.
-#include "attention/cpu.hpp"
-
+// Attention forward on the CPU. Online softmax over key blocks (Dao et al. 2022, arXiv:2205.14135), queries
+// in the lanes.
 #include "attention/common.hpp"
+#include "attention/cpu.hpp"
 
 namespace lmkern {
 namespace {
@@ -14,7 +14,8 @@ struct SoftmaxState {
     C correction[kQueryBlock];
 };
 
-// Turns a (keys, queries) block of scores into weights exp(score - row_max) and brings the running state up to date.
+// Turns a (keys, queries) block of scores into weights exp(score - row_max) and brings the running state up
+// to date.
 template <class C, int degree>
 void softmax_block(Block<C> scores, int64_t keys, int64_t queries, SoftmaxState<C>& state) {
     for (int64_t i = 0; i < queries; i += kLanes<C>) {
@@ -51,8 +52,8 @@ void forward_query_block(const AttentionParams& p, int64_t batch, int64_t head, 
     const auto out = head_of<T>(p.out, p.out_strides, batch, head);
 
     Workspace& workspace = Workspace::of_this_thread();
-    workspace.reserve(sizeof(C) * static_cast<size_t>((2 * kQueryBlock + 2 * kKeyBlock) * width + D * kQueryBlock +
-                                                      kKeyBlock * kQueryBlock));
+    workspace.reserve(sizeof(C) * static_cast<size_t>((2 * kQueryBlock + 2 * kKeyBlock) * width +
+                                                      D * kQueryBlock + kKeyBlock * kQueryBlock));
     const Block<C> q_rows{workspace.take<C>(kQueryBlock * width), width};
     const Block<C> q_transposed{workspace.take<C>(D * kQueryBlock), kQueryBlock};
     const Block<C> k_rows{workspace.take<C>(kKeyBlock * width), width};
@@ -78,12 +79,14 @@ void forward_query_block(const AttentionParams& p, int64_t batch, int64_t head, 
 
         product<false>(Left<C>{k_rows.data, k_rows.stride, 1}, q_transposed, keys, lanes, D, scores);
         if (first_key + keys > all_see)
-            mask_diagonal(scores, first_key, keys, first_query, lanes, p.diagonal, -std::numeric_limits<C>::infinity());
+            mask_diagonal(scores, first_key, keys, first_query, lanes, p.diagonal,
+                          -std::numeric_limits<C>::infinity());
         softmax_block<C, degree>(scores, keys, lanes, state);
         for (int64_t i = 0; i < queries; ++i) {
             if (state.correction[i] == C(1)) continue;
             C* row = acc.data + i * width;
-            for (int64_t d = 0; d < width; d += kLanes<C>) store(row + d, load(row + d) * state.correction[i]);
+            for (int64_t d = 0; d < width; d += kLanes<C>)
+                store(row + d, load(row + d) * state.correction[i]);
         }
         product<true>(Left<C>{scores.data, 1, scores.stride}, v_rows, queries, D, keys, acc);
     }
@@ -101,7 +104,8 @@ void attention_forward(const AttentionParams& p) {
     const int64_t blocks = ceil_div(p.n_q, kQueryBlock), heads = p.batch * p.heads;
     with_type(static_cast<Dtype>(p.dtype), [&](auto type) {
         using T = typename decltype(type)::type;
-        // The last query blocks see most keys: they go first, so that no thread is left with a long one at the end.
+        // The last query blocks see most keys: they go first, so that no thread is left with a long one at
+        // the end.
         parallel_for(blocks * heads, p.threads, [&](int64_t task) {
             const int64_t head = task % heads, block = blocks - 1 - task / heads;
             forward_query_block<T>(p, head / p.heads, head % p.heads, block * kQueryBlock);

@@ -1,4 +1,5 @@
-// What one call of attention passes: filled by lmkern/kernels/attention/cpu.py, field for field, 8 bytes each.
+// What one call of attention passes: filled by lmkern/kernels/attention/cpu.py, field for field, 8 bytes
+// each.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +26,7 @@ struct AttentionParams {
     int64_t batch, heads, heads_kv, n_q, n_k, head_dim;
     int64_t has_diagonal, diagonal;  // query i sees the keys j <= i + diagonal
     double softmax_scale;
-    int64_t dtype;    // Dtype
+    int64_t dtype;  // Dtype
     int64_t threads;
 };
 

@@ -13,8 +13,8 @@
 
 namespace lmkern {
 
-// Denormal numbers cost up to 100 cycles an operation, and peaky softmax rows are full of them: inside a kernel they
-// count as zero. The caller's mode is restored at the end.
+// Denormal numbers cost up to 100 cycles an operation, and peaky softmax rows are full of them: inside a
+// kernel they count as zero. The caller's mode is restored at the end.
 class FlushDenormals {
 #if defined(__SSE2__)
 public:
@@ -36,8 +36,8 @@ inline bool& in_forked_child() {
     return forked;
 }
 
-// body(task) for every task in [0, tasks), on up to `threads` threads; tasks are handed out in order, one at a time. An
-// exception of a task is thrown again here.
+// body(task) for every task in [0, tasks), on up to `threads` threads; tasks are handed out in order, one at
+// a time. An exception of a task is thrown again here.
 template <class Body>
 void parallel_for(int64_t tasks, int64_t threads, const Body& body) {
     if (threads > tasks) threads = tasks;

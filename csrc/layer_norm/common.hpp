@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 
 #include "core/parallel_for.hpp"
 #include "layer_norm/params.hpp"
@@ -64,21 +65,30 @@ inline void for_row(int64_t columns, const Body& body) {
     if (column < columns) body(Tail<C>{column, columns - column});
 }
 
-// The sum over a row of the vectors that body gives, four running sums wide: shorter chains, smaller errors.
-template <class C, class Body>
-inline C sum_over_row(int64_t columns, const Body& body) {
+// The sums over a row of what body(at, add) adds: add(which, vector). Kept in four running sums each, by
+// turns: shorter chains, smaller errors.
+template <class C, int count, class Body>
+inline std::array<C, count> sums_over_row(int64_t columns, const Body& body) {
     constexpr int64_t lanes = kLanes<C>;
-    Vector<C> s0{}, s1{}, s2{}, s3{};
+    constexpr int turns = 4;
+    Vector<C> running[turns][count] = {};
+    auto step = [&](auto at, int turn) {
+        body(at, [&](int which, Vector<C> v) { running[turn][which] += v; });
+    };
     int64_t column = 0;
-    for (; column + 4 * lanes <= columns; column += 4 * lanes) {
-        s0 += body(Whole<C>{column});
-        s1 += body(Whole<C>{column + lanes});
-        s2 += body(Whole<C>{column + 2 * lanes});
-        s3 += body(Whole<C>{column + 3 * lanes});
+    for (; column + turns * lanes <= columns; column += turns * lanes) {
+        step(Whole<C>{column}, 0);
+        step(Whole<C>{column + lanes}, 1);
+        step(Whole<C>{column + 2 * lanes}, 2);
+        step(Whole<C>{column + 3 * lanes}, 3);
     }
-    for (; column + lanes <= columns; column += lanes) s0 += body(Whole<C>{column});
-    if (column < columns) s1 += body(Tail<C>{column, columns - column});
-    return sum<C>((s0 + s1) + (s2 + s3));
+    for (; column + lanes <= columns; column += lanes) step(Whole<C>{column}, 0);
+    if (column < columns) step(Tail<C>{column, columns - column}, 1);
+    std::array<C, count> sums;
+    for (int which = 0; which < count; ++which)
+        sums[which] =
+            sum<C>((running[0][which] + running[1][which]) + (running[2][which] + running[3][which]));
+    return sums;
 }
 
 }  // namespace lmkern

@@ -1,16 +1,18 @@
-// Layer norm backward on the CPU. With x_hat = (x - mean) rstd and g = dy weight (docs/kernels/layer_norm.md):
+// Layer norm backward on the CPU. With x_hat = (x - mean) rstd and g = dy weight
+// (docs/kernels/layer_norm.md):
 //
-//     dx = rstd (g - mean(g) - x_hat mean(g x_hat))      dweight = sum over rows of dy x_hat      dbias = sum of dy
+//     dx = rstd (g - mean(g) - x_hat mean(g x_hat))      dweight = sum over rows of dy x_hat      dbias = sum
+//     of dy
 //
-// dweight and dbias are summed chunk by chunk of rows, the chunks fixed by the shape alone, then over the chunks in
-// order: the result does not depend on the threads.
-#include "layer_norm/cpu.hpp"
-
+// dweight and dbias are summed chunk by chunk of rows, the chunks fixed by the shape alone, then over the
+// chunks in order: the result does not depend on the threads.
 #include "layer_norm/common.hpp"
+#include "layer_norm/cpu.hpp"
 
 namespace lmkern {
 namespace {
 
+// Adds the row's share to dweight and dbias, and writes its dx if that is wanted.
 template <class T, class P>
 void backward_row(const LayerNormParams& p, int64_t row, Compute<T>* dweight, Compute<T>* dbias) {
     using C = Compute<T>;
@@ -18,18 +20,24 @@ void backward_row(const LayerNormParams& p, int64_t row, Compute<T>* dweight, Co
     const T* dy = static_cast<const T*>(p.dy) + row * p.dy_stride;
     const P* weight = static_cast<const P*>(p.weight);
     const C mean = static_cast<const C*>(p.mean)[row], rstd = static_cast<const C*>(p.rstd)[row];
-    auto x_hat = [&](auto at) { return at.inside((at(x) - mean) * rstd); };
-    auto g = [&](auto at) { return weight == nullptr ? at(dy) : at(dy) * at(weight); };
+    const C columns = static_cast<C>(p.columns);
 
-    if (dweight != nullptr)
-        for_row<C>(p.columns, [&](auto at) { at.store(dweight, at(dweight) + at(dy) * x_hat(at)); });
-    if (dbias != nullptr) for_row<C>(p.columns, [&](auto at) { at.store(dbias, at(dbias) + at(dy)); });
+    const auto [g_sum, along_sum] = sums_over_row<C, 2>(p.columns, [&](auto at, auto add) {
+        const Vector<C> dy_here = at(dy);
+        const Vector<C> x_hat = at.inside((at(x) - mean) * rstd);
+        const Vector<C> g = weight == nullptr ? dy_here : dy_here * at(weight);
+        add(0, g);
+        add(1, g * x_hat);
+        at.store(dweight, at(dweight) + dy_here * x_hat);
+        at.store(dbias, at(dbias) + dy_here);
+    });
     if (p.dx == nullptr) return;
     T* dx = static_cast<T*>(p.dx) + row * p.columns;
-    const C columns = static_cast<C>(p.columns);
-    const C g_mean = sum_over_row<C>(p.columns, [&](auto at) { return g(at); }) / columns;
-    const C along = sum_over_row<C>(p.columns, [&](auto at) { return g(at) * x_hat(at); }) / columns;
-    for_row<C>(p.columns, [&](auto at) { at.store(dx, (g(at) - g_mean - x_hat(at) * along) * rstd); });
+    const C g_mean = g_sum / columns, along = along_sum / columns;
+    for_row<C>(p.columns, [&](auto at) {
+        const Vector<C> g = weight == nullptr ? at(dy) : at(dy) * at(weight);
+        at.store(dx, (g - g_mean - (at(x) - mean) * (rstd * along)) * rstd);
+    });
 }
 
 // out[e] = the sum over chunks of partials[chunk][which][e].
@@ -56,8 +64,7 @@ void layer_norm_backward(const LayerNormParams& p) {
             std::fill_n(sums, 2 * p.columns, C(0));
             const int64_t end = std::min(p.rows, (chunk + 1) * rows_per_chunk);
             for (int64_t row = chunk * rows_per_chunk; row < end; ++row)
-                backward_row<T, P>(p, row, p.dweight == nullptr ? nullptr : sums,
-                                   p.dbias == nullptr ? nullptr : sums + p.columns);
+                backward_row<T, P>(p, row, sums, sums + p.columns);
         });
         if (p.dweight != nullptr) sum_chunks<C>(p, 0, p.dweight);
         if (p.dbias != nullptr) sum_chunks<C>(p, 1, p.dbias);

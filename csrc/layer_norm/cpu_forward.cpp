@@ -1,7 +1,6 @@
 // Layer norm forward on the CPU: a row is read from memory once and from the cache twice more.
-#include "layer_norm/cpu.hpp"
-
 #include "layer_norm/common.hpp"
+#include "layer_norm/cpu.hpp"
 
 namespace lmkern {
 namespace {
@@ -14,12 +13,14 @@ void forward_row(const LayerNormParams& p, int64_t row) {
     const P* bias = static_cast<const P*>(p.bias);
     T* y = static_cast<T*>(p.y) + row * p.columns;
 
-    const C mean = sum_over_row<C>(p.columns, [&](auto at) { return at(x); }) / static_cast<C>(p.columns);
-    const C squares = sum_over_row<C>(p.columns, [&](auto at) {
+    const C columns = static_cast<C>(p.columns);
+    const auto [total] = sums_over_row<C, 1>(p.columns, [&](auto at, auto add) { add(0, at(x)); });
+    const C mean = total / columns;
+    const auto [squares] = sums_over_row<C, 1>(p.columns, [&](auto at, auto add) {
         const Vector<C> centred = at.inside(at(x) - mean);
-        return centred * centred;
+        add(0, centred * centred);
     });
-    const C rstd = C(1) / std::sqrt(squares / static_cast<C>(p.columns) + static_cast<C>(p.eps));
+    const C rstd = C(1) / std::sqrt(squares / columns + static_cast<C>(p.eps));
     static_cast<C*>(p.mean)[row] = mean;
     static_cast<C*>(p.rstd)[row] = rstd;
     for_row<C>(p.columns, [&](auto at) {

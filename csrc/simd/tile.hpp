@@ -20,7 +20,8 @@ constexpr int64_t padded(int64_t columns) {
 
 // Copies a (rows, columns) matrix with free strides into a block. Returns whether it holds a NaN.
 template <class T>
-bool pack(const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, Block<Compute<T>> to) {
+bool pack(const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns,
+          Block<Compute<T>> to) {
     using C = Compute<T>;
     constexpr int64_t lanes = kLanes<C>;
     Integers<C> nan{};
@@ -32,7 +33,8 @@ bool pack(const T* from, int64_t row_stride, int64_t column_stride, int64_t rows
             Vector<C> v;
             if (column_stride != 1) {
                 T gathered[lanes] = {};
-                for (int64_t lane = 0; lane < count; ++lane) gathered[lane] = source[(column + lane) * column_stride];
+                for (int64_t lane = 0; lane < count; ++lane)
+                    gathered[lane] = source[(column + lane) * column_stride];
                 v = load(gathered);
             } else {
                 v = count == lanes ? load(source + column) : load(source + column, count);
@@ -56,7 +58,8 @@ void clear_nan(Block<C> from, int64_t rows, int64_t columns, Block<C> to) {
         }
 }
 
-// to[column][row] = from[row][column] * factor, for a block of `rows` rows, the columns of `to` beyond them zero.
+// to[column][row] = from[row][column] * factor, for a block of `rows` rows, the columns of `to` beyond them
+// zero.
 template <class C>
 void transpose(Block<C> from, int64_t rows, int64_t columns, C factor, Block<C> to) {
     constexpr int64_t lanes = kLanes<C>;
@@ -76,8 +79,8 @@ void transpose(Block<C> from, int64_t rows, int64_t columns, C factor, Block<C> 
 
 // Writes a block's rows, each times its factor, to a (rows, columns) matrix with free strides.
 template <class T, class Factor>
-void unpack(Block<Compute<T>> from, int64_t rows, int64_t columns, T* to, int64_t row_stride, int64_t column_stride,
-            const Factor& factor) {
+void unpack(Block<Compute<T>> from, int64_t rows, int64_t columns, T* to, int64_t row_stride,
+            int64_t column_stride, const Factor& factor) {
     using C = Compute<T>;
     constexpr int64_t lanes = kLanes<C>;
     for (int64_t row = 0; row < rows; ++row) {
@@ -87,7 +90,8 @@ void unpack(Block<Compute<T>> from, int64_t rows, int64_t columns, T* to, int64_
             const int64_t count = columns - column < lanes ? columns - column : lanes;
             const Vector<C> v = load(from.data + row * from.stride + column) * scale;
             if (column_stride != 1)
-                for (int64_t lane = 0; lane < count; ++lane) store_one(target + (column + lane) * column_stride, v[lane]);
+                for (int64_t lane = 0; lane < count; ++lane)
+                    store_one(target + (column + lane) * column_stride, v[lane]);
             else if (count == lanes)
                 store(target + column, v);
             else
@@ -96,15 +100,16 @@ void unpack(Block<Compute<T>> from, int64_t rows, int64_t columns, T* to, int64_
     }
 }
 
-// The left factor of a product, element (row, k) at data[row * row_stride + k * k_stride]: any layout serves, because
-// the product broadcasts one element at a time.
+// The left factor of a product, element (row, k) at data[row * row_stride + k * k_stride]: any layout serves,
+// because the product broadcasts one element at a time.
 template <class C>
 struct Left {
     const C* data;
     int64_t row_stride, k_stride;
 };
 
-// Rows x vectors of the result that stay in registers: 6 x 4 of AVX-512's 32, 6 x 2 of 16 registers elsewhere.
+// Rows x vectors of the result that stay in registers: 6 x 4 of AVX-512's 32, 6 x 2 of 16 registers
+// elsewhere.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kTileVectors = 4;
 #else
@@ -158,7 +163,8 @@ inline void product_rows(Left<C> a, Block<C> b, int64_t rows, int64_t depth, Blo
     }
 }
 
-// c (rows, columns) = a (rows, depth) @ b (depth, columns), added to c with `accumulate`. Columns are whole vectors.
+// c (rows, columns) = a (rows, depth) @ b (depth, columns), added to c with `accumulate`. Columns are whole
+// vectors.
 template <bool accumulate, class C>
 void product(Left<C> a, Block<C> b, int64_t rows, int64_t columns, int64_t depth, Block<C> c) {
     int64_t vectors = padded<C>(columns) / kLanes<C>;

@@ -1,7 +1,8 @@
 // The CPU's verbs, over the compiler's own vector type: one text for every instruction set.
 //
-// Vector<float> is as wide as the widest register the file is compiled for: 16 lanes with AVX-512, 8 with AVX2, 4 with
-// SSE2 or NEON. Arithmetic, comparison and `mask ? a : b` are the compiler's; a * b + c becomes one fma.
+// Vector<float> is as wide as the widest register the file is compiled for: 16 lanes with AVX-512, 8 with
+// AVX2, 4 with SSE2 or NEON. Arithmetic, comparison and `mask ? a : b` are the compiler's; a * b + c becomes
+// one fma.
 #pragma once
 
 #include <cmath>
@@ -10,7 +11,7 @@
 
 #include "core/types.hpp"
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -103,8 +104,12 @@ inline Vector<float> load(const float16* p) {
 #endif
 }
 
-inline void store(float* p, Vector<float> v) { std::memcpy(p, &v, sizeof v); }
-inline void store(double* p, Vector<double> v) { std::memcpy(p, &v, sizeof v); }
+inline void store(float* p, Vector<float> v) {
+    std::memcpy(p, &v, sizeof v);
+}
+inline void store(double* p, Vector<double> v) {
+    std::memcpy(p, &v, sizeof v);
+}
 
 // Rounds to nearest, ties to even; a NaN stays one.
 inline void store(bfloat16* p, Vector<float> v) {
@@ -117,9 +122,11 @@ inline void store(bfloat16* p, Vector<float> v) {
 
 inline void store(float16* p, Vector<float> v) {
 #if defined(__AVX512F__)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
 #else
     Vector<uint32_t> bits = bit_cast<Vector<uint32_t>>(v);
     Vector<uint32_t> sign = (bits >> 16) & 0x8000u;
@@ -131,23 +138,43 @@ inline void store(float16* p, Vector<float> v) {
     // Under 2^-14 the last place is 2^-24, that of 0.5 in float32.
     const Vector<float> lifted = bit_cast<Vector<float>>(magnitude) + 0.5f;
     half = magnitude < 0x38800000u ? bit_cast<Vector<uint32_t>>(lifted) - 0x3f000000u : half;
-    half = magnitude >= 0x477ff000u ? 0x7c00u + Vector<uint32_t>{} : half;  // 65520 and above round to infinity
-    half = magnitude > 0x7f800000u ? 0x7e00u + Vector<uint32_t>{} : half;   // NaN
+    half =
+        magnitude >= 0x477ff000u ? 0x7c00u + Vector<uint32_t>{} : half;  // 65520 and above round to infinity
+    half = magnitude > 0x7f800000u ? 0x7e00u + Vector<uint32_t>{} : half;  // NaN
     HalfBits packed = __builtin_convertvector(half | sign, HalfBits);
     std::memcpy(p, &packed, sizeof packed);
 #endif
 }
 
-// The first n elements; the other lanes are zero.
+// The first n elements; the other lanes are zero. Memory past them is not touched.
 template <class T>
 inline Vector<Compute<T>> load(const T* p, int64_t n) {
     T buffer[kLanes<Compute<T>>] = {};
+#if defined(__AVX512F__)
+    const auto mask = (uint32_t{1} << n) - 1;
+    if constexpr (sizeof(T) == 8)
+        return bit_cast<Vector<double>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p));
+    else if constexpr (sizeof(T) == 4)
+        return bit_cast<Vector<float>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p));
+    else
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer),
+                            _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p));
+#else
     std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
+#endif
     return load(buffer);
 }
 
 template <class T>
 inline void store(T* p, Vector<Compute<T>> v, int64_t n) {
+#if defined(__AVX512F__)
+    const auto mask = (uint32_t{1} << n) - 1;
+    if constexpr (sizeof(T) == 8) {
+        return _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), bit_cast<__m512d>(v));
+    } else if constexpr (sizeof(T) == 4) {
+        return _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), bit_cast<__m512>(v));
+    }
+#endif
     T buffer[kLanes<Compute<T>>];
     store(buffer, v);
     std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
@@ -162,10 +189,18 @@ template <class T>
 inline void store_one(T* p, Compute<T> value) {
     store(p, broadcast(value), 1);
 }
-inline float load_one(const float* p) { return *p; }
-inline double load_one(const double* p) { return *p; }
-inline void store_one(float* p, float value) { *p = value; }
-inline void store_one(double* p, double value) { *p = value; }
+inline float load_one(const float* p) {
+    return *p;
+}
+inline double load_one(const double* p) {
+    return *p;
+}
+inline void store_one(float* p, float value) {
+    *p = value;
+}
+inline void store_one(double* p, double value) {
+    *p = value;
+}
 
 // A NaN in b wins, one in a does not: the running maximum is a, and sums carry the NaN on.
 template <class V>
@@ -181,21 +216,22 @@ inline C sum(Vector<C> v) {
     return v[0];
 }
 
-// Constants of exp, by type. e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2, e^r by its Taylor series, whose
-// remainder at that end is 0.3466^(degree + 1) / (degree + 1)!.
+// Constants of exp, by type. e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2, e^r by its Taylor
+// series, whose remainder at that end is 0.3466^(degree + 1) / (degree + 1)!.
 template <class C>
 struct ExpConstants;
 template <>
 struct ExpConstants<float> {
-    static constexpr int degree = 7;                         // 5e-9
-    static constexpr float round_magic = 0x1.8p23f;          // x + 1.5 * 2^23 has the integer nearest to x in its last bits
-    static constexpr float ln2_high = 0x1.62e4p-1f;          // 15 bits: n * ln2_high is exact
+    static constexpr int degree = 7;  // 5e-9
+    static constexpr float round_magic =
+        0x1.8p23f;  // x + 1.5 * 2^23 has the integer nearest to x in its last bits
+    static constexpr float ln2_high = 0x1.62e4p-1f;  // 15 bits: n * ln2_high is exact
     static constexpr float ln2_low = 0x1.7f7d1cp-20f;
     static constexpr int bias = 127, mantissa_bits = 23;
 };
 template <>
 struct ExpConstants<double> {
-    static constexpr int degree = 13;                        // 4e-18
+    static constexpr int degree = 13;  // 4e-18
     static constexpr double round_magic = 0x1.8p52;
     static constexpr double ln2_high = 0x1.62e42fefp-1;
     static constexpr double ln2_low = 0x1.473de6af278edp-34;
@@ -218,7 +254,8 @@ inline Vector<C> taylor(Vector<C> r) {
         return taylor<C, term + 1, degree>(r) * r + inverse_factorial<C, term>();
 }
 
-// e^x for x <= 0 or little more (2^127 is the end). Results under 2^-126.5 are 0, so exp(-inf) = 0; NaN stays NaN.
+// e^x for x <= 0 or little more (2^127 is the end). Results under 2^-126.5 are 0, so exp(-inf) = 0; NaN stays
+// NaN.
 template <class C, int degree = ExpConstants<C>::degree>
 inline Vector<C> exp(Vector<C> x) {
     using K = ExpConstants<C>;
@@ -228,7 +265,8 @@ inline Vector<C> exp(Vector<C> x) {
     const Vector<C> shifted = x * (C(1) / ln2) + K::round_magic;
     const Vector<C> n = shifted - K::round_magic;
     const Vector<C> r = (x - n * K::ln2_high) - n * K::ln2_low;
-    const Integers<C> exponent = bit_cast<Integers<C>>(shifted) - bit_cast<Integers<C>>(broadcast(K::round_magic));
+    const Integers<C> exponent =
+        bit_cast<Integers<C>>(shifted) - bit_cast<Integers<C>>(broadcast(K::round_magic));
     const Vector<C> scale = bit_cast<Vector<C>>((exponent + K::bias) << K::mantissa_bits);
     return taylor<C, 0, degree>(r) * scale;
 }

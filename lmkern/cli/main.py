@@ -45,12 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = None
     try:
         command = importlib.import_module(f"lmkern.cli.{verb}").command(rest)
-        return int(command.run())
+        status = int(command.run())
+        # Here, and not at the exit of Python, a reader that has gone can still be handled.
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print(f"\nlmkern: interrupted; {command.kept() if command else 'nothing was begun'}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of stdout is gone; without this the flush at exit would complain once more.
+        # Without this the flush at the exit of Python would complain once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except Exception as error:

@@ -1,9 +1,13 @@
-"""What the Triton backends share: whether they can run here, and on which tensors. Triton itself is imported on first use."""
+"""What the Triton backends share: whether they can run here, and on which tensors.
+
+Triton itself is imported when a kernel is first launched.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager
 from functools import cache
 
 import torch
@@ -18,7 +22,7 @@ INTERPRETED_PROGRAMS = 3
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET, read when Triton is imported)."""
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET, read when Triton is imported)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -29,7 +33,9 @@ def unavailable() -> str | None:
         return "needs the package triton; pip install triton"
     if interpreted() or torch.cuda.is_available():
         return None
-    return "needs a CUDA or ROCm GPU and none is visible (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
+    return (
+        "needs a CUDA or ROCm GPU and none is visible (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
+    )
 
 
 def unsupported(call: Call) -> str | None:
@@ -43,7 +49,11 @@ def unsupported(call: Call) -> str | None:
     device = tensors[0].device
     if interpreted():
         # The interpreter is a thousand times slower than any other backend: never an automatic choice.
-        return None if call.backend == "triton" else "is Triton's interpreter here; ask for it with backend='triton'"
+        return (
+            None
+            if call.backend == "triton"
+            else "is Triton's interpreter here; ask for it with backend='triton'"
+        )
     if device.type != "cuda":
         return f"needs tensors on a GPU; these are on {device}"
     return _too_old(device.index or 0)
@@ -59,9 +69,9 @@ def _too_old(device: int) -> str | None:
     return f"needs compute capability 8.0; {torch.cuda.get_device_name(device)} has {major}.{minor}"
 
 
-def widen(x: Tensor) -> bool:
+def widen(dtype: torch.dtype) -> bool:
     """Whether products must be widened to float32: the interpreter multiplies the raw bits of bfloat16."""
-    return x.dtype == torch.bfloat16 and interpreted()
+    return dtype == torch.bfloat16 and interpreted()
 
 
 @cache
@@ -70,3 +80,8 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED_PROGRAMS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def device_of(x: Tensor) -> AbstractContextManager[None]:
+    """Makes x's GPU the current one, where Triton launches; nothing for a CPU tensor."""
+    return torch.cuda.device_of(x)  # type: ignore[no-untyped-call]

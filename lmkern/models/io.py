@@ -57,9 +57,9 @@ def save(model: Model, folder: str | os.PathLike[str]) -> None:
 def load(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Model:
     """The model that save wrote, in evaluation mode, in the dtype it was saved in, on device.
 
-    Nothing is built before all is checked, and torch's random state is not touched. Raises FileNotFoundError
-    for a missing folder or file; ValueError, naming file and checksums, for a file that is not what was
-    saved, for another format or version, and for weights that do not fit the configuration.
+    Nothing is returned before all is checked, and torch's random state is not touched. Raises
+    FileNotFoundError for a missing folder or file; ValueError, naming file and checksums, for a file that is
+    not what was saved, for another format or version, and for weights that do not fit the configuration.
     """
     folder = Path(folder)
     for path in (folder / CONFIG, folder / WEIGHTS):

@@ -148,7 +148,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             v = torch.cat((v, self.bias_v.to(v.dtype).expand(batch, 1, -1)), dim=1)
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-        q, k, v = (x.view(batch, -1, self.num_heads, self.head_dim).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2) for x in (q, k, v))
 
         dropout_p = self.dropout if self.training else 0.0
         weights = None

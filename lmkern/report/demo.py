@@ -133,8 +133,9 @@ def demo(
         before = time.perf_counter()
         tokens = token_budget(config, dataset, seconds=minutes * 60 - (before - start))
         record_time(folder, "measure the machine", time.perf_counter() - before)
-    config = replace(config, training=replace(config.training, tokens=tokens))
-    say(f"2/5  Train: {count(tokens)} tokens, {describe_model(config.model)}")
+    steps = max(1, tokens // config.training.batch_tokens)
+    config = replace(config, training=replace(config.training, tokens=steps * config.training.batch_tokens))
+    say(f"2/5  Train: {count(config.training.tokens)} tokens, {describe_model(config.model)}")
     trained = train(config, dataset, folder, progress=progress)
     record_time(folder, "train", trained["seconds"])
     if trained["reason"] == "interrupted":
@@ -151,21 +152,21 @@ def demo(
 
 
 def token_budget(config: RunConfig, dataset: Dataset, seconds: float) -> int:
-    """The tokens, in whole steps, with which training and all that follows it take so many seconds here.
+    """The tokens with which training and all that follows it take so many seconds here.
 
     Raises ValueError where the time does not even hold what follows the training.
     """
     before = time.perf_counter()
-    trial = tokens_for_minutes(config, dataset, max(seconds, 60) / 60)
-    rate = trial / max(seconds, 60)
+    # In less than a minute whole steps and one validation would blur the speed.
+    measured = max(seconds, 60)
+    rate = tokens_for_minutes(config, dataset, measured / 60) / measured
     left = seconds - (time.perf_counter() - before) - reserve(dataset, rate)
     if left <= 0:
         raise ValueError(
             f"demo: what follows the training takes about {duration(reserve(dataset, rate))} on this text "
             "and machine, more than is left: give more --minutes, or the training's budget as --tokens"
         )
-    step = config.training.batch_tokens
-    return max(1, int(left * rate / step)) * step
+    return int(left * rate)
 
 
 def reserve(dataset: Dataset, tokens_per_second: float) -> float:

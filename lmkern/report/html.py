@@ -45,7 +45,7 @@ pre b { font-weight: 700; color: var(--accent); }
 table { border-collapse: collapse; font-size: 0.94rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: 0.35rem 1.4rem 0.35rem 0;
          border-bottom: 1px solid var(--line); }
-th:empty { padding: 0; border: 0; }
+th:empty { padding: 0; }
 td strong { font-weight: 600; }
 th { font-weight: 600; color: var(--quiet); white-space: nowrap; }
 tbody tr:last-child td { border-bottom: 0; }

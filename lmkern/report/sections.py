@@ -87,12 +87,7 @@ def corpus(run: Run) -> str:
     facts = [
         ("name", text(about["name"])),
         ("sources", ", ".join(code(source) for source in about.get("sources", ())) or "-"),
-        (
-            "size",
-            f"{size(about['bytes'])} in {count(about['files'])} files"
-            if "files" in about
-            else size(about["bytes"]),
-        ),
+        ("size", f"{size(about['bytes'])} of text; files or documents read: {count(about['files'])}"),
         ("Python that prepared it", text(manifest.get("python", "not recorded"))),
         ("SHA-256 of the cleaned text", code(about["sha256"])),
         (
@@ -127,7 +122,9 @@ def counted(counts: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     for name, value in counts.items():
         label = text(name.replace("_", " "))
-        if isinstance(value, Mapping):
+        if value is None:
+            rows.append((label, "-"))
+        elif isinstance(value, Mapping):
             rows += [(f"{label}: {inner}", number) for inner, number in counted(value)]
         else:
             rows.append((label, count(value) if isinstance(value, int | float) else text(value)))
@@ -226,7 +223,7 @@ def evaluation(run: Run) -> str:
             f"## Evaluation\n\nThis run has not been evaluated yet: {code(f'lmkern evaluate {run.folder}')}."
         )
     found = run.evaluation
-    best = min(row["bits_per_byte"] for row in found["rows"])
+    best = min(round(row["bits_per_byte"], 3) for row in found["rows"])
     rows = []
     for row in found["rows"]:
         bits = f"{row['bits_per_byte']:.3f}"
@@ -234,7 +231,7 @@ def evaluation(run: Run) -> str:
             f" (weight of the GPT {row['weight']:.2f})" if row.get("weight") is not None else ""
         )
         perplexity = f"{row['perplexity']:,.1f}" if row.get("perplexity") is not None else "-"
-        rows.append((name, f"**{bits}**" if row["bits_per_byte"] == best else bits, perplexity))
+        rows.append((name, f"**{bits}**" if round(row["bits_per_byte"], 3) == best else bits, perplexity))
     shown = table(("model", "bits per byte", "perplexity per token"), rows, numbers=(1, 2))
     return (
         f"## Evaluation\n\n{shown}\n\nThe {text(found['split'])} split: {count(found['bytes'])} bytes, "
@@ -254,7 +251,7 @@ def samples(run: Run) -> str:
     parts = ["## Samples", sample_note(run.samples[0]) + " The prompt comes first, the rest is the model's."]
     for number, sample in enumerate(run.samples, start=1):
         prompt = visible(sample["prompt"])
-        label = f"*Prompt:* {code(sample['prompt'])}" if prompt else "*No prompt.*"
+        label = f"*Prompt:* {code(' '.join(prompt.split()))}" if prompt else "*No prompt.*"
         parts.append(f"### Sample {number}\n\n{label}")
         parts.append(block(prompt + visible(sample["text"]), f"text prompt={len(prompt)}"))
     return "\n\n".join(parts)
@@ -300,9 +297,12 @@ def training_seconds(run: Run) -> dict[str, float]:
 
 
 def machine(run: Run) -> str:
-    """Versions and the machine."""
-    rows = [(text(name), text(value)) for name, value in run.about.get("versions", {}).items()]
-    rows += counted(run.about.get("machine", {}))
+    """Versions, the machine, and what "auto" became on it."""
+    about, resolved = run.about, dict(run.about.get("resolved", {}))
+    ceiling = resolved.pop("ceiling_flops", None)
+    rows = counted({**about.get("versions", {}), **about.get("machine", {}), **resolved})
+    if ceiling:
+        rows.append(("measured matrix ceiling", f"{ceiling / 1e9:,.0f} GFLOP/s"))
     if not rows:
         return "## Versions and machine\n\nThe run did not record them."
     return f"## Versions and machine\n\n{table(('', ''), rows)}"
@@ -312,6 +312,6 @@ def again(run: Run) -> str:
     """The command that makes the run again."""
     return (
         f"## Make it again\n\n{block(commands(run), 'sh')}\n\nThe token budget is written out, so the "
-        "schedule is the same on a machine of any speed; weights are bit-identical only with the same versions, "
-        "processor and number of threads."
+        "schedule is the same on a machine of any speed; weights are bit-identical only with the same "
+        "versions, processor and number of threads."
     )

@@ -10,6 +10,7 @@ from typing import Any
 import lmkern.data
 from lmkern import models
 from lmkern.data import Dataset, load_tokenizer
+from lmkern.data.tokenizer import END_OF_TEXT_ID
 from lmkern.evaluation import evaluate
 from lmkern.generation import generate, stream_text
 from lmkern.report.run import Run, read_run, record, timed
@@ -72,9 +73,8 @@ def continue_text(folder: str | Path, prompt: str, **options: Any) -> Iterator[s
     """The run's continuation of the prompt, in pieces as they are drawn; options: those of generate."""
     run = read_run(folder)
     tokenizer = load_tokenizer(run.data / "tokenizer.json")
-    end_of_text = 0
-    tokens = [end_of_text, *tokenizer.encode(prompt).ids]
-    return stream_text(tokenizer, generate(load_model(run), tokens, stop=end_of_text, **options))
+    tokens = [END_OF_TEXT_ID, *tokenizer.encode(prompt).ids]
+    return stream_text(tokenizer, generate(load_model(run), tokens, stop=END_OF_TEXT_ID, **options))
 
 
 def load_model(run: Run) -> models.GPT:

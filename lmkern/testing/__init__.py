@@ -1,0 +1,36 @@
+"""Input factories, shape lists and error budgets, shared by tests and benchmarks only."""
+
+from lmkern.testing.error_budget import Errors, geometric_mean, mean_over_budget, measure, over_budget
+from lmkern.testing.inputs import LAYOUTS, attention_inputs, layer_norm_inputs, leaves, seeded_randn
+from lmkern.testing.poison import poisoned_memory
+from lmkern.testing.shapes import (
+    ATTENTION_BENCHMARK_SHAPES,
+    ATTENTION_SHAPES,
+    LAYER_NORM_BENCHMARK_SHAPES,
+    LAYER_NORM_SHAPES,
+    AttentionShape,
+    LayerNormShape,
+)
+from lmkern.testing.targets import Target, targets
+
+__all__ = [
+    "ATTENTION_BENCHMARK_SHAPES",
+    "ATTENTION_SHAPES",
+    "LAYER_NORM_BENCHMARK_SHAPES",
+    "LAYER_NORM_SHAPES",
+    "LAYOUTS",
+    "AttentionShape",
+    "Errors",
+    "LayerNormShape",
+    "Target",
+    "attention_inputs",
+    "geometric_mean",
+    "layer_norm_inputs",
+    "leaves",
+    "mean_over_budget",
+    "measure",
+    "over_budget",
+    "poisoned_memory",
+    "seeded_randn",
+    "targets",
+]

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lmkern.data import Batches, Dataset
 from lmkern.generation.inference import inference
@@ -88,12 +88,12 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         rows = self._micro_rows(span.stage.context)
-        for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):
+        for x, y in zip(torch.split(inputs, rows), torch.split(targets, rows), strict=True):
             with self.clock.phase("forward"), self.autocast():
                 # Over the step's tokens, not the part's: parts of unequal size then weigh what they hold.
                 part = self.model.loss(x, y, reduction="sum") / targets.numel()
             with self.clock.phase("backward"):
-                part.backward()
+                torch.autograd.backward(part)
             total += part.detach()
         with self.clock.phase("optimizer"):
             result = self._update(total, self.schedule.learning_rate(step))
@@ -111,7 +111,7 @@ class Trainer:
             nats = torch.zeros((), dtype=torch.float64, device=self.device)
             rows = self._micro_rows(inputs.shape[1])
             with inference(self.model), self.autocast():
-                for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):
+                for x, y in zip(torch.split(inputs, rows), torch.split(targets, rows), strict=True):
                     nats += self.model.loss(x.to(self.device), y.to(self.device), reduction="sum")
             loss = float(nats) / targets.numel()
             bits_per_byte = float(nats) / math.log(2) / int(self.bytes_of_token[targets].sum())

@@ -104,6 +104,12 @@ def metric_lines() -> list[dict[str, Any]]:
 
 
 @pytest.fixture
+def hostile() -> str:
+    """A line of the first sample that tries to be markup."""
+    return HOSTILE
+
+
+@pytest.fixture
 def fresh_run(tmp_path: Path) -> Path:
     """A run folder in which nothing has happened yet: run.json, config.toml and the data."""
     folder = tmp_path / "run"

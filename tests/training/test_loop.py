@@ -176,12 +176,16 @@ def test_best_weights_end_in_the_model_folder_and_patience_stops(
     result = train(make_config(validate_every=256, patience=2), dataset, tmp_path, progress=False)
     assert (result["reason"], result["steps"], result["best_step"]) == ("early stopping", 8, 4)
     assert result["best_validation_loss"] == 2.0
-    saved = load_file(tmp_path / "model" / "model.safetensors")
-    assert all(torch.equal(tensor, at_best[name]) for name, tensor in saved.items())
-    finished = train(
-        make_config(validate_every=256, patience=2), dataset, tmp_path, resume=True, progress=False
-    )
-    assert (finished["reason"], finished["steps"]) == ("early stopping", 8)
+
+    def assert_model_is_the_best() -> None:
+        saved = load_file(tmp_path / "model" / "model.safetensors")
+        assert all(torch.equal(tensor, at_best[name]) for name, tensor in saved.items())
+
+    assert_model_is_the_best()
+    (tmp_path / "model" / "model.safetensors").unlink()
+    again = train(make_config(validate_every=256, patience=2), dataset, tmp_path, resume=True, progress=False)
+    assert (again["reason"], again["steps"]) == ("early stopping", 8)
+    assert_model_is_the_best()
 
 
 def test_step_without_finite_loss_is_skipped_counted_and_reported(

@@ -87,7 +87,11 @@ def _scores(q: Tensor, k: Tensor, diagonal: int | None, softmax_scale: float, ma
         key = torch.arange(k.shape[2], device=q.device)[None, :]
         scores = scores.masked_fill(key > query + diagonal, -torch.inf)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        hidden = ~mask if mask.dtype == torch.bool else mask == -torch.inf
+        if mask.dtype != torch.bool:
+            scores = scores + mask
+        # A fill, because the gradient of logsumexp is NaN where every score is -inf.
+        scores = scores.masked_fill(hidden, -torch.inf)
     return scores
 
 

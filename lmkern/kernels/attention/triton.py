@@ -15,9 +15,31 @@ from lmkern.kernels.backends import Call
 
 MAX_HEAD_DIM = 256
 
-# (BLOCK_M, BLOCK_N, num_warps, num_stages) of each kernel by (bytes an element, BLOCK_D): the largest tiles whose
-# accumulators stay in registers (no spills for sm_90) and whose operands fit the smallest shared memory in use.
-TILES: dict[str, dict[tuple[int, int], tuple[int, int, int, int]]] = {}
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) of each kernel by (bytes an element, BLOCK_D). Chosen from the
+# compiler's reports, not from timings: large tiles that spill nothing on sm_90 and keep within 99 KB of
+# shared memory, which GPUs of compute capability 8.6, 8.9 and 12.0 have. dk_dv spills up to 32 bytes a thread
+# for a head_dim between 64 and 256 that has to be padded, and some on sm_80 and gfx942.
+TILES: dict[str, dict[tuple[int, int], tuple[int, int, int, int]]] = {
+    "forward": {
+        (2, 32): (128, 64, 4, 3), (2, 64): (128, 64, 4, 3),
+        (2, 128): (128, 64, 8, 2), (2, 256): (64, 32, 4, 2),
+        (4, 32): (64, 32, 4, 2), (4, 64): (64, 32, 8, 2),
+        (4, 128): (64, 16, 8, 2), (4, 256): (32, 16, 8, 2),
+    },
+    "dq": {
+        (2, 32): (128, 64, 8, 2), (2, 64): (128, 64, 8, 2),
+        (2, 128): (128, 32, 8, 2), (2, 256): (64, 16, 8, 2),
+        (4, 32): (64, 32, 8, 2), (4, 64): (64, 32, 8, 2),
+        (4, 128): (32, 16, 8, 2), (4, 256): (16, 16, 8, 2),
+    },
+    # dk and dv both stay in registers, which leaves head_dim 256 no tile of the 64 keys that wgmma needs.
+    "dk_dv": {
+        (2, 32): (64, 128, 8, 2), (2, 64): (32, 128, 8, 2),
+        (2, 128): (32, 64, 8, 2), (2, 256): (32, 32, 8, 2),
+        (4, 32): (16, 64, 8, 2), (4, 64): (16, 64, 8, 2),
+        (4, 128): (16, 32, 8, 2), (4, 256): (16, 16, 8, 2),
+    },
+}  # fmt: skip
 
 # Rows of the element-wise kernel that makes delta.
 DELTA_ROWS = 64
@@ -43,9 +65,9 @@ def forward(
 
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    options = constants("forward", q, diagonal)
+    options = constants("forward", q.dtype, q.shape[3], causal=diagonal is not None)
     if programs := q.shape[0] * q.shape[1] * _blocks(q.shape[2], options["BLOCK_M"]):
-        with torch.cuda.device_of(q):
+        with triton_runtime.device_of(q):
             triton_kernels.forward_kernel[(programs,)](
                 *_strided(q, k, v, out), lse, *_sizes(q, k, diagonal), softmax_scale, **options
             )
@@ -67,30 +89,30 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     from lmkern.kernels.attention import triton_kernels
 
-    sequences, heads, n_q, _ = q.shape
+    sequences, heads, n_q, head_dim = q.shape
     heads_kv, n_k = k.shape[1:3]
     lse = lse.contiguous()
     sizes = _sizes(q, k, diagonal)
+    key: dict[str, Any] = {"dtype": q.dtype, "head_dim": head_dim, "causal": diagonal is not None}
     dq = dk = dv = None
-    with torch.cuda.device_of(q):
+    with triton_runtime.device_of(q):
         delta = torch.empty_like(lse)
         if programs := sequences * heads * _blocks(n_q, DELTA_ROWS):
             dlse = None if dlse is None else dlse.contiguous()
-            block_d = constants("dq", q, diagonal)["BLOCK_D"]
             triton_kernels.delta_kernel[(programs,)](
-                *_strided(out, dout), dlse, delta, heads, n_q, D=q.shape[3], BLOCK_M=DELTA_ROWS, BLOCK_D=block_d
+                *_strided(out, dout), dlse, delta, heads, n_q, **delta_constants(head_dim)
             )
         if needs[0]:
             dq = torch.empty_like(q)
-            options = constants("dq", q, diagonal)
+            options = constants("dq", **key)
             if programs := sequences * heads * _blocks(n_q, options["BLOCK_M"]):
                 triton_kernels.backward_dq_kernel[(programs,)](
                     *_strided(dq, q, k, v, dout), lse, delta, *sizes, softmax_scale, **options
                 )
-        # One kernel makes both: a caller who wants only one of them is rare, and reads the same memory for it.
+        # One kernel makes both: a caller who wants only one of them is rare.
         if needs[1] or needs[2]:
             dk, dv = torch.empty_like(k), torch.empty_like(v)
-            options = constants("dk_dv", q, diagonal)
+            options = constants("dk_dv", **key)
             if programs := sequences * heads_kv * _blocks(n_k, options["BLOCK_N"]):
                 triton_kernels.backward_dk_dv_kernel[(programs,)](
                     *_strided(dk, dv, q, k, v, dout), lse, delta, *sizes, softmax_scale, **options
@@ -98,15 +120,14 @@ def backward(
     return dq, dk if needs[1] else None, dv if needs[2] else None
 
 
-def constants(kernel: str, q: Tensor, diagonal: int | None) -> dict[str, Any]:
-    """The compile-time arguments of "forward", "dq" or "dk_dv" for queries like q."""
-    head_dim = q.shape[3]
-    block_d = max(16, 1 << (head_dim - 1).bit_length())
-    block_m, block_n, num_warps, num_stages = TILES[kernel][q.element_size(), max(block_d, 32)]
+def constants(kernel: str, dtype: torch.dtype, head_dim: int, *, causal: bool) -> dict[str, Any]:
+    """The compile-time arguments and launch options of the kernel "forward", "dq" or "dk_dv"."""
+    block_d = _block_d(head_dim)
+    block_m, block_n, num_warps, num_stages = TILES[kernel][dtype.itemsize, max(block_d, 32)]
     return {
         "D": head_dim,
-        "CAUSAL": diagonal is not None,
-        "WIDEN": triton_runtime.widen(q),
+        "CAUSAL": causal,
+        "WIDEN": triton_runtime.widen(dtype),
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_D": block_d,
@@ -115,8 +136,18 @@ def constants(kernel: str, q: Tensor, diagonal: int | None) -> dict[str, Any]:
     }
 
 
+def delta_constants(head_dim: int) -> dict[str, int]:
+    """The compile-time arguments of the kernel that makes delta."""
+    return {"D": head_dim, "BLOCK_M": DELTA_ROWS, "BLOCK_D": _block_d(head_dim)}
+
+
+def _block_d(head_dim: int) -> int:
+    """The power of two that holds head_dim; a matrix product takes at least 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
 def _sizes(q: Tensor, k: Tensor, diagonal: int | None) -> tuple[int, int, int, int, int]:
-    """H, H_kv, N_q, N_k and the diagonal, moved to the nearest one that hides and shows the same keys in 32 bits."""
+    """H, H_kv, N_q, N_k and a diagonal that shows the same keys and fits 32 bits."""
     n_q, n_k = q.shape[2], k.shape[2]
     return q.shape[1], k.shape[1], n_q, n_k, max(-n_q, min(diagonal or 0, n_k))
 

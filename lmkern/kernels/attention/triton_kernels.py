@@ -1,6 +1,7 @@
 """The Triton kernels of attention. Imported on first use by triton.py, which launches them."""
 
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# Triton compiles these functions; annotations would be read as types of arguments.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
 import triton
 import triton.language as tl
@@ -33,8 +34,9 @@ def forward_kernel(
         out    = exp(scores - row_max) @ v / row_sum
         lse    = row_max + log(row_sum)
 
-    with row_max, row_sum and the numerator carried from key block to key block. A program reads its queries once and the
-    keys and values that they see once. Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135.
+    with row_max, row_sum and the numerator carried from key block to key block. A program reads its queries
+    once, and once the keys and values that they see. Derivation: docs/kernels/attention.md.
+    Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135.
     """
     blocks = tl.cdiv(N_q, BLOCK_M)
     program = tl.program_id(0)
@@ -58,13 +60,15 @@ def forward_kernel(
     full, stop = _key_range(first_query, N_k, diagonal, CAUSAL, BLOCK_M, BLOCK_N)
     for first_key in range(0, full, BLOCK_N):
         row_max, row_sum, acc = _attend(
-            q, row_max, row_sum, acc, queries, first_key, k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
-            N_q, N_k, diagonal, softmax_scale, D, CAUSAL, False, WIDEN, BLOCK_N, BLOCK_D,
+            q, row_max, row_sum, acc, queries, first_key,
+            k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd, N_q, N_k, diagonal,
+            softmax_scale, D, CAUSAL, False, WIDEN, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-    for first_key in tl.range(full, stop, BLOCK_N, num_stages=1):
+    for first_key in range(full, stop, BLOCK_N):
         row_max, row_sum, acc = _attend(
-            q, row_max, row_sum, acc, queries, first_key, k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
-            N_q, N_k, diagonal, softmax_scale, D, CAUSAL, True, WIDEN, BLOCK_N, BLOCK_D,
+            q, row_max, row_sum, acc, queries, first_key,
+            k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd, N_q, N_k, diagonal,
+            softmax_scale, D, CAUSAL, True, WIDEN, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
     # Select on the sum, so that a query without a visible key is zero whatever v holds.
@@ -148,13 +152,15 @@ def backward_dq_kernel(
     full, stop = _key_range(first_query, N_k, diagonal, CAUSAL, BLOCK_M, BLOCK_N)
     for first_key in range(0, full, BLOCK_N):
         dq = _add_dq(
-            dq, q, dout, lse, delta, queries, first_key, k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
-            N_q, N_k, diagonal, softmax_scale, D, CAUSAL, False, WIDEN, BLOCK_N, BLOCK_D,
+            dq, q, dout, lse, delta, queries, first_key,
+            k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd, N_q, N_k, diagonal,
+            softmax_scale, D, CAUSAL, False, WIDEN, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-    for first_key in tl.range(full, stop, BLOCK_N, num_stages=1):
+    for first_key in range(full, stop, BLOCK_N):
         dq = _add_dq(
-            dq, q, dout, lse, delta, queries, first_key, k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
-            N_q, N_k, diagonal, softmax_scale, D, CAUSAL, True, WIDEN, BLOCK_N, BLOCK_D,
+            dq, q, dout, lse, delta, queries, first_key,
+            k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd, N_q, N_k, diagonal,
+            softmax_scale, D, CAUSAL, True, WIDEN, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     _store(dq_ptr, dq * softmax_scale, queries, N_q, stride_xn, stride_xd, D, BLOCK_D)
 
@@ -181,8 +187,9 @@ def backward_dk_dv_kernel(
         dv = weights^T @ dout
         dk = dscores^T @ q * softmax_scale
 
-    summed in a fixed order over the query heads that share the keys and the query blocks that see them. The scores are
-    computed transposed, (keys, queries), so that weights^T and dscores^T are left operands straight from registers.
+    summed in a fixed order over the query heads that share the keys and the query blocks that see them. The
+    scores are computed transposed, (keys, queries), so that weights^T and dscores^T are left operands in
+    registers already.
     """
     blocks = tl.cdiv(N_k, BLOCK_N)
     program = tl.program_id(0)
@@ -205,15 +212,18 @@ def backward_dk_dv_kernel(
         row = batch * H + head
         q_head = q_ptr + _offset(batch, stride_qb, head, stride_qh)
         dout_head = dout_ptr + _offset(batch, stride_gb, head, stride_gh)
+        # Not pipelined: few blocks, and two pipelines would spill registers.
         for first_query in tl.range(start, full, BLOCK_M, num_stages=1):
             dk, dv = _add_dk_dv(
-                dk, dv, k, v, keys, first_query, row, q_head, stride_qn, stride_qd, dout_head, stride_gn, stride_gd,
-                lse_ptr, delta_ptr, N_q, N_k, diagonal, softmax_scale, D, CAUSAL, True, WIDEN, BLOCK_M, BLOCK_D,
+                dk, dv, k, v, keys, first_query, row, q_head, stride_qn, stride_qd,
+                dout_head, stride_gn, stride_gd, lse_ptr, delta_ptr, N_q, N_k, diagonal,
+                softmax_scale, D, CAUSAL, True, WIDEN, BLOCK_M, BLOCK_D,
             )  # fmt: skip
         for first_query in range(full, N_q, BLOCK_M):
             dk, dv = _add_dk_dv(
-                dk, dv, k, v, keys, first_query, row, q_head, stride_qn, stride_qd, dout_head, stride_gn, stride_gd,
-                lse_ptr, delta_ptr, N_q, N_k, diagonal, softmax_scale, D, CAUSAL, False, WIDEN, BLOCK_M, BLOCK_D,
+                dk, dv, k, v, keys, first_query, row, q_head, stride_qn, stride_qd,
+                dout_head, stride_gn, stride_gd, lse_ptr, delta_ptr, N_q, N_k, diagonal,
+                softmax_scale, D, CAUSAL, False, WIDEN, BLOCK_M, BLOCK_D,
             )  # fmt: skip
     dk_ptr += _offset(batch, stride_xb, head_kv, stride_xh)
     dv_ptr += _offset(batch, stride_yb, head_kv, stride_yh)
@@ -299,7 +309,10 @@ def _add_dk_dv(
 def _key_range(
     first_query, N_k, diagonal, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """(full, stop): every query of the block sees all keys before full, a multiple of BLOCK_N; none sees a key from stop on."""
+    """(full, stop): every query of the block sees all keys before full, and none sees a key from stop on.
+
+    full is a multiple of BLOCK_N.
+    """
     full, stop = N_k, N_k
     if CAUSAL:
         full = tl.minimum(tl.maximum(first_query + diagonal + 1, 0), N_k)
@@ -311,9 +324,9 @@ def _key_range(
 def _query_range(
     first_key, N_q, N_k, diagonal, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """(start, full): no query before start sees a key of the block, each from full on sees all; multiples of BLOCK_M.
+    """(start, full): no query before start sees a key of the block, every query from full on sees them all.
 
-    start is at most full; both may lie beyond N_q.
+    Multiples of BLOCK_M. start may lie beyond full, and both beyond N_q, where no query sees a key.
     """
     start, full = 0, 0
     if CAUSAL:
@@ -336,8 +349,8 @@ def _visible(queries, keys, N_q, N_k, diagonal, CAUSAL: tl.constexpr):
 def _load_statistics(lse_ptr, delta_ptr, row, queries, N_q):
     """lse in base 2 and delta of one block of queries.
 
-    Beyond N_q lse is +inf, which makes the weights zero. Where no key is seen it is 0 instead of -inf: the scores are
-    -inf already, and -inf - -inf would be NaN.
+    Beyond N_q lse is +inf, which makes the weights zero. Where every score is -inf it is 0 instead of -inf,
+    because -inf - -inf would be NaN.
     """
     base = row.to(tl.int64) * N_q
     lse = tl.load(lse_ptr + base + queries, mask=queries < N_q, other=float("inf"))
@@ -377,8 +390,8 @@ def _store(ptr, x, rows, N, stride_n, stride_d, D: tl.constexpr, BLOCK_D: tl.con
 def _finite(x):
     """x with zero for NaN and infinity.
 
-    A weight of zero times such an element would be NaN, and reach queries that do not see it; where it is seen, the
-    score has carried it on already.
+    A weight of zero times such an element would be NaN, and reach queries that do not see it. Where a NaN is
+    seen, the score has carried it on already.
     """
     wide = x.to(tl.float32)
     return tl.where(tl.abs(wide) < float("inf"), wide, 0.0).to(x.dtype)

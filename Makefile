@@ -1,0 +1,60 @@
+# make demo   raw text to a judged, writing model, in about three minutes      make demo MINUTES=20 DATA="my.txt folder/"
+# make test   every test          make lint   formatters, linter, types         make bench / make report   the figures
+# VENV=path uses an environment that you have; otherwise .venv is made and kept.
+
+VENV ?= .venv
+PYTHON ?= python3
+MINUTES ?= 3
+DATA ?=
+ARGS ?=
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
+
+# An environment of the user's keeps the versions it has; our own is pinned.
+ifeq ($(VENV),.venv)
+PINS := -c constraints.txt
+READY := $(VENV)/.lmkern-ready
+LINT_READY := $(VENV)/.lmkern-lint-ready
+else
+PINS :=
+READY := build/ready-$(subst /,-,$(VENV))
+LINT_READY := build/lint-ready-$(subst /,-,$(VENV))
+endif
+
+.PHONY: demo test lint format bench report
+
+demo: $(READY)
+	$(BIN)/lmkern demo $(DATA) --minutes $(MINUTES) $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(LINT_READY)
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+	git ls-files 'csrc/*' | grep -E '\.(cpp|hpp|cu)$$' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(LINT_READY)
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+	git ls-files 'csrc/*' | grep -E '\.(cpp|hpp|cu)$$' | xargs $(BIN)/clang-format -i
+
+bench: $(READY)
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+report: $(READY)
+	$(BIN)/python benchmarks/report.py
+
+$(READY): $(SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install $(PINS) -e '.[test]'
+	mkdir -p $(dir $@) && touch $@
+
+$(LINT_READY): $(READY)
+	$(BIN)/python -m pip install $(PINS) -e '.[dev]'
+	touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "lmkern needs Python 3.11 or newer as $(PYTHON); name one: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv."; \
+	    echo "Or use an environment you have: make VENV=path/to/it ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,86 @@
+"""The machine of a run: its name, what it is, its two ceilings, and the commit that ran on it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.cases import DTYPES, dtype_name
+from lmkern.kernels import backends, native
+from lmkern.report.machine import hardware, versions
+from lmkern.training.ceiling import measure_ceiling, synchronize
+
+ROOT = Path(__file__).parents[1]
+# More than any last-level cache holds, so that the copy runs at the speed of memory.
+COPY_BYTES = 256 * 2**20
+
+
+def choose_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def machine_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's with the instruction set that our kernels use: "amd-epyc-avx512"."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{hardware()['processor']} {instruction_set()}"
+    # A trademark sign, a clock rate or "Processor" says nothing that tells two machines apart.
+    name = re.sub(r"\((R|TM)\)|@.*?GHz|\bCPU\b|\bProcessor\b", " ", name, flags=re.IGNORECASE)
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def instruction_set() -> str:
+    """That of the compiled CPU module in use; torch's where none was compiled."""
+    if native.cpu_modules():
+        return native.module().__name__.rpartition("_cpu_")[2]
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def environment() -> dict[str, str]:
+    """Hardware and versions, as the page prints them."""
+    return hardware() | {"CPU module used": instruction_set()} | versions()
+
+
+def gaps() -> dict[str, str]:
+    """Why a backend has no rows, by "op backend"."""
+    return {f"{row.op} {row.backend}": row.reason for row in backends.describe() if not row.usable}
+
+
+def measure_ceilings(device: torch.device) -> dict[str, float]:
+    """Matrix products, FLOP/s by dtype, and "copy", bytes/s read plus written: the best of ten each."""
+    products = {dtype_name(dtype): measure_ceiling(device, dtype, tries=10) for dtype in DTYPES}
+    return products | {"copy": copy_bandwidth(device)}
+
+
+def copy_bandwidth(device: torch.device, tries: int = 10) -> float:
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    best = float("inf")
+    for _ in range(tries):
+        synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * COPY_BYTES / best
+
+
+def commit() -> str:
+    """The commit of this checkout, with a note when tracked files differ from it; "unknown" outside git."""
+    try:
+        head = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{head} with local changes" if changed else head
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.strip()

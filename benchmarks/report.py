@@ -1,0 +1,201 @@
+"""Pages from results: `python -m benchmarks.report`.
+
+Reads benchmarks/results/*.json and writes docs/benchmarks/<machine>.md with two pictures each, and the table
+between the markers in README.md. Every row that was measured is shown. Results whose tests were not green are
+refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import pictures
+from benchmarks.cases import FORMAT
+from benchmarks.pictures import best
+
+ROOT = Path(__file__).parents[1]
+START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
+COMPETITORS = ("torch eager", "torch.compile")
+
+METHOD = """\
+Ours and torch run in turn within one run. Times are medians over the rounds. The ratio is the median over
+the rounds of the time of the better of torch eager and torch.compile / our time, beside its range: above 1,
+ours is faster. Forward is timed without gradients, backward alone. The ceiling of attention is a matrix
+product in its dtype, that of layer norm a copy of 256 MiB, both measured in this run; what fits in a cache
+may pass the copy."""
+
+Record = dict[str, Any]
+Row = dict[str, Any]
+
+
+class RefusedResults(ValueError):
+    """Results that may not be reported; the message gives the reason and the remedy."""
+
+
+def load(path: Path) -> Record:
+    """One file of results. RefusedResults unless it is whole and its tests passed."""
+    try:
+        record: Record = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise RefusedResults(f"report: {path} is not JSON ({error}); run make bench again") from error
+    if record.get("format") != FORMAT:
+        raise RefusedResults(
+            f"report: {path} must have format {FORMAT}; got {record.get('format')!r}; run make bench again"
+        )
+    if record.get("tests") != "passed":
+        raise RefusedResults(
+            f"report: {path} must have tests 'passed'; got {record.get('tests')!r}: "
+            "no speed is reported for kernels whose tests are red; make them green and run make bench again"
+        )
+    if not record.get("rows"):
+        raise RefusedResults(f"report: {path} must have rows; got none; run make bench again")
+    return record
+
+
+def rate(row: Row) -> str:
+    """GFLOP/s of an op that matrix products bound, GB/s of one that memory bounds."""
+    done, unit = (row["flops"], "GFLOP/s") if row["bound"] == "matmul" else (row["bytes"], "GB/s")
+    return f"{done / row['ours']['median'] / 1e9:.3g} {unit}"
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits: 0.0312, 1.25, 134."""
+    value = seconds * 1e3
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def cells(row: Row) -> dict[str, str]:
+    """A row of a table, by column."""
+    times = {name: milliseconds(theirs["median"]) for name, theirs in row["competitors"].items()}
+    theirs = best(row)
+    return {
+        "op": row["op"],
+        "pass": row["direction"],
+        "shape": row["shape"],
+        "dtype": row["dtype"],
+        "backend": row["backend"],
+        "ours, ms": milliseconds(row["ours"]["median"]),
+        **{f"{name}, ms": times.get(name, "-") for name in COMPETITORS},
+        "ratio": f"{theirs['ratio']:.2f}",
+        "range": f"{theirs['ratio_min']:.2f} to {theirs['ratio_max']:.2f}",
+        "rate": rate(row),
+        "of ceiling": f"{row['share_of_' + row['bound']]:.0%}",
+    }
+
+
+def row_table(rows: Sequence[Row], without: Sequence[str] = ()) -> str:
+    """The rows as a Markdown table, numbers set to the right."""
+    lines = [{name: cell for name, cell in cells(row).items() if name not in without} for row in rows]
+    words = {"op", "pass", "shape", "dtype", "backend"}
+    return table(
+        list(lines[0]), [list(line.values()) for line in lines], [name in words for name in lines[0]]
+    )
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[bool]) -> str:
+    """A Markdown table; left: whether a column is set to the left."""
+    rule = ["---" if words else "---:" for words in left]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
+
+
+def page(record: Record) -> str:
+    """docs/benchmarks/<machine>.md."""
+    name, rows, ceilings = record["machine"], record["rows"], record["ceilings"]
+    ahead = sum(best(row)["ratio"] >= 1 for row in rows)
+    eager = Counter(row["eager"] for row in rows)
+    products = {f"matrix product, {dtype}": f"{ceilings[dtype] / 1e9:.0f} GFLOP/s" for dtype in dtypes(rows)}
+    copy = {"copy, bytes read and written": f"{ceilings['copy'] / 1e9:.1f} GB/s"}
+    facts = record["environment"] | products | copy
+    parts = [
+        f"# Benchmarks: {name}",
+        "Written by `make report`; do not edit. "
+        f"Measured on {record['date']} at commit {record['commit']}, after {record['gate']} had passed.",
+        METHOD,
+        f"Torch eager is {', '.join(f'{kernel} in {count} rows' for kernel, count in eager.items())}.",
+        f"Ours is level or ahead in {ahead} of {len(rows)} rows.",
+        row_table(rows),
+        f"![Ratio of each row]({name}-ratios.svg)",
+        f"![Rate over arithmetic intensity, under the ceilings]({name}-roofline.svg)",
+        "## Machine",
+        table(("what", "value"), list(facts.items()), (True, True)),
+    ]
+    if record["gaps"]:
+        gaps = "\n".join(f"* {backend}: {reason}" for backend, reason in record["gaps"].items())
+        parts += ["Backends without rows here:", gaps]
+    return "\n\n".join(parts) + "\n"
+
+
+def dtypes(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["dtype"] for row in rows))
+
+
+def summary(records: Sequence[Record]) -> str:
+    """README.md's table: the main shapes of every machine."""
+    parts = []
+    for record in records:
+        facts = record["environment"]
+        where = f"{record['machine']}, {facts['threads']}, torch {facts['torch']}"
+        link = f"[Every row, and how it was measured](docs/benchmarks/{record['machine']}.md)"
+        parts.append(f"{where}. Ratio: time of the better torch / ours, above 1 ours is faster. {link}.")
+        main = [row for row in record["rows"] if row["main"]]
+        parts.append(row_table(main, without=("backend", "range", "rate")))
+    return "\n\n".join(parts)
+
+
+def replace_between(text: str, replacement: str) -> str:
+    """text with what stands between the markers replaced. ValueError unless each is there once, in order."""
+    head, start, rest = text.partition(START)
+    _, end, tail = rest.partition(END)
+    if not start or not end or START in rest or END in tail:
+        raise ValueError(
+            f"report: README.md must hold {START} and then {END}, once each; add them where the table goes"
+        )
+    return f"{head}{START}\n{replacement}\n{END}{tail}"
+
+
+def write(results: Path, docs: Path, readme: Path) -> list[Path]:
+    """All pages and the README's table. Everything is read and checked before anything is written."""
+    paths = sorted(results.glob("*.json"))
+    if not paths:
+        raise FileNotFoundError(f"report: no results in {results}; run make bench first")
+    records = [load(path) for path in paths]
+    files = {readme: replace_between(readme.read_text(encoding="utf-8"), summary(records))}
+    for record in records:
+        stem = docs / record["machine"]
+        files[stem.with_name(f"{stem.name}.md")] = page(record)
+        files[stem.with_name(f"{stem.name}-ratios.svg")] = pictures.ratios(record["rows"])
+        files[stem.with_name(f"{stem.name}-roofline.svg")] = pictures.roofline(
+            record["rows"], record["ceilings"]
+        )
+    docs.mkdir(parents=True, exist_ok=True)
+    for path, text in files.items():
+        path.write_text(text, encoding="utf-8")
+    return list(files)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description="Pages and README table from benchmark results."
+    )
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "benchmarks")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    options = parser.parse_args(arguments)
+    try:
+        written = write(options.results, options.docs, options.readme)
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    for path in written:
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

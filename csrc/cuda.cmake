@@ -1,0 +1,29 @@
+# The CUDA module, included by CMakeLists.txt for LMKERN_MODULES=cuda.
+if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+  find_program(CMAKE_CUDA_COMPILER nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin)
+  if(NOT CMAKE_CUDA_COMPILER)
+    message(FATAL_ERROR "lmkern: no nvcc found; put that of CUDA 11.8 or newer on the PATH, or name it in CUDACXX")
+  endif()
+endif()
+
+# Machine code for compute capability 8 and 9.0, and PTX that the driver compiles for later ones. sm_90a has nothing that
+# these kernels use. Set before the language is enabled: CMake's own choice may be one that the compiler has dropped.
+if(NOT CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES 80-real 90)
+endif()
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+enable_language(CUDA)
+
+pybind11_add_module(_cuda NO_EXTRAS
+    csrc/cuda_module.cpp
+    csrc/layer_norm/cuda_forward.cu
+    csrc/layer_norm/cuda_backward.cu)
+target_include_directories(_cuda PRIVATE csrc ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+target_compile_options(_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-O3 -Wall>
+                                     $<$<COMPILE_LANGUAGE:CUDA>:-O3 -Xcompiler=-Wall --threads=2>)
+# The runtime's symbols stay inside: torch brings a CUDA runtime of its own, perhaps of another version, and neither may
+# be bound to the other's functions.
+target_link_options(_cuda PRIVATE -Wl,--exclude-libs,ALL)
+install(TARGETS _cuda DESTINATION .)

@@ -1,0 +1,155 @@
+// A row of elements shared out among the threads of a block with equal threadIdx.y, and sums over it.
+//
+// blockDim.x is a multiple of 32. A pack is W neighbouring elements; pack i of a thread begins at column
+// (i * blockDim.x + threadIdx.x) * W, so that the threads of a warp read neighbouring packs. V > 0: a thread
+// has at most V packs, in registers. V = 0: any number, read again each time.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "core/cuda_launch.hpp"
+#include "core/types.hpp"
+
+namespace lmkern {
+
+__device__ inline float to_float(float x) {
+    return x;
+}
+__device__ inline float to_float(bfloat16 x) {
+    return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
+}
+__device__ inline float to_float(float16 x) {
+    return __half2float(__ushort_as_half(x.bits));
+}
+
+// Rounds to nearest even.
+__device__ inline void from_float(float x, float& to) {
+    to = x;
+}
+__device__ inline void from_float(float x, bfloat16& to) {
+    to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
+__device__ inline void from_float(float x, float16& to) {
+    to.bits = __half_as_ushort(__float2half_rn(x));
+}
+
+// 16 bytes move in one instruction.
+template <class T, int W>
+struct alignas(W * sizeof(T) < 16 ? W * sizeof(T) : 16) Pack {
+    T element[W];
+};
+
+// Through the read-only cache: for memory that the kernel does not write.
+template <int W, class T>
+__device__ Pack<T, W> load_pack(const T* from) {
+    constexpr int bytes = W * sizeof(T);
+    using Word =
+        std::conditional_t<bytes % 16 == 0, uint4, std::conditional_t<bytes == 4, unsigned, unsigned short>>;
+    static_assert(bytes % sizeof(Word) == 0, "load_pack: a pack is 2, 4 or a multiple of 16 bytes");
+    Pack<T, W> pack;
+#pragma unroll
+    for (int word = 0; word < bytes / static_cast<int>(sizeof(Word)); ++word)
+        reinterpret_cast<Word*>(&pack)[word] = __ldg(reinterpret_cast<const Word*>(from) + word);
+    return pack;
+}
+
+template <class T, int W>
+__device__ Pack<float, W> to_float(const Pack<T, W>& pack) {
+    Pack<float, W> wide;
+#pragma unroll
+    for (int w = 0; w < W; ++w) wide.element[w] = to_float(pack.element[w]);
+    return wide;
+}
+
+// The elements from `column` of a vector shared by all rows; `otherwise` if there is none.
+template <int W, class T>
+__device__ Pack<float, W> load_or(const T* vector, int column, float otherwise) {
+    if (vector != nullptr) return to_float(load_pack<W>(vector + column));
+    Pack<float, W> pack;
+#pragma unroll
+    for (int w = 0; w < W; ++w) pack.element[w] = otherwise;
+    return pack;
+}
+
+template <class T, int W>
+__device__ void store_pack(T* to, const Pack<float, W>& pack) {
+    Pack<T, W> narrow;
+#pragma unroll
+    for (int w = 0; w < W; ++w) from_float(pack.element[w], narrow.element[w]);
+    *reinterpret_cast<Pack<T, W>*>(to) = narrow;
+}
+
+// body(i, column) for each pack of this thread. columns: a multiple of W.
+template <int W, int V, class Body>
+__device__ void for_packs(int columns, const Body& body) {
+    if constexpr (V > 0) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+            const int column = static_cast<int>(i * blockDim.x + threadIdx.x) * W;
+            if (column < columns) body(i, column);
+        }
+    } else {
+        int i = 0;
+        for (int column = threadIdx.x * W; column < columns; column += blockDim.x * W) body(i++, column);
+    }
+}
+
+// This thread's packs of a row.
+template <class T, int W, int V>
+class Row {
+public:
+    __device__ Row(const T* row, int columns) {
+        for_packs<W, V>(columns, [&](int i, int column) { packs_[i] = load_pack<W>(row + column); });
+    }
+    __device__ Pack<float, W> at(int i, int) const { return to_float(packs_[i]); }
+
+private:
+    Pack<T, W> packs_[V];
+};
+
+template <class T, int W>
+class Row<T, W, 0> {
+public:
+    __device__ Row(const T* row, int) : row_(row) {}
+    __device__ Pack<float, W> at(int, int column) const { return to_float(load_pack<W>(row_ + column)); }
+
+private:
+    const T* row_;
+};
+
+// Each of the K sums becomes its sum over the threads of the row, the same bits in all of them. Every thread
+// of the block calls it. scratch: shared, a float for each warp and sum.
+template <int K>
+__device__ void sum_over_threads(float (&sums)[K], float (&scratch)[K][kMaxThreads / 32]) {
+    const auto over_warp = [&] {
+#pragma unroll
+        for (int offset = 16; offset > 0; offset /= 2)
+#pragma unroll
+            for (int k = 0; k < K; ++k) sums[k] += __shfl_xor_sync(0xffffffffu, sums[k], offset);
+    };
+    over_warp();
+    if (blockDim.x == 32) return;
+    const int warps = blockDim.x / 32, lane = threadIdx.x % 32, first = threadIdx.y * warps;
+    // Every thread has read what the call before left in scratch.
+    __syncthreads();
+    if (lane == 0)
+        for (int k = 0; k < K; ++k) scratch[k][first + threadIdx.x / 32] = sums[k];
+    __syncthreads();
+    for (int k = 0; k < K; ++k) sums[k] = lane < warps ? scratch[k][first + lane] : 0.0f;
+    over_warp();
+}
+
+// The block for rows of which a thread takes so many elements: threads along a row, rows at once. At most
+// max_threads, or a thread takes more.
+inline dim3 block_for(int64_t columns, int64_t elements_per_thread, int64_t max_threads) {
+    const int64_t warps = ceil_div(columns, elements_per_thread * 32);
+    const int64_t along = std::min<int64_t>(warps * 32, kMaxThreads);
+    return dim3(static_cast<unsigned>(along),
+                static_cast<unsigned>(std::max<int64_t>(1, max_threads / along)));
+}
+
+}  // namespace lmkern

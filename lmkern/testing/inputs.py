@@ -1,0 +1,83 @@
+"""Inputs for tests and benchmarks: seeded, of any dtype, and laid out in memory in every way a caller may hand over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lmkern.testing.shapes import AttentionShape, LayerNormShape
+
+# randn(*shape) gives a fresh contiguous tensor; a layout makes one and returns a view of the asked (B, H, N, D).
+Randn = Callable[..., Tensor]
+Layout = Callable[[Randn, int, int, int, int], Tensor]
+
+LAYOUTS: dict[str, Layout] = {
+    "contiguous": lambda randn, B, H, N, D: randn(B, H, N, D),
+    # What a module holds after its projection: (B, N, H, D) in memory.
+    "transposed": lambda randn, B, H, N, D: randn(B, N, H, D).transpose(1, 2),
+    # One of three in a fused projection, (B, N, 3, H, D) in memory.
+    "fused": lambda randn, B, H, N, D: randn(B, N, 3, H, D)[:, :, 1].transpose(1, 2),
+    "sliced": lambda randn, B, H, N, D: randn(B + 1, H + 2, N + 3, D + 5)[1:, 2:, 3:, 4 : D + 4],
+    "columns": lambda randn, B, H, N, D: randn(B, H, D, N).mT,
+    "every_second": lambda randn, B, H, N, D: randn(B, H, 2 * N, 2 * D)[:, :, ::2, ::2],
+    "expanded_heads": lambda randn, B, H, N, D: randn(B, 1, N, D).expand(B, H, N, D),
+    "expanded_tokens": lambda randn, B, H, N, D: randn(B, H, 1, D).expand(B, H, N, D),
+    "expanded_columns": lambda randn, B, H, N, D: randn(B, H, N, 1).expand(B, H, N, D),
+}
+
+
+def seeded_randn(seed: int, dtype: torch.dtype, device: str = "cpu") -> Randn:
+    """A function of a shape: standard normal numbers from one seeded stream, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype=dtype, device=device)
+
+    return randn
+
+
+def attention_inputs(
+    shape: AttentionShape,
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: str = "cpu",
+    seed: int = 0,
+    layout: str = "contiguous",
+    q_factor: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v and dout.
+
+    layout: a name of LAYOUTS, for all four. q_factor: multiplies q; 64 makes softmax rows that one key has to itself.
+    """
+    randn, make = seeded_randn(seed, dtype, device), LAYOUTS[layout]
+
+    def scaled(*size: int) -> Tensor:
+        return randn(*size) * q_factor
+
+    q = make(scaled, shape.B, shape.H, shape.N_q, shape.D)
+    k, v = (make(randn, shape.B, shape.H_kv, shape.N_k, shape.D) for _ in range(2))
+    return q, k, v, make(randn, shape.B, shape.H, shape.N_q, shape.D)
+
+
+def layer_norm_inputs(
+    shape: LayerNormShape,
+    dtype: torch.dtype = torch.float32,
+    *,
+    parameter_dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    mean: float = 0.5,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x (R, E) around mean, weight (E,), bias (E,) and dy (R, E). parameter_dtype: default dtype."""
+    wide = seeded_randn(seed, torch.float32, device)
+    parameter_dtype = parameter_dtype or dtype
+    x = (wide(shape.R, shape.E) + mean).to(dtype)
+    weight, bias = (wide(shape.E).to(parameter_dtype) for _ in range(2))
+    return x, weight, bias, wide(shape.R, shape.E).to(dtype)
+
+
+def leaves(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The same memory and strides as fresh leaves that want gradients."""
+    return tuple(None if x is None else x.detach().requires_grad_() for x in tensors)

@@ -1,0 +1,109 @@
+"""The shapes that tests and benchmarks run on, each with the reason it is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """q (B, H, N_q, D); k and v (B, H_kv, N_k, D); causal as in `lmkern.attention`: the last query sees every key."""
+
+    B: int
+    H: int
+    N_q: int
+    D: int
+    N_k: int
+    H_kv: int
+    causal: bool = False
+    reason: str = ""
+
+    def __str__(self) -> str:
+        heads = f"H{self.H}" if self.H == self.H_kv else f"H{self.H}of{self.H_kv}"
+        tokens = f"N{self.N_q}" if self.N_q == self.N_k else f"N{self.N_q}x{self.N_k}"
+        return f"B{self.B}-{heads}-{tokens}-D{self.D}" + ("-causal" if self.causal else "")
+
+    @property
+    def diagonal(self) -> int | None:
+        """Query i sees the keys j <= i + diagonal; None: every key."""
+        return self.N_k - self.N_q if self.causal else None
+
+    @property
+    def scores(self) -> int:
+        """Elements of the score matrix, which a kernel's time goes with."""
+        return self.B * self.H * self.N_q * self.N_k
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNormShape:
+    """x (R, E)."""
+
+    R: int
+    E: int
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"R{self.R}-E{self.E}"
+
+
+def _square(B: int, H: int, N: int, D: int, reason: str, *, causal: bool = False) -> AttentionShape:
+    return AttentionShape(B, H, N, D, N, H, causal, reason)
+
+
+ATTENTION_SHAPES = (
+    _square(1, 1, 1, 1, "the smallest call"),
+    _square(2, 3, 17, 16, "shorter than a block, an odd number of heads"),
+    _square(2, 8, 100, 64, "one block and a part", causal=True),
+    _square(1, 2, 64, 64, "exactly one block", causal=True),
+    _square(1, 2, 128, 32, "exactly two blocks"),
+    AttentionShape(1, 2, 63, 32, 65, 2, False, "a query fewer and a key more than a block"),
+    AttentionShape(1, 2, 65, 40, 63, 2, True, "a query more and a key fewer: the first two queries see no key"),
+    AttentionShape(1, 2, 127, 72, 129, 2, True, "a diagonal off the block's corner, above"),
+    AttentionShape(1, 2, 129, 80, 127, 2, True, "a diagonal off the block's corner, below"),
+    AttentionShape(1, 6, 33, 48, 97, 2, False, "grouped heads"),
+    AttentionShape(2, 4, 50, 24, 70, 1, True, "one key/value head for all"),
+    AttentionShape(3, 6, 1, 64, 130, 3, True, "one new token against a cache"),
+    AttentionShape(1, 1, 7, 128, 300, 1, False, "few queries, many keys"),
+    AttentionShape(1, 1, 150, 128, 7, 1, True, "whole blocks of queries that see no key"),
+    AttentionShape(2, 2, 40, 16, 1, 2, False, "one key: every weight is 1"),
+    _square(1, 1, 600, 8, "one head, longer than two parts of the backward pass", causal=True),
+    _square(1, 3, 520, 20, "fewer heads than make whole rounds of two threads"),
+    *(_square(1, 2, 20, D, f"head_dim {D}", causal=D % 2 == 0) for D in (2, 3, 7, 15, 31, 33, 65, 96, 100)),
+    *(_square(1, 2, 20, D, f"head_dim {D}", causal=D % 2 == 0) for D in (127, 129, 160, 192, 255, 256)),
+)
+
+# Rows beside 16 and 64 chunks of 16, and widths beside every vector width, are where an off-by-one hides.
+LAYER_NORM_SHAPES = (
+    LayerNormShape(1, 1, "the smallest call: y is the bias"),
+    LayerNormShape(5, 2, "the narrowest row with a variance"),
+    LayerNormShape(5, 3, "narrower than every vector"),
+    LayerNormShape(7, 15, "one short of a vector"),
+    LayerNormShape(16, 17, "one past a vector; exactly one task of rows"),
+    LayerNormShape(17, 31, "one row more than a task"),
+    LayerNormShape(31, 64, "four whole vectors"),
+    LayerNormShape(33, 65, "four vectors and a lane; two chunks and a row"),
+    LayerNormShape(100, 127, "a lane short of two rounds of four vectors"),
+    LayerNormShape(50, 129, "two rounds and a lane"),
+    LayerNormShape(1025, 33, "more rows than all chunks hold at 16 each"),
+    LayerNormShape(37, 768, "GPT-2's width"),
+    LayerNormShape(9, 1000, "not a multiple of a vector"),
+    LayerNormShape(3, 4096, "a wide model"),
+    LayerNormShape(2, 16384, "the widest row that Triton takes"),
+    LayerNormShape(2, 70_000, "wider than 2^16"),
+)
+
+ATTENTION_BENCHMARK_SHAPES = (
+    _square(4, 12, 1024, 64, "GPT-2 small's layer in training", causal=True),
+    _square(4, 12, 1024, 64, "the same without a mask: an encoder"),
+    _square(16, 8, 128, 64, "many short sequences", causal=True),
+    _square(1, 12, 4096, 64, "a long sequence", causal=True),
+    AttentionShape(2, 16, 1024, 128, 1024, 4, True, "grouped heads, head_dim 128"),
+    AttentionShape(8, 12, 1, 64, 1024, 12, True, "generation: one new token a sequence"),
+)
+
+LAYER_NORM_BENCHMARK_SHAPES = (
+    LayerNormShape(4096, 768, "GPT-2 small's layer in training"),
+    LayerNormShape(4096, 256, "a small model: short rows"),
+    LayerNormShape(2048, 4096, "a wide model: rows larger than the first cache"),
+    LayerNormShape(8, 768, "generation: the cost of the call itself"),
+)

@@ -1,0 +1,67 @@
+"""What a test of an op runs on: each usable backend, and the CPU backend once for each instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from lmkern.kernels import backends, native, triton_runtime
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A backend of an op; for "cpu" the compiled module of one instruction set (None: the one chosen by itself)."""
+
+    op: str
+    backend: str
+    instruction_set: str | None = None
+
+    def __str__(self) -> str:
+        return self.backend if self.instruction_set is None else f"{self.backend}_{self.instruction_set}"
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether this is Triton's interpreter: right, and a thousand times slower than anything else."""
+        return self.backend == "triton" and triton_runtime.interpreted()
+
+    @property
+    def device(self) -> str:
+        """Where its tensors lie."""
+        return "cuda" if self.backend in ("cuda", "triton") and not self.interpreted else "cpu"
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether the backend takes tensors of this dtype; a backend that is missing is said to take all."""
+        if backends.load(self.op, self.backend).unavailable():
+            return True
+        x = torch.empty(1, 1, 1, 1, dtype=dtype, device=self.device)
+        tensors = {"q": x, "k": x, "v": x} if self.op == "attention" else {"x": x.view(1, 1)}
+        return backends.load(self.op, self.backend).unsupported(
+            backends.Call(self.op, tensors, {}, self.backend)
+        ) is None  # fmt: skip
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within it the CPU backend's calls go to this target's instruction set."""
+        if self.instruction_set is None:
+            yield
+            return
+        chosen, modules = native.module, native.cpu_modules()
+        native.module = lambda: modules[self.instruction_set]  # type: ignore[index, assignment]
+        try:
+            yield
+        finally:
+            native.module = chosen
+
+
+def targets(op: str) -> list[Target]:
+    """Every usable backend of an op, fastest first. "cpu" is always one: where it is not built, its tests fail and say why."""
+    found: list[Target] = []
+    for backend in backends.backend_names(op):
+        if backend == "cpu" and native.cpu_modules():
+            found += [Target(op, backend, name) for name in native.cpu_modules()]
+        elif backend == "cpu" or backends.load(op, backend).unavailable() is None:
+            found.append(Target(op, backend))
+    return found

@@ -1,0 +1,129 @@
+"""Verbs, help, errors in one line, and exit statuses."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import lmkern.cli.report
+from lmkern.cli.main import BROKEN_PIPE, INTERRUPTED, USAGE_ERROR, VERBS, main
+from lmkern.kernels.backends import UnsupportedBackend
+
+
+def exit_status(argv: list[str]) -> int:
+    """main's status, whether returned or raised by the parser."""
+    try:
+        return main(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def failing(error: BaseException) -> Any:
+    """A command that raises."""
+
+    def run() -> int:
+        raise error
+
+    return lambda argv: SimpleNamespace(run=run, kept=lambda: "all is kept")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_each_verb_shows_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status([verb, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"usage: lmkern {verb}" in shown
+    assert f"example:\n  lmkern {verb}" in shown
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_overview_lists_every_verb(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 0
+    shown = capsys.readouterr().out
+    assert [verb for verb in VERBS if f"\n  {verb} " not in shown] == []
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("lmkern 0.")
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"), [("trian", "did you mean train?"), ("xyz", "there are demo, prepare")]
+)
+def test_unknown_verb_gets_the_nearest(verb: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb]) == USAGE_ERROR
+    assert words in capsys.readouterr().err
+
+
+def test_unknown_field_gets_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(["demo", "--model.layrs", "3"]) == USAGE_ERROR
+    shown = capsys.readouterr().err
+    assert "--model.layrs" in shown
+    assert "--model.layers" in shown
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("what:\n  is wrong"),
+        FileNotFoundError("what: is wrong"),
+        FileExistsError("what: is wrong"),
+        FloatingPointError("what: is wrong"),
+        UnsupportedBackend("what: is wrong"),
+    ],
+)
+def test_known_errors_are_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("LMKERN_TRACEBACK", raising=False)
+    monkeypatch.setattr(lmkern.cli.report, "command", failing(error))
+    assert main(["report"]) == USAGE_ERROR
+    assert capsys.readouterr().err == "lmkern: error: what: is wrong\n"
+
+
+def test_traceback_comes_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMKERN_TRACEBACK", "1")
+    monkeypatch.setattr(lmkern.cli.report, "command", failing(ValueError("wrong")))
+    with pytest.raises(ValueError, match="wrong"):
+        main(["report"])
+
+
+def test_unknown_errors_are_never_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lmkern.cli.report, "command", failing(TypeError("a defect of lmkern")))
+    with pytest.raises(TypeError):
+        main(["report"])
+
+
+def test_interruption_says_what_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lmkern.cli.report, "command", failing(KeyboardInterrupt()))
+    assert main(["report"]) == INTERRUPTED
+    assert capsys.readouterr().err == "\nlmkern: interrupted; all is kept\n"
+
+
+def test_module_runs_and_a_missing_folder_is_one_line_in_a_real_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lmkern", "report", str(tmp_path / "nowhere")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == USAGE_ERROR
+    assert done.stdout == ""
+    assert done.stderr.startswith("lmkern: error: run: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_reader_that_goes_away_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    # Buffered, as it is by default: only then does the exit of Python flush what could not be written.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "lmkern", "doctor"]
+    done = subprocess.run(
+        command, stdout=write, stderr=subprocess.PIPE, env=environment, timeout=120, check=False
+    )
+    os.close(write)
+    assert done.returncode == BROKEN_PIPE
+    assert done.stderr == b""

@@ -1,0 +1,42 @@
+from typing import get_args
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lmkern.nn import FeedForward
+from lmkern.nn.feed_forward import Activation
+
+FORMULAS = {
+    "gelu": lambda h: h * 0.5 * (1 + torch.erf(h / 2**0.5)),
+    "gelu_tanh": lambda h: 0.5 * h * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (h + 0.044715 * h**3))),
+    "relu": lambda h: h.clamp(min=0),
+    "relu_squared": lambda h: h.clamp(min=0) ** 2,
+    "silu": lambda h: h * torch.sigmoid(h),
+    "swiglu": lambda h: h[..., :6] * torch.sigmoid(h[..., :6]) * h[..., 6:],
+}
+
+
+@pytest.mark.parametrize("activation", get_args(Activation))
+@pytest.mark.parametrize("bias", [True, False])
+def test_is_down_of_activation_of_up(activation, bias):
+    torch.manual_seed(0)
+    module = FeedForward(4, 6, activation=activation, bias=bias).double()
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    hidden = FORMULAS[activation](F.linear(x, module.up.weight, module.up.bias))
+    expected = F.linear(hidden, module.down.weight, module.down.bias)
+    torch.testing.assert_close(module(x), expected)
+    assert (module.up.bias is not None) == bias
+
+
+def test_dropout_falls_on_the_output_in_training_only():
+    torch.manual_seed(0)
+    module = FeedForward(64, 64, dropout=0.5)
+    x = torch.randn(8, 64)
+    assert 0.4 < (module(x) == 0).float().mean() < 0.6
+    assert (module.eval()(x) != 0).all()
+
+
+def test_unknown_activation_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"FeedForward: activation must be one of gelu, .*; got 'tanh'"):
+        FeedForward(4, 8, activation="tanh")

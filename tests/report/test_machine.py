@@ -1,0 +1,22 @@
+"""What doctor says of the machine."""
+
+import platform
+
+from lmkern.report.machine import hardware, instruction_sets, version, versions
+
+
+def test_versions_name_python_and_what_is_missing() -> None:
+    assert versions()["python"] == platform.python_version()
+    assert version("torch") != "not installed"
+    assert version("no-such-package-anywhere") == "not installed"
+
+
+def test_instruction_sets_are_those_among_the_flags() -> None:
+    assert instruction_sets({"flags": "fpu sse4_2 avx2 xyz amx_bf16"}) == "sse4_2 avx2 amx_bf16"
+    assert instruction_sets({}) != ""
+
+
+def test_hardware_is_said_in_words() -> None:
+    facts = hardware()
+    assert all(isinstance(value, str) and value for value in facts.values())
+    assert {"processor", "instruction sets", "threads", "memory", "accelerator"} <= set(facts)

@@ -1,0 +1,38 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lmkern.training import RunConfig, dump_config
+from lmkern.training.run_folder import check_run_folder, open_run_folder
+
+Make = Callable[..., RunConfig]
+
+
+def test_half_written_checkpoint_is_ignored_and_cleaned_away(tmp_path: Path, make_config: Make) -> None:
+    (tmp_path / "config.toml").write_text(dump_config(make_config()))
+    for name in ("step-00000004", ".part-step-00000008"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    path = check_run_folder(make_config(), tmp_path, resume=True, overwrite=False)
+    assert path == tmp_path / "checkpoints" / "step-00000004"
+    open_run_folder(tmp_path, fresh=False)
+    assert [found.name for found in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+def test_folder_that_holds_only_data_is_free(tmp_path: Path, make_config: Make) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "timings.json").write_text("{}")
+    assert check_run_folder(make_config(), tmp_path, resume=False, overwrite=False) is None
+    open_run_folder(tmp_path, fresh=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "data", "timings.json"}
+
+
+def test_file_in_place_of_the_folder_is_refused(tmp_path: Path, make_config: Make) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(FileExistsError, match="is a file; choose another"):
+        check_run_folder(make_config(), tmp_path / "run", resume=False, overwrite=True)
+
+
+def test_resume_and_overwrite_exclude_each_other(tmp_path: Path, make_config: Make) -> None:
+    with pytest.raises(ValueError, match="exclude each other"):
+        check_run_folder(make_config(), tmp_path, resume=True, overwrite=True)
