@@ -23,7 +23,7 @@ AHEAD, BEHIND = TRAIN, VALIDATION
 
 def best(row: Mapping[str, Any]) -> dict[str, float]:
     """The times of the competitor with the lowest median."""
-    return min(row["competitors"].values(), key=lambda times: times["median"])  # type: ignore[no-any-return]
+    return min(row["competitors"].values(), key=lambda times: times["median"])
 
 
 def ratios(rows: Sequence[Mapping[str, Any]]) -> str:

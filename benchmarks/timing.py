@@ -15,7 +15,7 @@ On a GPU the clock waits for the queue to empty, so a time includes one launch.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from statistics import median
 from typing import Any
@@ -37,7 +37,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 def clock() -> float:
     """Seconds, once every GPU is done with what it was given."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -101,10 +101,10 @@ def fastest(candidates: Mapping[Any, Call]) -> Any:
     return min(times, key=lambda name: median(times[name][1:]))
 
 
-def check_agreement(ours: Tensor | Iterable[Tensor], theirs: Tensor | Iterable[Tensor]) -> None:
+def check_agreement(ours: Tensor | tuple[Tensor, ...], theirs: Tensor | tuple[Tensor, ...]) -> None:
     """AssertionError when a result of ours is not torch's, up to rounding."""
-    pairs = [(ours, theirs)] if isinstance(ours, Tensor) else list(zip(ours, theirs, strict=True))
-    for our, their in pairs:
+    ours, theirs = ((result,) if isinstance(result, Tensor) else result for result in (ours, theirs))
+    for our, their in zip(ours, theirs, strict=True):
         error = (our.float() - their.float()).norm() / their.float().norm()
         # Written so that a NaN fails.
         assert error <= TOLERANCE[their.dtype], f"ours differs from torch by {error:.2e} of the norm"

@@ -73,7 +73,7 @@ def bench_attention_backward(
         x.requires_grad_()
     sdpa = torch_attention(shape)
 
-    def backward(function: Callable[..., Tensor], **options: Any) -> Call:
+    def backward(function: Callable[..., Any], **options: Any) -> Call:
         return gradients(function(q, k, v, **options), (q, k, v), dout)
 
     best = best_sdpa(shape, lambda: backward(sdpa))

@@ -14,17 +14,20 @@ namespace lmkern {
 // Multiple of 32; the most that any GPU takes.
 constexpr int kMaxThreads = 1024;
 
-inline void check(cudaError_t status, const std::string& what) {
+// what() gives the words for an error.
+template <class What>
+void check(cudaError_t status, const What& what) {
     if (status == cudaSuccess) return;
     // An error of a launch is kept and would be reported again by the next call that asks.
     cudaGetLastError();
-    throw std::runtime_error(what + ": " + cudaGetErrorName(status) + ", " + cudaGetErrorString(status));
+    throw std::runtime_error(what() + ": " + cudaGetErrorName(status) + ", " + cudaGetErrorString(status));
 }
 
 // Makes `device` the thread's current one, and the former one again at the end.
 class DeviceGuard {
 public:
-    DeviceGuard(int64_t device, const std::string& what) {
+    template <class What>
+    DeviceGuard(int64_t device, const What& what) {
         check(cudaGetDevice(&former_), what);
         if (former_ == device) return;
         check(cudaSetDevice(static_cast<int>(device)), what);
@@ -42,13 +45,10 @@ private:
 };
 
 // kernel<<<grid, block, 0, stream>>>(params) on the current device.
-template <class Params>
-void launch(void (*kernel)(Params), dim3 grid, dim3 block, int64_t stream, Params params,
-            const std::string& what) {
+template <class Params, class What>
+void launch(void (*kernel)(Params), dim3 grid, dim3 block, int64_t stream, Params params, const What& what) {
     void* arguments[] = {&params};
-    check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments, 0,
-                           reinterpret_cast<cudaStream_t>(stream)),
-          what);
+    check(cudaLaunchKernel(kernel, grid, block, arguments, 0, reinterpret_cast<cudaStream_t>(stream)), what);
 }
 
 }  // namespace lmkern

@@ -1,13 +1,15 @@
-// Layer norm backward on NVIDIA GPUs. With x_hat = (x - mean) rstd and g = dy weight
-// (docs/kernels/layer_norm.md):
+// Layer norm backward on NVIDIA GPUs. With x_hat = (x - mean) rstd and g = dy weight:
 //
-//     dx = rstd (g - mean(g) - x_hat mean(g x_hat))      dweight = sum over rows of dy x_hat      dbias = sum
-//     of dy
+//     dx = rstd (g - mean(g) - x_hat mean(g x_hat))
+//     dweight = sum over rows of dy x_hat      dbias = sum over rows of dy
+//
+// Derivation: docs/kernels/layer_norm.md.
 //
 // A grid of p.chunks blocks goes over the rows; each block leaves its sums for dweight and dbias in its slice
 // of partials, and a second kernel adds the slices. Both orders are fixed by the shapes and p.chunks: no
-// atomics, the same bits each time. Rows of up to 8,192 elements are read once, into registers, where the
-// block's sums are kept too; wider ones are read twice, with the sums in the slice itself.
+// atomics, the same bits each time. Rows of up to 8192 elements (4096 where they are not aligned to 16 bytes)
+// are read once, into registers, where the block's sums are kept too; wider ones are read twice, with the
+// sums in the slice itself.
 #include "layer_norm/cuda.hpp"
 #include "layer_norm/cuda_common.hpp"
 #include "tile/row.hpp"
@@ -15,15 +17,14 @@
 namespace lmkern::cuda {
 namespace {
 
-// Elements of a row that a thread holds of each of x, dy and the two sums: 32 of the 64 registers that 1024
-// threads leave.
-constexpr int kElements = 8;
+// Elements of a row that a thread holds of each of x, dy and the two sums: what 64 registers have room for.
+template <int W>
+constexpr int kElements = W == 1 ? 4 : 8;
 
 // Threads of a block with more than one row in it.
 constexpr int64_t kThreads = 512;
 
-// The sum over a block's rows, for the columns of a thread: in registers, where the block folds its rows at
-// the end.
+// The sum over a block's rows, for the columns of a thread: in registers, folded over threadIdx.y at the end.
 template <int W, int V>
 class ColumnSums {
 public:
@@ -86,17 +87,18 @@ template <class T, class P, int W, int V>
 __global__ void __launch_bounds__(kMaxThreads, 1) backward_kernel(LayerNormParams p) {
     __shared__ float scratch[2][kMaxThreads / 32];
     const P* weight = static_cast<const P*>(p.weight);
+    const int all_columns = static_cast<int>(p.columns);
     float* slice = static_cast<float*>(p.partials) + 2 * p.columns * blockIdx.x;
     float* dweight_slice = p.dweight == nullptr ? nullptr : slice;
     float* dbias_slice = p.dbias == nullptr ? nullptr : slice + p.columns;
-    ColumnSums<W, V> dweight(dweight_slice, static_cast<int>(p.columns));
-    ColumnSums<W, V> dbias(dbias_slice, static_cast<int>(p.columns));
+    ColumnSums<W, V> dweight(dweight_slice, all_columns);
+    ColumnSums<W, V> dbias(dbias_slice, all_columns);
 
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
     for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < p.rows; first += step) {
         const int64_t row = first + threadIdx.y;
         // Beyond the last row a thread has nothing to read, but takes part in the sums.
-        const int columns = row < p.rows ? static_cast<int>(p.columns) : 0;
+        const int columns = row < p.rows ? all_columns : 0;
         const Row<T, W, V> x(static_cast<const T*>(p.x) + row * p.x_stride, columns);
         const Row<T, W, V> dy(static_cast<const T*>(p.dy) + row * p.dy_stride, columns);
         const float mean = row < p.rows ? static_cast<const float*>(p.mean)[row] : 0.0f;
@@ -125,22 +127,23 @@ __global__ void __launch_bounds__(kMaxThreads, 1) backward_kernel(LayerNormParam
         });
         if (p.dx == nullptr) continue;
         sum_over_threads(sums, scratch);
-        const float g_mean = sums[0] / static_cast<float>(p.columns),
-                    along = sums[1] / static_cast<float>(p.columns);
+        const float g_mean = sums[0] / static_cast<float>(p.columns);
+        const float along = sums[1] / static_cast<float>(p.columns);
         T* dx = static_cast<T*>(p.dx) + row * p.columns;
         for_packs<W, V>(columns, [&](int i, int column) {
             const Pack<float, W> x_hat = x_hat_at(i, column), dy_part = dy.at(i, column);
             const Pack<float, W> scale = load_or<W>(weight, column, 1.0f);
             Pack<float, W> part;
 #pragma unroll
-            for (int w = 0; w < W; ++w)
-                part.element[w] =
-                    (dy_part.element[w] * scale.element[w] - g_mean - x_hat.element[w] * along) * rstd;
+            for (int w = 0; w < W; ++w) {
+                const float g = dy_part.element[w] * scale.element[w];
+                part.element[w] = (g - g_mean - x_hat.element[w] * along) * rstd;
+            }
             store_pack(dx + column, part);
         });
     }
-    dweight.finish(dweight_slice, static_cast<int>(p.columns));
-    dbias.finish(dbias_slice, static_cast<int>(p.columns));
+    dweight.finish(dweight_slice, all_columns);
+    dbias.finish(dbias_slice, all_columns);
 }
 
 // Grid: (E / 32, 2): dweight, dbias. Block: 32 columns by 32 lanes; lane l adds slices l, l + 32, and so on.
@@ -161,18 +164,18 @@ __global__ void __launch_bounds__(32 * 32) sum_chunks_kernel(LayerNormParams p) 
     out[column] = total;
 }
 
-template <class T, class P, int W>
-void launch_backward(const LayerNormParams& p, const std::string& what) {
-    const auto kernel = p.columns <= kMaxThreads * kElements ? backward_kernel<T, P, W, kElements / W>
-                                                             : backward_kernel<T, P, W, 0>;
-    launch(kernel, dim3(static_cast<unsigned>(p.chunks)), block_for(p.columns, kElements, kThreads), p.stream,
-           p, what);
+template <class T, class P, int W, class What>
+void launch_backward(const LayerNormParams& p, const What& what) {
+    const auto kernel = p.columns <= kMaxThreads * kElements<W> ? backward_kernel<T, P, W, kElements<W> / W>
+                                                                : backward_kernel<T, P, W, 0>;
+    const dim3 block = block_for(p.columns, kElements<W>, kThreads);
+    launch(kernel, dim3(static_cast<unsigned>(p.chunks)), block, p.stream, p, what);
 }
 
 }  // namespace
 
 void layer_norm_backward(const LayerNormParams& p) {
-    const std::string what = describe("backward", p);
+    const auto what = [&] { return describe("backward", p); };
     const DeviceGuard guard(p.device, what);
     with_types(p, [&](auto type, auto parameter_type) {
         using T = typename decltype(type)::type;
@@ -184,7 +187,7 @@ void layer_norm_backward(const LayerNormParams& p) {
     });
     if (p.dweight == nullptr && p.dbias == nullptr) return;
     const dim3 grid(static_cast<unsigned>(ceil_div(p.columns, 32)), 2);
-    launch(sum_chunks_kernel, grid, dim3(32, 32), p.stream, p, what + ", summing over blocks");
+    launch(sum_chunks_kernel, grid, dim3(32, 32), p.stream, p, what);
 }
 
 }  // namespace lmkern::cuda

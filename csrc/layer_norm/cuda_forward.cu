@@ -15,8 +15,9 @@ constexpr int64_t kThreads = 128;
 
 // Grid: any number of blocks; block b takes rows b blockDim.y + threadIdx.y, and so on in steps of the grid.
 //
-//     mean = sum(x) / E      rstd = 1 / sqrt(sum((x - mean)^2) / E + eps)      y = (x - mean) rstd weight +
-//     bias
+//     mean = sum(x) / E
+//     rstd = 1 / sqrt(sum((x - mean)^2) / E + eps)
+//     y    = (x - mean) rstd weight + bias
 //
 // Traffic: 2 R E elements + 8 R bytes; weight and bias stay in the L2 cache.
 template <class T, class P, int W, int V>
@@ -71,8 +72,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) forward_kernel(LayerNormParams
     }
 }
 
-template <class T, class P, int W>
-void launch_forward(const LayerNormParams& p, const std::string& what) {
+template <class T, class P, int W, class What>
+void launch_forward(const LayerNormParams& p, const What& what) {
     const bool one = p.columns <= 32 * W, registers = p.columns <= kMaxThreads * kPacks * W;
     const dim3 block = block_for(p.columns, one ? W : kPacks * W, kThreads);
     const int64_t blocks = std::min<int64_t>(ceil_div(p.rows, block.y), INT32_MAX);
@@ -85,7 +86,7 @@ void launch_forward(const LayerNormParams& p, const std::string& what) {
 }  // namespace
 
 void layer_norm_forward(const LayerNormParams& p) {
-    const std::string what = describe("forward", p);
+    const auto what = [&] { return describe("forward", p); };
     if (p.rows == 0) return;
     const DeviceGuard guard(p.device, what);
     with_types(p, [&](auto type, auto parameter_type) {

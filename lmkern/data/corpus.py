@@ -100,7 +100,7 @@ def list_files(paths: Iterable[str | Path]) -> list[Path]:
             files += found
         else:
             raise FileNotFoundError(
-                f"prepare: expected a text file or a folder; {path} does not exist; check --paths"
+                f"prepare: expected a text file or a folder; {path} does not exist; check the path"
             )
     return files
 

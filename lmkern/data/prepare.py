@@ -28,16 +28,14 @@ Progress = Callable[[str, int, int | None], None]  # stage, done, total (None: n
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to prepare.
-
-    paths: text files and folders of them; none: the embedded corpus.
-    vocab_size: tokens in the vocabulary, at least 257.
-    max_document_bytes: longer texts are cut at paragraphs.
-    """
+    """What to prepare. ValueError, naming the field, for a value out of range."""
 
     paths: tuple[str, ...] = ()
+    """Text files and folders of them. None: the embedded corpus."""
     vocab_size: int = 4096
+    """Tokens in the vocabulary, at least 257."""
     max_document_bytes: int = 8192
+    """Longer texts are cut at paragraphs."""
 
     def __post_init__(self) -> None:
         if isinstance(self.paths, str):

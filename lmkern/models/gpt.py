@@ -27,26 +27,32 @@ Positions = Literal["rotary", "learned", "sinusoidal"]
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The sizes of a GPT. ValueError, naming the field, for sizes that do not fit together.
-
-    vocab_size: V. context: the most tokens it reads at once. layers: blocks. heads: H. kv_heads: H_kv (0: H).
-    width: E, a multiple of heads. feed_forward: F (0: 4 * width). dropout: of the embedding and of what each
-    half of a block adds. positions: "rotary", "learned" or "sinusoidal". bias: of every linear map (but the
-    head) and norm. activation: as in FeedForward. eps: of the norms.
-    """
+    """The sizes of a GPT. ValueError, naming the field, for sizes that do not fit together."""
 
     vocab_size: int = 4096
+    """V."""
     context: int = 256
+    """The most tokens it reads at once."""
     layers: int = 6
+    """Blocks."""
     heads: int = 6
+    """H, query heads."""
     kv_heads: int = 0
+    """H_kv, key and value heads, a divisor of heads. 0: as many as heads."""
     width: int = 384
+    """E, a multiple of heads."""
     feed_forward: int = 0
+    """F, the width inside a feed-forward half. 0: 4 * width."""
     dropout: float = 0.0
+    """Of the embedding and of what each half of a block adds."""
     positions: Positions = "rotary"
+    """How the model knows where a token stands."""
     bias: bool = False
+    """Of every linear map (but the head) and norm."""
     activation: Activation = "gelu"
+    """Between the two maps of a feed-forward half."""
     eps: float = 1e-5
+    """Of the norms."""
 
     def __post_init__(self) -> None:
         def require(holds: bool, what: str, got: object) -> None:

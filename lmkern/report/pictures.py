@@ -123,14 +123,12 @@ def column(events: Sequence[dict[str, Any]], name: str) -> np.ndarray:
 
 
 def smooth(values: np.ndarray, share: float = 0.02) -> np.ndarray:
-    """Exponential mean over about `share` of the points, unbiased at the start; skips what is not finite."""
-    keep = 1 - 1 / max(1.0, share * len(values))
-    result, total, weight = np.empty(len(values)), 0.0, 0.0
-    for index, value in enumerate(values):
-        if np.isfinite(value):
-            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        result[index] = total / weight if weight else np.nan
-    return result
+    """Mean over a window of `share` of the points around each, so without lag; skips what is not finite."""
+    window = np.ones(2 * round(share * len(values) / 2) + 1)
+    finite = np.isfinite(values)
+    held = np.convolve(finite, window, mode="same")
+    total = np.convolve(np.where(finite, values, 0.0), window, mode="same")
+    return np.where(held > 0, total / np.maximum(held, 1), np.nan)
 
 
 def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

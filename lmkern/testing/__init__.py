@@ -3,6 +3,13 @@
 from lmkern.testing.error_budget import Errors, geometric_mean, mean_over_budget, measure, over_budget
 from lmkern.testing.inputs import LAYOUTS, attention_inputs, layer_norm_inputs, leaves, seeded_randn
 from lmkern.testing.poison import poisoned_memory
+from lmkern.testing.results import (
+    attention_results,
+    exact_attention,
+    layer_norm_results,
+    our_attention,
+    torchs_attention,
+)
 from lmkern.testing.shapes import (
     ATTENTION_BENCHMARK_SHAPES,
     ATTENTION_SHAPES,
@@ -24,13 +31,18 @@ __all__ = [
     "LayerNormShape",
     "Target",
     "attention_inputs",
+    "attention_results",
+    "exact_attention",
     "geometric_mean",
     "layer_norm_inputs",
+    "layer_norm_results",
     "leaves",
     "mean_over_budget",
     "measure",
+    "our_attention",
     "over_budget",
     "poisoned_memory",
     "seeded_randn",
     "targets",
+    "torchs_attention",
 ]

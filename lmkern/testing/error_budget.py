@@ -1,8 +1,9 @@
 """How wrong a kernel may be, taken from the data: torch's own error in the same dtype is the measure.
 
-The error of a tensor is its largest absolute difference from the float64 result, at least half a unit in the last place:
-no result can be expected to round better than that. A kernel's error may be twice torch's plus one unit, and over many
-shapes the geometric mean of the errors' ratios may be at most one: as good as torch, whichever shape one has.
+Errors are differences from the exact result, counted in units in the last place of its largest element, and at
+least half a unit: no result can be expected to round better than that. On every shape the largest error of a kernel
+may be twice torch's plus one unit. Over all shapes the geometric mean of the ratios of the typical (root mean
+square) errors may be at most one. Typical ones, because which single element is the worst is chance.
 """
 
 from __future__ import annotations
@@ -11,37 +12,53 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lmkern.testing.exact import Array, long_double
+
 FACTOR = 2.0
 GEOMETRIC_MEAN = 1.0
+FLOOR = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """Errors of one result, in its own unit in the last place (`unit`, of the largest exact element)."""
+    """The largest and the root mean square error of two results, in units in the last place of size `unit`."""
 
-    ours: float
-    torchs: float
+    ours_worst: float
+    torchs_worst: float
+    ours_typical: float
+    torchs_typical: float
     unit: float
 
     @property
     def ratio(self) -> float:
-        """Ours over torch's, each at least half a unit."""
-        return max(self.ours, 0.5) / max(self.torchs, 0.5)
+        """Our typical error over torch's, each at least half a unit."""
+        return max(self.ours_typical, FLOOR) / max(self.torchs_typical, FLOOR)
 
 
-def measure(ours: Tensor, torchs: Tensor, exact: Tensor, *, at_least: float = 0.0) -> Errors:
-    """Errors of two results of the same shape and dtype against the exact one.
+def measure(ours: Tensor, torchs: Tensor, exact: Tensor | Array, *, at_least: float = 0.0) -> Errors:
+    """Errors of two results of the same shape and dtype.
 
-    at_least: a size of the exact result below which units are not made smaller, for a result that is a difference of
-    terms of that size. Infinities and NaN must stand where the exact ones do; elsewhere they are an infinite error.
+    at_least: the size of the exact result below which units are not made smaller, for a result that is a
+    difference of terms of that size. Ours must have infinities and NaN exactly where the exact result has them:
+    anywhere else they are an infinite error. Where torch has them alone, its error is not counted.
     """
-    finite = exact.isfinite()
-    size = max(float(exact[finite].abs().max()) if finite.any() else 0.0, at_least)
-    unit = unit_in_last_place(size, ours.dtype)
-    return Errors(_error(ours, exact) / unit, _error(torchs, exact) / unit, unit)
+    exact = long_double(exact) if isinstance(exact, Tensor) else exact
+    finite = exact[np.isfinite(exact)]
+    unit = unit_in_last_place(max(float(abs(finite).max(initial=0)), at_least), ours.dtype)
+    torchs_errors = _errors(torchs, exact)
+    torchs_errors = torchs_errors[np.isfinite(torchs_errors)]
+    our_errors = _errors(ours, exact)
+    return Errors(
+        ours_worst=float(our_errors.max(initial=0)) / unit,
+        torchs_worst=float(torchs_errors.max(initial=0)) / unit,
+        ours_typical=_root_mean_square(our_errors) / unit,
+        torchs_typical=_root_mean_square(torchs_errors) / unit,
+        unit=unit,
+    )
 
 
 def unit_in_last_place(size: float, dtype: torch.dtype) -> float:
@@ -53,17 +70,17 @@ def unit_in_last_place(size: float, dtype: torch.dtype) -> float:
 
 def over_budget(name: str, errors: Errors) -> str | None:
     """Why one result is too wrong, in words; None when it is not."""
-    allowed = FACTOR * max(errors.torchs, 0.5) + 1.0
-    if errors.ours <= allowed:
+    allowed = FACTOR * max(errors.torchs_worst, FLOOR) + 1.0
+    if errors.ours_worst <= allowed:
         return None
     return (
-        f"{name}: the error is {errors.ours:.3g} units in the last place ({errors.unit:.2e}); "
-        f"torch's is {errors.torchs:.3g}, which allows {allowed:.3g}"
+        f"{name}: the largest error is {errors.ours_worst:.3g} units in the last place ({errors.unit:.2e}); "
+        f"torch's is {errors.torchs_worst:.3g}, which allows {allowed:.3g}"
     )
 
 
 def geometric_mean(errors: Sequence[Errors]) -> float:
-    """Of the ratios of ours to torch's."""
+    """Of the ratios of our typical errors to torch's."""
     return math.exp(sum(math.log(e.ratio) for e in errors) / len(errors))
 
 
@@ -78,11 +95,16 @@ def mean_over_budget(name: str, errors: Sequence[Errors]) -> str | None:
     )
 
 
-def _error(result: Tensor, exact: Tensor) -> float:
-    if result.shape != exact.shape:
-        raise ValueError(f"error_budget: expected shape {tuple(exact.shape)}; got {tuple(result.shape)}")
-    result = result.detach().to(exact)
-    same = (result == exact) | (result.isnan() & exact.isnan())
-    difference = torch.where(same, 0.0, (result - exact).abs())
-    # NaN or infinity against a number, and a number against NaN or infinity.
-    return float(difference.nan_to_num(nan=math.inf).max()) if difference.numel() else 0.0
+def _root_mean_square(errors: Array) -> float:
+    return float(np.sqrt((errors**2).sum() / max(errors.size, 1)))
+
+
+def _errors(result: Tensor, exact: Array) -> Array:
+    """Absolute differences; infinite where one of the two is NaN or infinite and the other is not the same."""
+    if tuple(result.shape) != exact.shape:
+        raise ValueError(f"error_budget: expected shape {exact.shape}; got {tuple(result.shape)}")
+    x = long_double(result)
+    same = (x == exact) | (np.isnan(x) & np.isnan(exact))
+    with np.errstate(invalid="ignore"):
+        difference = np.where(same, 0, abs(x - exact))
+    return np.where(np.isnan(difference), np.inf, difference)

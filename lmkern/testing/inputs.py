@@ -1,4 +1,4 @@
-"""Inputs for tests and benchmarks: seeded, of any dtype, and laid out in memory in every way a caller may hand over."""
+"""Inputs for tests and benchmarks: seeded, of any dtype, laid out in memory in every way a caller may."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lmkern.testing.shapes import AttentionShape, LayerNormShape
 
-# randn(*shape) gives a fresh contiguous tensor; a layout makes one and returns a view of the asked (B, H, N, D).
+# randn(*shape) gives a fresh contiguous tensor; a layout makes one and returns a (B, H, N, D) view of it.
 Randn = Callable[..., Tensor]
 Layout = Callable[[Randn, int, int, int, int], Tensor]
 
@@ -49,7 +49,8 @@ def attention_inputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v and dout.
 
-    layout: a name of LAYOUTS, for all four. q_factor: multiplies q; 64 makes softmax rows that one key has to itself.
+    layout: a name of LAYOUTS, for all four.
+    q_factor: multiplies q; 64 makes softmax rows that one key has to itself.
     """
     randn, make = seeded_randn(seed, dtype, device), LAYOUTS[layout]
 
@@ -78,6 +79,6 @@ def layer_norm_inputs(
     return x, weight, bias, wide(shape.R, shape.E).to(dtype)
 
 
-def leaves(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The same memory and strides as fresh leaves that want gradients."""
-    return tuple(None if x is None else x.detach().requires_grad_() for x in tensors)
+    return tuple(x.detach().requires_grad_() for x in tensors)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """q (B, H, N_q, D); k and v (B, H_kv, N_k, D); causal as in `lmkern.attention`: the last query sees every key."""
+    """q (B, H, N_q, D); k and v (B, H_kv, N_k, D); causal as in `lmkern.attention`."""
 
     B: int
     H: int
@@ -19,7 +19,7 @@ class AttentionShape:
     reason: str = ""
 
     def __str__(self) -> str:
-        heads = f"H{self.H}" if self.H == self.H_kv else f"H{self.H}of{self.H_kv}"
+        heads = f"H{self.H}" if self.H_kv == self.H else f"H{self.H}of{self.H_kv}"
         tokens = f"N{self.N_q}" if self.N_q == self.N_k else f"N{self.N_q}x{self.N_k}"
         return f"B{self.B}-{heads}-{tokens}-D{self.D}" + ("-causal" if self.causal else "")
 
@@ -50,26 +50,29 @@ def _square(B: int, H: int, N: int, D: int, reason: str, *, causal: bool = False
     return AttentionShape(B, H, N, D, N, H, causal, reason)
 
 
+# Several heads where rows are few, so that the largest error of a shape is no accident.
 ATTENTION_SHAPES = (
     _square(1, 1, 1, 1, "the smallest call"),
-    _square(2, 3, 17, 16, "shorter than a block, an odd number of heads"),
+    _square(3, 5, 17, 16, "shorter than a block, an odd number of heads"),
     _square(2, 8, 100, 64, "one block and a part", causal=True),
-    _square(1, 2, 64, 64, "exactly one block", causal=True),
-    _square(1, 2, 128, 32, "exactly two blocks"),
-    AttentionShape(1, 2, 63, 32, 65, 2, False, "a query fewer and a key more than a block"),
-    AttentionShape(1, 2, 65, 40, 63, 2, True, "a query more and a key fewer: the first two queries see no key"),
-    AttentionShape(1, 2, 127, 72, 129, 2, True, "a diagonal off the block's corner, above"),
-    AttentionShape(1, 2, 129, 80, 127, 2, True, "a diagonal off the block's corner, below"),
+    _square(2, 4, 64, 64, "exactly one block", causal=True),
+    _square(1, 4, 128, 32, "exactly two blocks"),
+    AttentionShape(2, 4, 63, 32, 65, 4, False, "a query fewer and a key more than a block"),
+    AttentionShape(
+        2, 4, 65, 40, 63, 4, True, "a query more and a key fewer: the first two queries see no key"
+    ),
+    AttentionShape(1, 4, 127, 72, 129, 4, True, "a diagonal off the block's corner, above"),
+    AttentionShape(1, 4, 129, 80, 127, 4, True, "a diagonal off the block's corner, below"),
     AttentionShape(1, 6, 33, 48, 97, 2, False, "grouped heads"),
     AttentionShape(2, 4, 50, 24, 70, 1, True, "one key/value head for all"),
-    AttentionShape(3, 6, 1, 64, 130, 3, True, "one new token against a cache"),
-    AttentionShape(1, 1, 7, 128, 300, 1, False, "few queries, many keys"),
-    AttentionShape(1, 1, 150, 128, 7, 1, True, "whole blocks of queries that see no key"),
-    AttentionShape(2, 2, 40, 16, 1, 2, False, "one key: every weight is 1"),
+    AttentionShape(6, 12, 1, 64, 130, 4, True, "one new token against a cache"),
+    AttentionShape(4, 4, 7, 128, 300, 4, False, "few queries, many keys"),
+    AttentionShape(2, 4, 150, 128, 7, 4, True, "whole blocks of queries that see no key"),
+    AttentionShape(4, 4, 40, 16, 1, 4, False, "one key: every weight is 1"),
     _square(1, 1, 600, 8, "one head, longer than two parts of the backward pass", causal=True),
     _square(1, 3, 520, 20, "fewer heads than make whole rounds of two threads"),
-    *(_square(1, 2, 20, D, f"head_dim {D}", causal=D % 2 == 0) for D in (2, 3, 7, 15, 31, 33, 65, 96, 100)),
-    *(_square(1, 2, 20, D, f"head_dim {D}", causal=D % 2 == 0) for D in (127, 129, 160, 192, 255, 256)),
+    *(_square(4, 4, 20, D, f"head_dim {D}", causal=D % 2 == 0) for D in (2, 3, 7, 15, 31, 33, 65, 96, 100)),
+    *(_square(4, 4, 20, D, f"head_dim {D}", causal=D % 2 == 0) for D in (127, 129, 160, 192, 255, 256)),
 )
 
 # Rows beside 16 and 64 chunks of 16, and widths beside every vector width, are where an off-by-one hides.

@@ -13,7 +13,7 @@ from lmkern.kernels import backends, native, triton_runtime
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A backend of an op; for "cpu" the compiled module of one instruction set (None: the one chosen by itself)."""
+    """A backend of an op; for "cpu" the compiled module of one instruction set (None: the default)."""
 
     op: str
     backend: str
@@ -48,8 +48,8 @@ class Target:
         if self.instruction_set is None:
             yield
             return
-        chosen, modules = native.module, native.cpu_modules()
-        native.module = lambda: modules[self.instruction_set]  # type: ignore[index, assignment]
+        chosen, module = native.module, native.cpu_modules()[self.instruction_set]
+        native.module = lambda: module  # type: ignore[assignment]
         try:
             yield
         finally:
@@ -57,7 +57,7 @@ class Target:
 
 
 def targets(op: str) -> list[Target]:
-    """Every usable backend of an op, fastest first. "cpu" is always one: where it is not built, its tests fail and say why."""
+    """Every usable backend of an op, fastest first; and "cpu", whose tests fail with the reason if it was not built."""
     found: list[Target] = []
     for backend in backends.backend_names(op):
         if backend == "cpu" and native.cpu_modules():

@@ -10,6 +10,7 @@ from lmkern.data import Dataset
 from lmkern.training.ceiling import choose_device, choose_dtype
 from lmkern.training.config import RunConfig
 from lmkern.training.loop import check_fits, cpu_threads
+from lmkern.training.memory import keep_freed_memory
 from lmkern.training.trainer import Trainer
 
 # A stage is measured for so many steps after the first, or until this many seconds have passed.
@@ -26,6 +27,7 @@ def tokens_for_minutes(config: RunConfig, dataset: Dataset, minutes: float) -> i
     if not minutes > 0:
         raise ValueError(f"tokens_for_minutes: minutes must be above 0; got {minutes}")
     check_fits(config, dataset)
+    keep_freed_memory()
     training = config.training
     device = choose_device(training.device)
     cuda = [device] if device.type == "cuda" else []

@@ -14,6 +14,7 @@ from lmkern.training.ceiling import choose_device, choose_dtype, measure_ceiling
 from lmkern.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lmkern.training.config import RunConfig
 from lmkern.training.interruption import Interruption
+from lmkern.training.memory import keep_freed_memory
 from lmkern.training.metrics import MetricsLog, rewind_metrics
 from lmkern.training.progress import ProgressLine, Smoothed, readable_count, readable_seconds
 from lmkern.training.run_folder import (
@@ -53,6 +54,7 @@ def train(
     """
     folder = Path(folder)
     check_fits(config, dataset)
+    keep_freed_memory()
     line = ProgressLine(progress)
     path = check_run_folder(config, folder, resume=resume, overwrite=overwrite)
     checkpoint = load_checkpoint(path) if path else None

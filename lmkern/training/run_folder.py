@@ -28,7 +28,7 @@ CONFIG, ABOUT, METRICS, CHECKPOINTS, MODEL = (
 # Any of these says that the folder holds a run; data/ and timings.json may be there before it.
 MARKS = (CONFIG, ABOUT, METRICS, CHECKPOINTS, MODEL)
 # What is made from a run and says nothing true of the next.
-DERIVED = ("evaluation.json", "samples.json", "report.html", "report.md")
+DERIVED = ("evaluation.json", "samples.json", "report.html", "report.md", "curves.svg")
 # Fields that may change on the way: nothing that is computed depends on them.
 FREE = ("training.keep_checkpoints", "training.checkpoint_every")
 PACKAGES = ("lmkern", "torch", "numpy", "safetensors", "tokenizers")

@@ -152,6 +152,15 @@ def test_query_without_visible_key_is_zero_whatever_the_values_hold() -> None:
     assert (dq[:, :, :10] == 0).all()
 
 
+def test_query_whose_scores_are_all_minus_infinity_counts_as_seeing_nothing() -> None:
+    q, k, v, dout, _ = attention_inputs((1, 1, 1, 64, 128, 16), torch.float32)
+    q[:, :, 5:9] = -torch.inf
+    out, lse, _, _, dv = run_attention(attention, q, k.abs() + 0.1, v, dout, None, None)
+    assert (out[:, :, 5:9] == 0).all()
+    assert (lse[:, :, 5:9] == -torch.inf).all()
+    assert dv.isfinite().all()
+
+
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_nan_in_key_reaches_only_queries_that_see_it(poison: float) -> None:
     inputs = attention_inputs((1, 1, 1, 100, 100, 16), torch.float32)

@@ -51,11 +51,17 @@ def test_run_without_one_finite_loss_can_be_drawn() -> None:
     ET.fromstring(curves(events, [{"tokens": 1024, "loss": None}], []))
 
 
-def test_smoothing_is_unbiased_and_skips_what_is_not_finite() -> None:
+def test_smoothing_skips_what_is_not_finite() -> None:
     values = np.full(200, 3.0)
     values[[0, 50]] = np.nan
-    assert np.isnan(smooth(values)[0])
-    np.testing.assert_allclose(smooth(values)[1:], 3.0)
+    np.testing.assert_allclose(smooth(values), 3.0)
+    assert np.isnan(smooth(np.array([np.nan, 1.0]))[0])
+
+
+def test_smoothing_does_not_lag() -> None:
+    ramp = np.arange(200.0)
+    np.testing.assert_allclose(smooth(ramp)[2:-2], ramp[2:-2])
+    assert np.ptp(smooth(np.tile([0.0, 1.0], 500))) < 0.1
 
 
 def test_thinning_keeps_both_ends() -> None:

@@ -349,11 +349,11 @@ def _visible(queries, keys, N_q, N_k, diagonal, CAUSAL: tl.constexpr):
 def _load_statistics(lse_ptr, delta_ptr, row, queries, N_q):
     """lse in base 2 and delta of one block of queries.
 
-    Beyond N_q lse is +inf, which makes the weights zero. Where every score is -inf it is 0 instead of -inf,
-    because -inf - -inf would be NaN.
+    Where every score is -inf lse is 0 instead of -inf, because -inf - -inf would be NaN. Beyond N_q nothing
+    needs masking: dout and delta are zero there.
     """
     base = row.to(tl.int64) * N_q
-    lse = tl.load(lse_ptr + base + queries, mask=queries < N_q, other=float("inf"))
+    lse = tl.load(lse_ptr + base + queries, mask=queries < N_q, other=0.0)
     delta = tl.load(delta_ptr + base + queries, mask=queries < N_q, other=0.0)
     return tl.where(lse == float("-inf"), 0.0, lse * LOG2_E), delta
 

@@ -1,0 +1,24 @@
+"""Every test: Triton's interpreter where there is no GPU, a fixed seed, and two threads at most."""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# Read when Triton is imported, which nothing has done yet.
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+THREADS = 2
+
+
+@pytest.fixture(autouse=True)
+def known_state() -> Iterator[None]:
+    """The same random numbers and threads for every test, whatever ran before it."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(threads)

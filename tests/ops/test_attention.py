@@ -1,0 +1,304 @@
+"""Values and gradients of `lmkern.attention` on every backend, against float64."""
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+import lmkern
+from lmkern.testing import (
+    ATTENTION_SHAPES,
+    LAYOUTS,
+    AttentionShape,
+    Errors,
+    Target,
+    attention_inputs,
+    attention_results,
+    exact_attention,
+    leaves,
+    mean_over_budget,
+    measure,
+    our_attention,
+    over_budget,
+    poisoned_memory,
+    targets,
+    torchs_attention,
+)
+from lmkern.testing import exact as long_double
+
+TARGETS = targets("attention")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TARGETS_DTYPES = [(target, dtype) for target in TARGETS for dtype in DTYPES if target.takes(dtype)]
+
+# 64 x 64 tiles that Triton's interpreter does in about a second.
+INTERPRETED_TILES = 16
+# Elements of an intermediate product that numpy's long doubles do in about a second.
+LONG_DOUBLE_PRODUCTS = 4_000_000
+
+
+def shapes(target: Target, dtype: torch.dtype) -> list[AttentionShape]:
+    """Those that take no more than about a second each."""
+
+    def quick(shape: AttentionShape) -> bool:
+        tiles = shape.B * shape.H * -(-shape.N_q // 64) * -(-shape.N_k // 64)
+        return (not target.interpreted or tiles <= INTERPRETED_TILES) and (
+            dtype != torch.float64 or shape.scores * shape.D <= LONG_DOUBLE_PRODUCTS
+        )
+
+    return [shape for shape in ATTENTION_SHAPES if quick(shape)]
+
+
+def name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def ids(value: object) -> str:
+    return name(value) if isinstance(value, torch.dtype) else str(value)
+
+
+CASES = [(target, dtype, shape) for target, dtype in TARGETS_DTYPES for shape in shapes(target, dtype)]
+
+
+def widest(target: Target) -> torch.dtype:
+    return torch.float64 if target.takes(torch.float64) else torch.float32
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    """For results that differ by the order of sums alone."""
+    eps = torch.finfo(dtype).eps
+    return {"rtol": 64 * eps, "atol": 64 * eps}
+
+
+@functools.cache
+def known(dtype: torch.dtype, shape: AttentionShape) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Torch's results and the exact ones."""
+    inputs = attention_inputs(shape, dtype)
+    exact: dict[str, object] = {**exact_attention(*inputs, shape)}
+    if dtype == torch.float64:
+        exact = {**long_double.attention(*inputs, shape)}
+    return torchs_attention(*inputs, shape), exact
+
+
+@functools.cache
+def errors(target: Target, dtype: torch.dtype, shape: AttentionShape) -> dict[str, Errors]:
+    inputs = attention_inputs(shape, dtype, device=target.device)
+    q, k, v, dout = inputs
+    with poisoned_memory(), target.active():
+        ours = attention_results(our_attention(shape, target.backend), *inputs)
+    torchs, exact = known(dtype, shape)
+    at_least = {}
+    if shape.N_k == 1:
+        # The gradient of a softmax over one key is the difference of two equal terms of this size.
+        dweights = float((dout.double() * v.double()).sum(-1).abs().max()) / shape.D**0.5
+        at_least = {"dq": dweights * float(k.abs().max()), "dk": dweights * float(q.abs().max())}
+    return {
+        name: measure(ours[name].cpu(), torchs[name], exact[name], at_least=at_least.get(name, 0.0))
+        for name in ours
+    }
+
+
+@pytest.mark.parametrize(("target", "dtype", "shape"), CASES, ids=ids)
+def test_errors_are_at_most_twice_torchs(target: Target, dtype: torch.dtype, shape: AttentionShape) -> None:
+    verdicts = [over_budget(name, error) for name, error in errors(target, dtype, shape).items()]
+    assert not any(verdicts), "\n".join(filter(None, verdicts))
+
+
+@pytest.mark.parametrize("result", ["out", "lse", "dq", "dk", "dv"])
+@pytest.mark.parametrize(("target", "dtype"), TARGETS_DTYPES, ids=ids)
+def test_errors_over_all_shapes_are_at_most_torchs(target: Target, dtype: torch.dtype, result: str) -> None:
+    measured = [errors(target, dtype, shape)[result] for shape in shapes(target, dtype)]
+    verdict = mean_over_budget(result, measured)
+    assert verdict is None, verdict
+
+
+@pytest.mark.parametrize("shape", shapes(Target("attention", "reference"), torch.float64), ids=str)
+def test_reference_agrees_with_the_formula_in_long_double(shape: AttentionShape) -> None:
+    inputs = attention_inputs(shape, torch.float64)
+    dlse = torch.randn(shape.B, shape.H, shape.N_q, dtype=torch.float64)
+    dlse[..., : max(0, shape.N_q - shape.N_k)] = 0
+    ours = exact_attention(*inputs, shape, dlse)
+    exact = long_double.attention(*inputs, shape, dlse)
+    for result, value in ours.items():
+        expected = torch.from_numpy(exact[result].astype("float64"))
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_gradient_of_lse(target: Target) -> None:
+    shape, dtype = AttentionShape(1, 4, 37, 24, 50, 2, causal=True), widest(target)
+    inputs = attention_inputs(shape, dtype, device=target.device)
+    dlse = torch.randn(1, 4, 37, dtype=dtype).to(target.device)
+    with poisoned_memory(), target.active():
+        ours = attention_results(our_attention(shape, target.backend), *inputs, dlse)
+    exact = exact_attention(*inputs, shape, dlse)
+    for result, value in ours.items():
+        torch.testing.assert_close(value, exact[result].to(dtype), **tolerance(dtype))
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_gradient_of_lse_alone(target: Target) -> None:
+    shape, dtype = AttentionShape(1, 2, 37, 24, 50, 2, causal=True), widest(target)
+    q, k, v, _ = attention_inputs(shape, dtype, device=target.device)
+    q, k, v = leaves(q, k, v)
+    with target.active():
+        _, lse = lmkern.attention(q, k, v, causal=True, return_lse=True, backend=target.backend)
+        dq, dk, dv = torch.autograd.grad(lse.sum(), (q, k, v), materialize_grads=True)
+    expected = exact_attention(q, k, v, torch.zeros_like(q), shape, torch.ones_like(lse).double())
+    torch.testing.assert_close(dq, expected["dq"].to(dtype), **tolerance(dtype))
+    torch.testing.assert_close(dk, expected["dk"].to(dtype), **tolerance(dtype))
+    assert (dv == 0).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_strides_are_free(target: Target, layout: str) -> None:
+    shape, dtype = AttentionShape(2, 4, 37, 24, 66, 2, causal=True), widest(target)
+    inputs = attention_inputs(shape, dtype, device=target.device, layout=layout)
+    call = our_attention(shape, target.backend)
+    with poisoned_memory(), target.active():
+        ours = attention_results(call, *inputs)
+        contiguous = attention_results(call, *(x.contiguous() for x in inputs))
+    for result, value in ours.items():
+        torch.testing.assert_close(value, contiguous[result], rtol=0, atol=0, msg=f"{layout} {result}")
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_gradient_with_stride_zero(target: Target) -> None:
+    shape, dtype = AttentionShape(2, 2, 37, 24, 37, 2), widest(target)
+    q, k, v = leaves(*attention_inputs(shape, dtype, device=target.device)[:3])
+    with target.active():
+        lmkern.attention(q, k, v, backend=target.backend).sum().backward()
+    expected = exact_attention(q, k, v, torch.ones_like(q), shape)
+    for x, result in ((q, "dq"), (k, "dk"), (v, "dv")):
+        assert x.grad is not None
+        torch.testing.assert_close(x.grad, expected[result].to(dtype), **tolerance(dtype))
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_out_is_laid_out_as_q(target: Target) -> None:
+    shape = AttentionShape(2, 3, 5, 8, 5, 3)
+    q, k, v, _ = attention_inputs(shape, device=target.device, layout="transposed")
+    with target.active():
+        assert lmkern.attention(q, k, v, backend=target.backend).stride() == q.stride()
+
+
+@pytest.mark.parametrize("needs", range(1, 8))
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_gradients_do_not_depend_on_which_are_wanted(target: Target, needs: int) -> None:
+    # One head and three: the CPU kernel shares out the work in different ways.
+    for heads in (1, 3):
+        shape, dtype = AttentionShape(1, heads, 40, 16, 70, heads, causal=True), widest(target)
+        *inputs, dout = attention_inputs(shape, dtype, device=target.device)
+        everything = exact_attention(*inputs, dout, shape)
+        wanted = [bool(needs >> i & 1) for i in range(3)]
+        arguments = [x.clone().requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
+        with poisoned_memory(), target.active():
+            lmkern.attention(*arguments, causal=True, backend=target.backend).backward(dout)
+        for x, want, result in zip(arguments, wanted, ("dq", "dk", "dv"), strict=True):
+            assert (x.grad is not None) == want
+            if want:
+                torch.testing.assert_close(x.grad, everything[result].to(dtype), **tolerance(dtype))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("heads", [1, 2, 3])
+def test_every_share_of_the_work_gives_the_gradients(heads: int, threads: int) -> None:
+    shape = AttentionShape(1, heads, 300, 16, 300, heads, causal=True)
+    inputs = attention_inputs(shape, torch.float64)
+    torch.set_num_threads(threads)
+    with poisoned_memory():
+        ours = attention_results(our_attention(shape, "cpu"), *inputs)
+    for result, value in exact_attention(*inputs, shape).items():
+        torch.testing.assert_close(ours[result], value, **tolerance(torch.float64))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, 1.0, 3.0])
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_softmax_scale_is_what_the_scores_are_multiplied_by(target: Target, scale: float) -> None:
+    shape, dtype = AttentionShape(1, 2, 30, 16, 30, 2), widest(target)
+    q, k, v, _ = attention_inputs(shape, dtype, device=target.device)
+    with target.active():
+        out = lmkern.attention(q, k, v, softmax_scale=scale, backend=target.backend)
+    torch.testing.assert_close(out, (q @ k.mT * scale).softmax(-1) @ v, **tolerance(dtype))
+
+
+@pytest.mark.parametrize(("target", "dtype"), TARGETS_DTYPES, ids=ids)
+def test_peaky_rows_are_as_good_as_torchs(target: Target, dtype: torch.dtype) -> None:
+    shape = AttentionShape(2, 4, 60, 32, 60, 4, causal=True)
+    inputs = attention_inputs(shape, dtype, device=target.device, q_factor=64.0)
+    with target.active():
+        ours = attention_results(our_attention(shape, target.backend), *inputs)
+    on_cpu = [x.cpu() for x in inputs]
+    torchs = torchs_attention(*on_cpu, shape)
+    exact = long_double.attention(*on_cpu, shape)
+    verdicts = [over_budget(n, measure(ours[n].cpu(), torchs[n], exact[n])) for n in ours]
+    assert not any(verdicts), "\n".join(filter(None, verdicts))
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t.takes(torch.float64)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [AttentionShape(1, 2, 3, 4, 5, 1, causal=True), AttentionShape(2, 1, 4, 3, 2, 1)],
+    ids=str,
+)
+def test_gradcheck(target: Target, shape: AttentionShape) -> None:
+    q, k, v = leaves(*attention_inputs(shape, torch.float64)[:3])
+    with target.active():
+        assert torch.autograd.gradcheck(our_attention(shape, target.backend), (q, k, v))
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_scratch_memory_of_an_earlier_call_is_not_read(target: Target) -> None:
+    shape = AttentionShape(1, 2, 37, 24, 50, 2, causal=True)
+    inputs = attention_inputs(shape, device=target.device)
+    call = our_attention(shape, target.backend)
+    larger = AttentionShape(1, 2, 70, 24, 70, 2)
+    with target.active():
+        before = attention_results(call, *inputs)
+        nan = [torch.full_like(x, torch.nan) for x in attention_inputs(larger, device=target.device)]
+        attention_results(our_attention(larger, target.backend), *nan)
+        after = attention_results(call, *inputs)
+    for result, value in before.items():
+        assert torch.equal(value, after[result]), result
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_repeats_are_bit_equal(target: Target) -> None:
+    shape = AttentionShape(2, 4, 70, 16, 70, 2, causal=True)
+    inputs = attention_inputs(shape, device=target.device)
+    with target.active():
+        results = [attention_results(our_attention(shape, target.backend), *inputs) for _ in range(3)]
+    for repeat in results[1:]:
+        for result, value in repeat.items():
+            assert torch.equal(value, results[0][result]), result
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t.backend == "cpu"], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+def test_forward_is_bit_equal_for_any_number_of_threads(target: Target, dtype: torch.dtype) -> None:
+    shape = AttentionShape(2, 3, 200, 16, 200, 3, causal=True)
+    q, k, v, _ = attention_inputs(shape, dtype)
+    results = []
+    with target.active():
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(lmkern.attention(q, k, v, causal=True, return_lse=True, backend="cpu"))
+    for out, lse in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(lse, results[0][1])
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t.backend != "reference"], ids=str)
+def test_forward_does_not_depend_on_the_rest_of_the_batch(target: Target) -> None:
+    shape = AttentionShape(3, 4, 70, 16, 70, 2, causal=True)
+    q, k, v, _ = attention_inputs(shape, device=target.device)
+    with target.active():
+        whole = lmkern.attention(q, k, v, causal=True, backend=target.backend)
+        for batch in range(3):
+            alone = lmkern.attention(
+                *(x[batch : batch + 1] for x in (q, k, v)), causal=True, backend=target.backend
+            )
+            assert torch.equal(alone[0], whole[batch])
+        pair = lmkern.attention(q[:, 2:], k[:, 1:], v[:, 1:], causal=True, backend=target.backend)
+        assert torch.equal(pair, whole[:, 2:])
