@@ -29,7 +29,8 @@ struct RowStatistics {
 // The packed forms of one query block.
 template <class C>
 struct QueryBlock {
-    Block<C> q, q_transposed, q_clean;  // q_transposed carries softmax_scale; q_clean is q with 0 for NaN
+    Block<C> q, q_transposed,
+        q_clean;  // q_transposed carries softmax_scale; q_clean is q with 0 for what is not finite
     Block<C> dout, dout_transposed;
 };
 
@@ -55,7 +56,8 @@ public:
             return Block<C>{workspace.take<C>(count * kQueryBlock), kQueryBlock};
         };
         k_ = rows(keys_), k_clean_ = rows(keys_), v_ = rows(keys_), dk_ = rows(keys_), dv_ = rows(keys_);
-        block_ = {rows(kQueryBlock), lanes(D_), rows(kQueryBlock), rows(kQueryBlock), lanes(D_)};
+        q_clean_ = rows(kQueryBlock);
+        block_ = {rows(kQueryBlock), lanes(D_), q_clean_, rows(kQueryBlock), lanes(D_)};
         dq_ = rows(kQueryBlock);
         out_ = rows(kQueryBlock);
         weights_ = lanes(kKeyBlock), dscores_ = lanes(kKeyBlock);
@@ -84,14 +86,13 @@ private:
             const auto matrix = head_of<const T>(from, strides, part_.batch, part_.head_kv);
             return pack(matrix.row(part_.first_key), matrix.row_stride, matrix.column_stride, keys_, D_, to);
         };
-        const bool nan = read(p_.k, p_.k_strides, k_);
+        const bool finite = !read(p_.k, p_.k_strides, k_);
         read(p_.v, p_.v_strides, v_);
-        // A NaN in k makes every weight of the queries that see it NaN; those that do not see it meet it as 0
-        // * NaN in dS K, where it must count as 0. The same holds for q in dS^T Q.
-        if (nan)
-            clear_nan(k_, keys_, D_, k_clean_);
-        else
-            k_clean_ = k_;
+        // What is not finite in k reaches the queries that see it through their scores; those that do not see
+        // it meet it as 0 * NaN in dS K of a masked tile, where it must count as 0. The same holds for q in
+        // dS^T Q.
+        if (!finite) clear_non_finite(k_, keys_, D_, k_clean_);
+        if (finite) k_clean_ = k_;
     }
 
     void query_block(int64_t head, int64_t first_query, int64_t queries) {
@@ -114,10 +115,10 @@ private:
             const auto matrix = head_of<const T>(from, strides, part_.batch, head);
             return pack(matrix.row(first_query), matrix.row_stride, matrix.column_stride, queries, D_, to);
         };
-        const bool nan = read(p_.q, p_.q_strides, block_.q);
+        const bool finite = !read(p_.q, p_.q_strides, block_.q);
         transpose(block_.q, queries, D_, static_cast<C>(p_.softmax_scale), block_.q_transposed);
-        if (nan) clear_nan(block_.q, queries, D_, block_.q_clean);
-        q_factor_ = nan ? block_.q_clean : block_.q;
+        block_.q_clean = finite ? block_.q : q_clean_;
+        if (!finite) clear_non_finite(block_.q, queries, D_, q_clean_);
         read(p_.dout, p_.dout_strides, block_.dout);
         transpose(block_.dout, queries, D_, C(1), block_.dout_transposed);
         read(p_.out, p_.out_strides, out_);
@@ -152,16 +153,19 @@ private:
                 store(weight, p);
                 store(dscore, p * (load(dscore) - load(rows.delta + i)));
             }
-        if (key + keys > visible_keys(p_, first_query)) {
+        const bool masked = key + keys > visible_keys(p_, first_query);
+        if (masked) {
             mask_diagonal(weights_, key, keys, first_query, lanes, p_.diagonal, C(0));
             mask_diagonal(dscores_, key, keys, first_query, lanes, p_.diagonal, C(0));
         }
         auto keys_of = [&](Block<C> all) { return Block<C>{all.data + offset, width_}; };
         const Left<C> weights{weights_.data, kQueryBlock, 1}, dscores{dscores_.data, kQueryBlock, 1};
         if (part_.dv) product<true>(weights, block_.dout, keys, D_, queries, keys_of(dv_));
-        if (part_.dk) product<true>(dscores, q_factor_, keys, D_, queries, keys_of(dk_));
+        if (part_.dk)
+            product<true>(dscores, masked ? block_.q_clean : block_.q, keys, D_, queries, keys_of(dk_));
         if (part_.dq)
-            product<true>(Left<C>{dscores_.data, 1, kQueryBlock}, keys_of(k_clean_), queries, D_, keys, dq_);
+            product<true>(Left<C>{dscores_.data, 1, kQueryBlock}, keys_of(masked ? k_clean_ : k_), queries,
+                          D_, keys, dq_);
     }
 
     const AttentionParams& p_;
@@ -169,7 +173,7 @@ private:
     const int64_t D_, width_, keys_;
     Block<C> k_, k_clean_, v_, dk_, dv_;  // the part's keys
     QueryBlock<C> block_;
-    Block<C> q_factor_;  // q or q_clean
+    Block<C> q_clean_;
     Block<C> dq_, out_;
     Block<C> weights_, dscores_;  // (keys, queries)
 };

@@ -46,7 +46,7 @@ public:
             if (threadIdx.y > 0) return;
             for (int i = 0; i < V; ++i)
                 for (int w = 0; w < W; ++w)
-                    for (int y = 1; y < blockDim.y; ++y)
+                    for (unsigned y = 1; y < blockDim.y; ++y)
                         sums_[i][w] += fold[(i * W + w) * threads + y * blockDim.x + thread];
         }
         for_packs<W, V>(columns, [&](int i, int column) {

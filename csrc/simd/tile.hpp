@@ -18,13 +18,14 @@ constexpr int64_t padded(int64_t columns) {
     return (columns + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
 }
 
-// Copies a (rows, columns) matrix with free strides into a block. Returns whether it holds a NaN.
+// Copies a (rows, columns) matrix with free strides into a block. Returns whether it holds a NaN or an
+// infinity.
 template <class T>
 bool pack(const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns,
           Block<Compute<T>> to) {
     using C = Compute<T>;
     constexpr int64_t lanes = kLanes<C>;
-    Integers<C> nan{};
+    Integers<C> odd{};
     for (int64_t row = 0; row < rows; ++row) {
         const T* source = from + row * row_stride;
         C* target = to.data + row * to.stride;
@@ -39,22 +40,22 @@ bool pack(const T* from, int64_t row_stride, int64_t column_stride, int64_t rows
             } else {
                 v = count == lanes ? load(source + column) : load(source + column, count);
             }
-            nan |= v != v;
+            odd |= v - v != Vector<C>{};
             store(target + column, v);
         }
     }
     bool any = false;
-    for (int lane = 0; lane < lanes; ++lane) any |= nan[lane] != 0;
+    for (int lane = 0; lane < lanes; ++lane) any |= odd[lane] != 0;
     return any;
 }
 
-// The block with 0 for every NaN.
+// The block with 0 for every NaN and infinity.
 template <class C>
-void clear_nan(Block<C> from, int64_t rows, int64_t columns, Block<C> to) {
+void clear_non_finite(Block<C> from, int64_t rows, int64_t columns, Block<C> to) {
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t column = 0; column < padded<C>(columns); column += kLanes<C>) {
             const Vector<C> v = load(from.data + row * from.stride + column);
-            store(to.data + row * to.stride + column, v == v ? v : Vector<C>{});
+            store(to.data + row * to.stride + column, v - v == Vector<C>{} ? v : Vector<C>{});
         }
 }
 

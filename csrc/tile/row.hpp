@@ -9,6 +9,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "core/cuda_launch.hpp"
@@ -46,14 +47,16 @@ struct alignas(W * sizeof(T) < 16 ? W * sizeof(T) : 16) Pack {
 // Through the read-only cache: for memory that the kernel does not write.
 template <int W, class T>
 __device__ Pack<T, W> load_pack(const T* from) {
-    constexpr int bytes = W * sizeof(T);
+    constexpr size_t bytes = W * sizeof(T);
     using Word =
         std::conditional_t<bytes % 16 == 0, uint4, std::conditional_t<bytes == 4, unsigned, unsigned short>>;
     static_assert(bytes % sizeof(Word) == 0, "load_pack: a pack is 2, 4 or a multiple of 16 bytes");
-    Pack<T, W> pack;
+    Word words[bytes / sizeof(Word)];
 #pragma unroll
-    for (int word = 0; word < bytes / static_cast<int>(sizeof(Word)); ++word)
-        reinterpret_cast<Word*>(&pack)[word] = __ldg(reinterpret_cast<const Word*>(from) + word);
+    for (size_t word = 0; word < bytes / sizeof(Word); ++word)
+        words[word] = __ldg(reinterpret_cast<const Word*>(from) + word);
+    Pack<T, W> pack;
+    memcpy(&pack, words, bytes);
     return pack;
 }
 

@@ -42,14 +42,17 @@ def unavailable() -> str | None:
     # Any driver of the same major version runs the machine code; an older one does not.
     driver, runtime = compiled.driver_version(), compiled.runtime_version()
     if driver // 1000 < runtime // 1000:
-        return f"was built with CUDA {_version(runtime)} and the driver takes CUDA {_version(driver)}; update it, or build with an older nvcc"
+        return (
+            f"was built with CUDA {_version(runtime)} and the driver takes CUDA {_version(driver)}; "
+            "update the driver, or build with an older nvcc"
+        )
     return None
 
 
 def unsupported(call: Call, run_on_hardware: str | None) -> str | None:
     """The reasons that hold for every op.
 
-    run_on_hardware: the GPU on which the op's kernel has passed its tests; a kernel with None is taken by name only.
+    run_on_hardware: the GPU on which the op's kernel has passed its tests. None: it is taken by name only.
     """
     if reason := unavailable():
         return reason

@@ -15,4 +15,4 @@ The contract of every backend. Derivation: docs/kernels/attention.md.
 A query that sees no key has out = 0 and gives no gradient. Scores, statistics and sums are at least float32.
 """
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("triton", "cpu", "reference")

@@ -1,4 +1,4 @@
-"""Layer norm on NVIDIA GPUs: csrc/layer_norm/cuda_forward.cu and cuda_backward.cu, called through csrc/layer_norm/params.hpp."""
+"""Layer norm on NVIDIA GPUs: csrc/layer_norm/cuda_*.cu, called through csrc/layer_norm/params.hpp."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from lmkern.kernels.cpu_call import DTYPE_CODES, pointer, statistics_dtype
 
 __all__ = ["NOTE", "RUN_ON_HARDWARE", "backward", "forward", "unavailable", "unsupported"]
 
-# The GPU on which these kernels passed tests/kernels/test_cuda_layer_norm.py, with the committed result that shows it
-# beside Triton's. None: nobody has run them, and an automatic choice leaves them out.
+# The GPU on which these kernels passed tests/kernels/test_cuda_layer_norm.py, and the commit of the benchmark
+# result that shows them beside Triton's. None: nobody has run them, and an automatic choice leaves them out.
 RUN_ON_HARDWARE: str | None = None
 
 NOTE = cuda_call.note(RUN_ON_HARDWARE)
 
-# LayerNormParams: 11 pointers; x_stride, dy_stride, rows, columns, chunks; eps; two dtypes, threads, device, stream.
+# LayerNormParams: 11 pointers; x_stride, dy_stride, rows, columns, chunks; eps; two dtypes, threads, device,
+# stream.
 _PARAMS = struct.Struct("=11q 5q d 5q")
 
 # Columns are counted in 32 bits, with room for a step of a block beyond the last.
 _MAX_WIDTH = 2**30
 
-# Blocks of the backward: two of up to 512 threads are resident on a processor at 64 registers a thread; fewer if a block
-# would have less than so many rows.
+# Blocks of the backward: two of up to 512 threads are resident on a processor at 64 registers a thread; fewer
+# if a block would have less than so many rows.
 _BLOCKS_PER_PROCESSOR = 2
 _MIN_BLOCK_ROWS = 4
 
@@ -39,7 +40,9 @@ def unavailable() -> str | None:
 def unsupported(call: Call) -> str | None:
     if reason := cuda_call.unsupported(call, RUN_ON_HARDWARE):
         return reason
-    x = call.tensors["x"]
+    x, weight, bias = (call.tensors.get(name) for name in ("x", "weight", "bias"))
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        return f"takes weight and bias of one dtype; got {weight.dtype} and {bias.dtype}"
     if x is not None and not 1 <= x.shape[1] <= _MAX_WIDTH:
         return f"takes rows of 1 to 2^30 elements; got {x.shape[1]}"
     return None
