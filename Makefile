@@ -38,10 +38,10 @@ format: $(LINT_READY)
 	git ls-files 'csrc/*' | grep -E '\.(cpp|hpp|cu)$$' | xargs $(BIN)/clang-format -i
 
 bench: $(READY)
-	$(BIN)/python -m pytest benchmarks $(ARGS)
+	$(BIN)/python -m pytest benchmarks -p no:logging --benchmark-enable --record $(ARGS)
 
 report: $(READY)
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python -m benchmarks.report
 
 $(READY): $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install $(PINS) -e '.[test]'

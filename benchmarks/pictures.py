@@ -37,7 +37,8 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> str:
             colour = AHEAD if times["ratio"] >= 1 else BEHIND
             axes.plot([1, times["ratio"]], [place, place], color=colour, linewidth=7, solid_capstyle="butt")
             axes.plot([times["ratio_min"], times["ratio_max"]], [place, place], color=INK, linewidth=0.8)
-        names = [f"{row['op']} {row['direction']} {row['shape']} {row['dtype']}" for row in rows]
+        columns = ("op", "direction", "shape", "dtype", "backend")
+        names = [" ".join(row[column] for column in columns) for row in rows]
         axes.set_yticks(range(len(rows)), names, fontsize=7)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xscale("log", base=2)
@@ -64,7 +65,7 @@ def roofline(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float]) -
         axes.set_yscale("log")
         axes.grid(color=LINE, linewidth=0.8)
         axes.set_xlabel("operations per byte", color=QUIET)
-        axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+        figure.legend(loc="outside right upper", frameon=False, labelcolor=INK, fontsize=8)
         return _svg(figure)
 
 

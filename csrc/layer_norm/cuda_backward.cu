@@ -146,21 +146,25 @@ __global__ void __launch_bounds__(kMaxThreads, 1) backward_kernel(LayerNormParam
     dbias.finish(dbias_slice, all_columns);
 }
 
-// Grid: (E / 32, 2): dweight, dbias. Block: 32 columns by 32 lanes; lane l adds slices l, l + 32, and so on.
-__global__ void __launch_bounds__(32 * 32) sum_chunks_kernel(LayerNormParams p) {
-    __shared__ float lanes[32][32];
+// Lanes that share out the slices of a column.
+constexpr int64_t kLanes = 32;
+
+// Grid: (E / 32, 2): dweight, dbias. Block: 32 columns by up to kLanes lanes; lane l adds the slices l, l +
+// lanes, and so on, and the lanes are added in order.
+__global__ void __launch_bounds__(32 * kLanes) sum_chunks_kernel(LayerNormParams p) {
+    __shared__ float lane_sums[kLanes][32];
     float* out = static_cast<float*>(blockIdx.y == 0 ? p.dweight : p.dbias);
     if (out == nullptr) return;
     const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
     const float* partials = static_cast<const float*>(p.partials) + blockIdx.y * p.columns + column;
     float total = 0.0f;
     if (column < p.columns)
-        for (int64_t chunk = threadIdx.y; chunk < p.chunks; chunk += 32)
+        for (int64_t chunk = threadIdx.y; chunk < p.chunks; chunk += blockDim.y)
             total += partials[chunk * 2 * p.columns];
-    lanes[threadIdx.y][threadIdx.x] = total;
+    lane_sums[threadIdx.y][threadIdx.x] = total;
     __syncthreads();
     if (threadIdx.y > 0 || column >= p.columns) return;
-    for (int lane = 1; lane < 32; ++lane) total += lanes[lane][threadIdx.x];
+    for (unsigned lane = 1; lane < blockDim.y; ++lane) total += lane_sums[lane][threadIdx.x];
     out[column] = total;
 }
 
@@ -187,7 +191,8 @@ void layer_norm_backward(const LayerNormParams& p) {
     });
     if (p.dweight == nullptr && p.dbias == nullptr) return;
     const dim3 grid(static_cast<unsigned>(ceil_div(p.columns, 32)), 2);
-    launch(sum_chunks_kernel, grid, dim3(32, 32), p.stream, p, what);
+    const dim3 block(32, static_cast<unsigned>(std::min(p.chunks, kLanes)));
+    launch(sum_chunks_kernel, grid, block, p.stream, p, what);
 }
 
 }  // namespace lmkern::cuda

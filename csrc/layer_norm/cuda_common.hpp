@@ -35,10 +35,15 @@ inline bool in_packs(const LayerNormParams& p, int64_t size) {
     return p.columns * size % 16 == 0 && p.x_stride * size % 16 == 0 && p.dy_stride * size % 16 == 0;
 }
 
+inline std::string dtype_name(int64_t code) {
+    constexpr const char* names[] = {"float32", "bfloat16", "float16", "float64"};
+    return code >= 0 && code < 4 ? names[code] : "unknown";
+}
+
 inline std::string describe(const char* pass, const LayerNormParams& p) {
     return std::string("layer_norm ") + pass + " on x (" + std::to_string(p.rows) + ", " +
-           std::to_string(p.columns) + "), row stride " + std::to_string(p.x_stride) + ", dtype code " +
-           std::to_string(p.dtype) + ", parameter dtype code " + std::to_string(p.parameter_dtype) +
+           std::to_string(p.columns) + ") " + dtype_name(p.dtype) + " of row stride " +
+           std::to_string(p.x_stride) + ", weight and bias " + dtype_name(p.parameter_dtype) +
            ", CUDA device " + std::to_string(p.device);
 }
 

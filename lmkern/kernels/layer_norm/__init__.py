@@ -14,4 +14,4 @@ The contract of every backend. Ba et al. 2016, arXiv:1607.06450. Derivation: doc
 Sums are at least float32, those of dweight and dbias over the rows too.
 """
 
-BACKENDS = ("triton", "cpu", "reference")
+BACKENDS = ("cuda", "triton", "cpu", "reference")

@@ -1,0 +1,260 @@
+"""`lmkern.attention` at its edges: nothing to sum over, NaN and infinity, arguments that make no sense."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import lmkern
+from lmkern.testing import (
+    AttentionShape,
+    Target,
+    attention_inputs,
+    attention_results,
+    leaves,
+    our_attention,
+    poisoned_memory,
+    targets,
+)
+
+TARGETS = targets("attention")
+# The reference holds the whole score matrix, and multiplies its zeros by NaN like any formula: its gradients, and what
+# it makes of v, are no measure here.
+KERNELS = [target for target in TARGETS if target.backend != "reference"]
+# Keys that a kernel may take at once: a NaN in v may reach the queries that see another key of its block.
+KEY_BLOCK = 64
+
+
+def run(target: Target, shape: AttentionShape, *inputs: Tensor) -> dict[str, Tensor]:
+    with poisoned_memory(), target.active():
+        return attention_results(our_attention(shape, target.backend), *inputs)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("B", "H", "H_kv", "N_q", "N_k"),
+    [(0, 2, 1, 3, 3), (2, 0, 0, 3, 3), (2, 2, 1, 0, 3), (2, 2, 1, 3, 0), (2, 2, 1, 0, 0), (1, 1, 1, 200, 0)],
+)
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_empty_sizes(target: Target, B: int, H: int, H_kv: int, N_q: int, N_k: int, causal: bool) -> None:
+    shape = AttentionShape(B, H, N_q, 8, N_k, H_kv, causal)
+    results = run(target, shape, *attention_inputs(shape, device=target.device))
+    assert results["out"].shape == (B, H, N_q, 8)
+    assert results["lse"].shape == (B, H, N_q)
+    assert results["dk"].shape == results["dv"].shape == (B, H_kv, N_k, 8)
+    assert (results["lse"] == -torch.inf).all()
+    for result in ("out", "dq", "dk", "dv"):
+        assert (results[result] == 0).all(), result
+
+
+@pytest.mark.parametrize(("N_q", "N_k"), [(70, 5), (130, 66), (3, 1)])
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_query_that_sees_no_key_is_zero_and_gives_no_gradient(target: Target, N_q: int, N_k: int) -> None:
+    shape = AttentionShape(1, 2, N_q, 8, N_k, 2, causal=True)
+    q, k, v, dout = attention_inputs(shape, device=target.device)
+    blind = N_q - N_k
+    dlse = torch.randn(1, 2, N_q).to(target.device)
+    with poisoned_memory(), target.active():
+        call = our_attention(shape, target.backend)
+        results = attention_results(call, q, k, v, dout, dlse)
+        # Whatever they and their gradients hold.
+        q[:, :, :blind] = 1e30
+        dout[:, :, :blind] = 1e30
+        others = attention_results(call, q, k, v, dout, dlse)
+    assert (results["out"][:, :, :blind] == 0).all()
+    assert (results["lse"][:, :, :blind] == -torch.inf).all()
+    assert (results["dq"][:, :, :blind] == 0).all()
+    assert all(results[result].isfinite().all() for result in ("out", "dq", "dk", "dv"))
+    assert torch.equal(results["dk"], others["dk"])
+    assert torch.equal(results["dv"], others["dv"])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("target", KERNELS, ids=str)
+def test_nan_or_infinity_in_q_reaches_its_own_query_alone(target: Target, bad: float) -> None:
+    shape = AttentionShape(1, 2, 150, 16, 150, 2, causal=True)
+    q, k, v, dout = attention_inputs(shape, device=target.device)
+    k = k.abs()
+    clean = run(target, shape, q, k, v, dout)
+    query = 70
+    q[0, 1, query, 3] = bad
+    ill = run(target, shape, q, k, v, dout)
+    for result in ("out", "lse", "dq"):
+        assert not ill[result][0, 1, query].isfinite().any(), result
+        ill[result][0, 1, query] = clean[result][0, 1, query]
+        assert torch.equal(ill[result], clean[result]), result
+    for result in ("dk", "dv"):
+        assert ill[result][0, 1, : query + 1].isnan().any(-1).all(), result
+        ill[result][0, 1, : query + 1] = clean[result][0, 1, : query + 1]
+        assert torch.equal(ill[result], clean[result]), result
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("target", KERNELS, ids=str)
+def test_nan_or_infinity_in_k_reaches_exactly_the_queries_that_see_it(target: Target, bad: float) -> None:
+    shape = AttentionShape(1, 2, 150, 16, 150, 2, causal=True)
+    q, k, v, dout = attention_inputs(shape, device=target.device)
+    q = q.abs()
+    clean = run(target, shape, q, k, v, dout)
+    key = 70
+    k[0, 1, key, 3] = bad
+    ill = run(target, shape, q, k, v, dout)
+    for result in ("out", "lse", "dq"):
+        assert not ill[result][0, 1, key:].isfinite().any(), result
+        ill[result][0, 1, key:] = clean[result][0, 1, key:]
+        assert torch.equal(ill[result], clean[result]), result
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("target", KERNELS, ids=str)
+def test_nan_or_infinity_in_v_stays_in_its_key_block_and_column(target: Target, bad: float) -> None:
+    shape = AttentionShape(1, 2, 150, 16, 150, 2, causal=True)
+    q, k, v, dout = attention_inputs(shape, device=target.device)
+    clean = run(target, shape, q, k, v, dout)
+    key, column = 70, 3
+    block = key // KEY_BLOCK * KEY_BLOCK
+    v[0, 1, key, column] = bad
+    ill = run(target, shape, q, k, v, dout)
+    assert not ill["out"][0, 1, key:, column].isfinite().any()
+    ill["out"][0, 1, block:, column] = clean["out"][0, 1, block:, column]
+    for result in ("out", "lse", "dv"):
+        assert torch.equal(ill[result], clean[result]), result
+    assert not ill["dq"][0, 1, key:].isfinite().any()
+    assert torch.equal(ill["dq"][0, 1, :block], clean["dq"][0, 1, :block])
+    assert torch.equal(ill["dq"][0, 0], clean["dq"][0, 0])
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_nan_in_q_or_k_reaches_the_queries_that_see_it_in_the_reference(which: int) -> None:
+    shape, position = AttentionShape(1, 2, 50, 16, 50, 2, causal=True), 20
+    inputs = list(attention_inputs(shape)[:3])
+    clean = lmkern.attention(*inputs, causal=True, backend="reference")
+    inputs[which][0, 1, position, 3] = torch.nan
+    ill = lmkern.attention(*inputs, causal=True, backend="reference")
+    reached = [position] if which == 0 else range(position, 50)
+    for query in range(50):
+        if query in reached:
+            assert ill[0, 1, query].isnan().all()
+        else:
+            assert torch.equal(ill[0, 1, query], clean[0, 1, query])
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_no_nan_becomes_finite_without_a_mask(target: Target) -> None:
+    shape = AttentionShape(1, 1, 70, 8, 130, 1)
+    for position in (0, 63, 64, 129):
+        for which in (1, 2):
+            inputs = list(attention_inputs(shape, device=target.device))
+            inputs[which][0, 0, position] = torch.nan
+            with target.active():
+                out = lmkern.attention(*inputs[:3], backend=target.backend)
+            assert out.isnan().all()
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_scores_that_overflow_exp_are_no_trouble(target: Target) -> None:
+    shape = AttentionShape(1, 2, 70, 16, 70, 2, causal=True)
+    q, k, v, dout = attention_inputs(shape, device=target.device)
+    results = run(target, shape, q * 1e4, k, v, dout)
+    assert all(value.isfinite().all() for value in results.values())
+
+
+def tensors(
+    q: tuple[int, ...] = (1, 2, 3, 4),
+    k: tuple[int, ...] = (1, 2, 3, 4),
+    v: tuple[int, ...] = (1, 2, 3, 4),
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    a, b, c = (torch.zeros(shape, dtype=dtype) for shape in (q, k, v))
+    return a, b, c
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "message"),
+    [
+        ((2, 3, 4), (2, 3, 4), (2, 3, 4), r"attention: q, k and v must be \(B, H, N, D\); got q \(2, 3, 4\)"),
+        (
+            (1, 2, 3, 4),
+            (1, 2, 3, 5),
+            (1, 2, 3, 5),
+            r"must share head_dim; got q \(1, 2, 3, 4\), k \(1, 2, 3, 5\)",
+        ),
+        ((1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 3, 5), r"must share head_dim; got .* v \(1, 2, 3, 5\)"),
+        ((1, 2, 3, 0), (1, 2, 3, 0), (1, 2, 3, 0), r"must share head_dim; got q \(1, 2, 3, 0\)"),
+        ((2, 2, 3, 4), (1, 2, 3, 4), (1, 2, 3, 4), r"must share the batch size; got q \(2, 2, 3, 4\)"),
+        (
+            (1, 2, 3, 4),
+            (1, 2, 3, 4),
+            (1, 2, 5, 4),
+            r"k and v must share heads and length; got .* v \(1, 2, 5, 4\)",
+        ),
+        (
+            (1, 3, 3, 4),
+            (1, 2, 3, 4),
+            (1, 2, 3, 4),
+            r"query heads must be a multiple of the key/value heads; got",
+        ),
+        (
+            (1, 2, 3, 4),
+            (1, 0, 3, 4),
+            (1, 0, 3, 4),
+            r"query heads must be a multiple of the key/value heads; got",
+        ),
+    ],
+)
+def test_shapes_that_do_not_match(
+    q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        lmkern.attention(*tensors(q, k, v))
+
+
+def test_dtypes_that_do_not_match() -> None:
+    q, k, v = tensors()
+    with pytest.raises(ValueError, match=r"share one dtype of float32, .*cast them first; got .*bfloat16"):
+        lmkern.attention(q, k.bfloat16(), v)
+    with pytest.raises(ValueError, match=r"share one dtype of float32, .*; got torch.int64"):
+        lmkern.attention(q.long(), k.long(), v.long())
+
+
+def test_devices_that_do_not_match() -> None:
+    q, k, v = tensors()
+    with pytest.raises(ValueError, match=r"on one device; move them with \.to\(\); got cpu, meta, cpu"):
+        lmkern.attention(q, k.to("meta"), v)
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match=r"attention: no backend 'cdua'; expected one of .*cpu.*reference"):
+        lmkern.attention(*tensors(), backend="cdua")
+
+
+def test_head_dim_beyond_the_kernels_goes_to_the_reference_unless_one_is_named() -> None:
+    q, k, v = tensors(*[(1, 1, 2, 257)] * 3)
+    assert lmkern.attention(q, k, v).shape == q.shape
+    with pytest.raises(
+        lmkern.UnsupportedBackend,
+        match=r"backend 'cpu' takes head_dim up to 256; got 257. Here: .*reference",
+    ):
+        lmkern.attention(q, k, v, backend="cpu")
+
+
+def test_float64_under_autocast_stays_and_float32_becomes_the_autocast_dtype() -> None:
+    shape = AttentionShape(1, 2, 20, 16, 20, 2)
+    q, k, v, dout = attention_inputs(shape)
+    q, k, v = leaves(q, k, v)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = lmkern.attention(q, k, v)
+        mixed = lmkern.attention(q, k.bfloat16(), v)
+        wide = lmkern.attention(q.double(), k.double(), v.double())
+    assert out.dtype == mixed.dtype == torch.bfloat16
+    assert torch.equal(out, mixed)
+    assert torch.equal(out, lmkern.attention(q.bfloat16(), k.bfloat16(), v.bfloat16()))
+    assert wide.dtype == torch.float64
+    out.backward(dout.bfloat16())
+    assert q.grad is not None
+    assert q.grad.dtype == torch.float32
+
+
+def test_mixed_float64_under_autocast_is_an_error_in_words() -> None:
+    q, k, v = tensors()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="share one dtype"):
+        lmkern.attention(q.double(), k, v)
