@@ -33,12 +33,14 @@ def unavailable() -> str | None:
         return f"was not built: {_one_line(failure)}"
     if torch.version.hip is not None:
         return "needs an NVIDIA GPU; this torch is for ROCm"
+    no_gpu = None if torch.cuda.is_available() else "needs an NVIDIA GPU and none is visible"
     try:
         compiled = importlib.import_module("lmkern._cuda")
     except ImportError as error:
-        return f"was not built ({error}); with nvcc on the PATH, run LMKERN_CUDA=1 pip install -e ."
-    if not torch.cuda.is_available():
-        return "needs an NVIDIA GPU and none is visible"
+        how = f"was not built ({error}): LMKERN_CUDA=1 pip install -e . does it where nvcc is on the PATH"
+        return f"{no_gpu}; {how}" if no_gpu else how
+    if no_gpu:
+        return no_gpu
     # Any driver of the same major version runs the machine code; an older one does not.
     driver, runtime = compiled.driver_version(), compiled.runtime_version()
     if driver // 1000 < runtime // 1000:

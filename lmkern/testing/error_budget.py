@@ -1,9 +1,10 @@
 """How wrong a kernel may be, taken from the data: torch's own error in the same dtype is the measure.
 
-Errors are differences from the exact result, counted in units in the last place of its largest element, and at
-least half a unit: no result can be expected to round better than that. On every shape the largest error of a kernel
-may be twice torch's plus one unit. Over all shapes the geometric mean of the ratios of the typical (root mean
-square) errors may be at most one. Typical ones, because which single element is the worst is chance.
+Errors are differences from the exact result, counted in units in the last place of its largest element, and
+at least half a unit: no result can be expected to round better than that. On every shape the largest error of
+a kernel may be twice torch's plus one unit. Over all shapes the geometric mean of the ratios of the typical
+(root mean square) errors may be at most one. Typical ones, because which element is the worst is chance; and
+for the same reason only results of at least 256 elements count there.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ from lmkern.testing.exact import Array, long_double
 FACTOR = 2.0
 GEOMETRIC_MEAN = 1.0
 FLOOR = 0.5
+ENOUGH_ELEMENTS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """The largest and the root mean square error of two results, in units in the last place of size `unit`."""
+    """The largest and the root mean square error of two results, in units in the last place (`unit`)."""
 
     ours_worst: float
     torchs_worst: float
     ours_typical: float
     torchs_typical: float
     unit: float
+    elements: int = ENOUGH_ELEMENTS
 
     @property
     def ratio(self) -> float:
@@ -43,8 +46,8 @@ def measure(ours: Tensor, torchs: Tensor, exact: Tensor | Array, *, at_least: fl
     """Errors of two results of the same shape and dtype.
 
     at_least: the size of the exact result below which units are not made smaller, for a result that is a
-    difference of terms of that size. Ours must have infinities and NaN exactly where the exact result has them:
-    anywhere else they are an infinite error. Where torch has them alone, its error is not counted.
+    difference of terms of that size. Ours must have infinities and NaN exactly where the exact result has
+    them: anywhere else they are an infinite error. Where torch has them alone, its error is not counted.
     """
     exact = long_double(exact) if isinstance(exact, Tensor) else exact
     finite = exact[np.isfinite(exact)]
@@ -58,6 +61,7 @@ def measure(ours: Tensor, torchs: Tensor, exact: Tensor | Array, *, at_least: fl
         ours_typical=_root_mean_square(our_errors) / unit,
         torchs_typical=_root_mean_square(torchs_errors) / unit,
         unit=unit,
+        elements=exact.size,
     )
 
 
@@ -80,8 +84,9 @@ def over_budget(name: str, errors: Errors) -> str | None:
 
 
 def geometric_mean(errors: Sequence[Errors]) -> float:
-    """Of the ratios of our typical errors to torch's."""
-    return math.exp(sum(math.log(e.ratio) for e in errors) / len(errors))
+    """Of the ratios of our typical errors to torch's, where there are elements enough."""
+    logarithms = [math.log(e.ratio) for e in errors if e.elements >= ENOUGH_ELEMENTS]
+    return math.exp(sum(logarithms) / max(len(logarithms), 1))
 
 
 def mean_over_budget(name: str, errors: Sequence[Errors]) -> str | None:
@@ -100,7 +105,7 @@ def _root_mean_square(errors: Array) -> float:
 
 
 def _errors(result: Tensor, exact: Array) -> Array:
-    """Absolute differences; infinite where one of the two is NaN or infinite and the other is not the same."""
+    """Absolute differences; infinite where one of the two is not finite and the other is not the same."""
     if tuple(result.shape) != exact.shape:
         raise ValueError(f"error_budget: expected shape {exact.shape}; got {tuple(result.shape)}")
     x = long_double(result)

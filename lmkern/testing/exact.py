@@ -1,7 +1,7 @@
 """Attention and layer norm in numpy's long double, from the formulas alone.
 
-What float64 kernels are measured against, and a second opinion on the reference. On x86 a long double has 11 bits
-more than a float64; where it has none more, float64 kernels are measured against their equal.
+What float64 kernels are measured against, and a second opinion on the reference. On x86 a long double has 11
+bits more than a float64; where it has none more, float64 kernels are measured against their equal.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Target:
     def active(self) -> Iterator[None]:
         """Within it the CPU backend's calls go to this target's instruction set.
 
-        Triton's interpreter computes with numpy, whose warnings about overflow and NaN are silenced: a GPU gives none.
+        Triton's interpreter computes with numpy, whose warnings of overflow and NaN are silenced.
         """
         if self.interpreted:
             with np.errstate(all="ignore"), warnings.catch_warnings():
@@ -67,7 +67,7 @@ class Target:
 
 
 def targets(op: str) -> list[Target]:
-    """Every usable backend of an op, fastest first; and "cpu", whose tests fail with the reason if it was not built."""
+    """Every usable backend of an op, fastest first; "cpu" in any case: a missing build fails its tests."""
     found: list[Target] = []
     for backend in backends.backend_names(op):
         if backend == "cpu" and native.cpu_modules():

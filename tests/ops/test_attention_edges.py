@@ -17,8 +17,8 @@ from lmkern.testing import (
 )
 
 TARGETS = targets("attention")
-# The reference holds the whole score matrix, and multiplies its zeros by NaN like any formula: its gradients, and what
-# it makes of v, are no measure here.
+# The reference holds the whole score matrix and multiplies its zeros by NaN: its gradients, and what it makes
+# of v, are no measure here.
 KERNELS = [target for target in TARGETS if target.backend != "reference"]
 # Keys that a kernel may take at once: a NaN in v may reach the queries that see another key of its block.
 KEY_BLOCK = 64
@@ -158,6 +158,24 @@ def test_scores_that_overflow_exp_are_no_trouble(target: Target) -> None:
     assert all(value.isfinite().all() for value in results.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_every_16_bit_number_comes_through(target: Target, dtype: torch.dtype) -> None:
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).to(target.device)
+    numbers = bits.view(dtype)
+    v = numbers.view(1, 256, 1, 256)
+    # One key has all the weight: out is v.
+    q = torch.zeros_like(v)
+    with target.active():
+        out = lmkern.attention(q, q, v, backend=target.backend).flatten()
+    kept = (out == numbers) | (out.isnan() & numbers.isnan())
+    if dtype == torch.bfloat16:
+        # Its subnormal numbers are float32's too, which kernels may flush to zero.
+        tiny = torch.finfo(dtype).tiny
+        kept |= (numbers.abs() < tiny) & (out.abs() <= tiny)
+    assert kept.all(), numbers[~kept]
+
+
 def tensors(
     q: tuple[int, ...] = (1, 2, 3, 4),
     k: tuple[int, ...] = (1, 2, 3, 4),
@@ -220,6 +238,14 @@ def test_devices_that_do_not_match() -> None:
     q, k, v = tensors()
     with pytest.raises(ValueError, match=r"on one device; move them with \.to\(\); got cpu, meta, cpu"):
         lmkern.attention(q, k.to("meta"), v)
+
+
+def test_meta_tensors_give_shapes() -> None:
+    q = torch.empty(2, 4, 10, 8, device="meta", dtype=torch.bfloat16)
+    k = torch.empty(2, 2, 12, 8, device="meta", dtype=torch.bfloat16)
+    out, lse = lmkern.attention(q, k, k, causal=True, return_lse=True)
+    assert (out.shape, out.dtype, out.device.type) == (q.shape, q.dtype, "meta")
+    assert (lse.shape, lse.dtype) == ((2, 4, 10), torch.float32)
 
 
 def test_unknown_backend() -> None:

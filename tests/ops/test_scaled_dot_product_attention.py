@@ -79,6 +79,12 @@ def test_mask_of_integers() -> None:
         lmkern.scaled_dot_product_attention(*inputs(), attn_mask=torch.ones(N_q, N_k, dtype=torch.int64))
 
 
+def test_mask_of_a_wider_dtype() -> None:
+    mask = torch.zeros(N_q, N_k, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"attn_mask .*float64"):
+        lmkern.scaled_dot_product_attention(*inputs(torch.float32), attn_mask=mask)
+
+
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_row_that_a_mask_hides_is_zero_with_zero_gradients(kind: str) -> None:
     q, k, v = leaves(*inputs())

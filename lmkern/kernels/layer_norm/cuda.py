@@ -33,7 +33,7 @@ _MIN_BLOCK_ROWS = 4
 
 def unavailable() -> str | None:
     if reason := cuda_call.unavailable():
-        return reason if RUN_ON_HARDWARE else f"{reason}. Its kernels have not been run on a GPU yet"
+        return reason if RUN_ON_HARDWARE else f"{reason}; its kernels have not been run on a GPU yet"
     return None
 
 

@@ -2,10 +2,11 @@
 // own headers.
 //
 // A thread of a block is a fiber. Between two __syncthreads the warps run one after the other, each as far as
-// it gets, so that a barrier that is missing is seen in the result; within a warp, shuffles are barriers. A
-// kernel in which the threads of a warp shuffle, or those of a block synchronise, in different places is
-// refused. Blocks run in order. Not here: device memory, streams, atomics, anything asynchronous, the
-// rounding of fast mathematics.
+// it gets, in ascending order in one block and in descending order in the next, so that a barrier that is
+// missing is seen in the result; within a warp, shuffles are barriers. Refused: a warp of which some threads
+// wait at a shuffle or barrier and others do not, and a load that is not aligned.
+//
+// Not here: device memory, streams, atomics, anything asynchronous, the rounding of fast mathematics.
 #pragma once
 
 #include <ucontext.h>
@@ -52,6 +53,8 @@ inline std::vector<Fiber> fibers(kMaxThreads);
 inline std::vector<char> stacks(kMaxThreads* kStackBytes);
 inline ucontext_t scheduler;
 inline unsigned current = 0;
+inline bool descending = false;
+inline bool misaligned = false;
 // makecontext passes no pointer; one kernel runs at a time.
 inline void (*run_kernel)(const void*) = nullptr;
 inline const void* kernel_call = nullptr;
@@ -92,9 +95,12 @@ inline void run_block() {
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, start_fiber, 0);
     }
-    for (unsigned running = threads; running > 0;) {
+    descending = !descending;
+    const unsigned warps = (threads + kWarp - 1) / kWarp;
+    for (unsigned running = warps; running > 0;) {
         running = 0;
-        for (unsigned first = 0; first < threads; first += kWarp) {
+        for (unsigned turn = 0; turn < warps; ++turn) {
+            const unsigned first = (descending ? warps - 1 - turn : turn) * kWarp;
             if (fibers[first].state == State::done) continue;
             run_warp(first, first + kWarp < threads ? first + kWarp : threads);
             if (fibers[first].state == State::at_barrier) ++running;
@@ -120,7 +126,10 @@ inline float __shfl_xor_sync(unsigned, float value, int offset) {
 
 template <class T>
 T __ldg(const T* from) {
-    return *from;
+    if (reinterpret_cast<uintptr_t>(from) % sizeof(T) != 0) cuda_emulator::misaligned = true;
+    T x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
 }
 
 inline float __uint_as_float(unsigned bits) {
@@ -130,12 +139,13 @@ inline float __uint_as_float(unsigned bits) {
 }
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
-inline const char* cudaGetErrorName(cudaError_t) {
-    return "cudaErrorInvalidConfiguration";
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorMisalignedAddress = 716 };
+inline const char* cudaGetErrorName(cudaError_t error) {
+    return error == cudaErrorInvalidConfiguration ? "cudaErrorInvalidConfiguration"
+                                                  : "cudaErrorMisalignedAddress";
 }
-inline const char* cudaGetErrorString(cudaError_t) {
-    return "invalid configuration argument";
+inline const char* cudaGetErrorString(cudaError_t error) {
+    return error == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "misaligned address";
 }
 inline cudaError_t cudaGetLastError() {
     return cudaSuccess;
@@ -173,5 +183,7 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 grid, dim3 block, void
     for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
         for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
             for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) cuda_emulator::run_block();
-    return cudaSuccess;
+    if (!cuda_emulator::misaligned) return cudaSuccess;
+    cuda_emulator::misaligned = false;
+    return cudaErrorMisalignedAddress;
 }
