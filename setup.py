@@ -1,4 +1,4 @@
-"""Hands the build to CMake + Ninja. A machine without a compiler still gets an installed package, and the reason in doctor."""
+"""Hands the build to CMake + Ninja. Without a compiler the package still installs; doctor gives the reason."""
 
 from __future__ import annotations
 
@@ -44,13 +44,16 @@ class CMakeBuild(build_ext):
                 f"-DLMKERN_MODULES={kind}", f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DCMAKE_INSTALL_PREFIX={package}",
             ]  # fmt: skip
-            for command in (configure, ["cmake", "--build", str(build_dir), "--target", "install"]):
-                subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            install = ["cmake", "--build", str(build_dir), "--target", "install"]
+            for command in (configure, install):
+                subprocess.run(
+                    command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                )
         except (OSError, ImportError, subprocess.CalledProcessError) as error:
             output = getattr(error, "output", None) or ""
             tail = "\n".join(output.strip().splitlines()[-15:])
             report.write_text(f"{error}\n{tail}\n", encoding="utf-8")
-            print(f"lmkern: the {kind} kernels were not built; `lmkern doctor` gives the reason\n{error}\n{tail}")
+            print(f"lmkern: the {kind} kernels were not built; see `lmkern doctor`\n{error}\n{tail}")
 
 
 setup(ext_modules=[Extension("lmkern._native", sources=[])], cmdclass={"build_ext": CMakeBuild})

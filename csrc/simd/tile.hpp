@@ -3,6 +3,8 @@
 // A block is rows of Compute<T> values, `stride` apart, padded with zeros to whole vectors.
 #pragma once
 
+#include <algorithm>
+
 #include "simd/vector.hpp"
 
 namespace lmkern {
@@ -124,12 +126,7 @@ inline void product_tile(Left<C> a, Block<C> b, int64_t depth, Block<C> c) {
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
-        for (int j = 0; j < vectors; ++j) {
-            if constexpr (accumulate)
-                acc[i][j] = load(c.data + i * c.stride + j * kLanes<C>);
-            else
-                acc[i][j] = Vector<C>{};
-        }
+        for (int j = 0; j < vectors; ++j) acc[i][j] = Vector<C>{};
     for (int64_t k = 0; k < depth; ++k) {
         Vector<C> right[vectors];
 #pragma GCC unroll 4
@@ -144,7 +141,10 @@ inline void product_tile(Left<C> a, Block<C> b, int64_t depth, Block<C> c) {
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
-        for (int j = 0; j < vectors; ++j) store(c.data + i * c.stride + j * kLanes<C>, acc[i][j]);
+        for (int j = 0; j < vectors; ++j) {
+            C* place = c.data + i * c.stride + j * kLanes<C>;
+            store(place, accumulate ? load(place) + acc[i][j] : acc[i][j]);
+        }
 }
 
 template <int vectors, bool accumulate, class C>
@@ -164,10 +164,8 @@ inline void product_rows(Left<C> a, Block<C> b, int64_t rows, int64_t depth, Blo
     }
 }
 
-// c (rows, columns) = a (rows, depth) @ b (depth, columns), added to c with `accumulate`. Columns are whole
-// vectors.
 template <bool accumulate, class C>
-void product(Left<C> a, Block<C> b, int64_t rows, int64_t columns, int64_t depth, Block<C> c) {
+void product_part(Left<C> a, Block<C> b, int64_t rows, int64_t columns, int64_t depth, Block<C> c) {
     int64_t vectors = padded<C>(columns) / kLanes<C>;
     int64_t column = 0;
     auto right = [&] { return Block<C>{b.data + column, b.stride}; };
@@ -177,6 +175,21 @@ void product(Left<C> a, Block<C> b, int64_t rows, int64_t columns, int64_t depth
     if (vectors == 3) return product_rows<3, accumulate>(a, right(), rows, depth, result());
     if (vectors == 2) return product_rows<2, accumulate>(a, right(), rows, depth, result());
     if (vectors == 1) return product_rows<1, accumulate>(a, right(), rows, depth, result());
+}
+
+// A sum runs over so many terms before it joins the others: its rounding errors grow with this, not with the
+// depth.
+constexpr int64_t kPartDepth = 32;
+
+// c (rows, columns) = a (rows, depth) @ b (depth, columns), added to c with `accumulate`. Columns are whole
+// vectors.
+template <bool accumulate, class C>
+void product(Left<C> a, Block<C> b, int64_t rows, int64_t columns, int64_t depth, Block<C> c) {
+    auto left = [&](int64_t k) { return Left<C>{a.data + k * a.k_stride, a.row_stride, a.k_stride}; };
+    auto right = [&](int64_t k) { return Block<C>{b.data + k * b.stride, b.stride}; };
+    product_part<accumulate>(a, b, rows, columns, std::min(depth, kPartDepth), c);
+    for (int64_t k = kPartDepth; k < depth; k += kPartDepth)
+        product_part<true>(left(k), right(k), rows, columns, std::min(depth - k, kPartDepth), c);
 }
 
 }  // namespace lmkern

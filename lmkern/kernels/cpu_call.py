@@ -1,4 +1,4 @@
-"""What every CPU kernel's Python half shares: dtype codes, and why a call cannot go to the compiled module."""
+"""What the Python half of every CPU kernel shares: dtype codes, and why the module cannot take a call."""
 
 from __future__ import annotations
 

@@ -28,7 +28,9 @@ def module() -> ModuleType:
     forced = os.environ.get("LMKERN_CPU_ISA")
     if forced is not None and forced not in modules:
         here = ", ".join(modules) or "none"
-        raise ValueError(f"LMKERN_CPU_ISA: expected an instruction set of this machine ({here}); got {forced!r}")
+        raise ValueError(
+            f"LMKERN_CPU_ISA: expected an instruction set of this machine ({here}); got {forced!r}"
+        )
     if not modules:
         raise RuntimeError(f"lmkern: the CPU kernels {cpu_unavailable()}")
     return modules[forced or next(iter(modules))]
@@ -50,7 +52,8 @@ def cpu_unavailable() -> str | None:
     """Why no compiled module can be used, in words; None when one can."""
     if cpu_modules():
         return None
-    return f"was not built: {build_failure('cpu') or 'no compiled module beside the package; run pip install -e .'}"
+    reason = build_failure("cpu") or "no compiled module beside the package; run pip install -e ."
+    return f"was not built: {reason}"
 
 
 def build_failure(kind: str) -> str | None:
@@ -60,7 +63,7 @@ def build_failure(kind: str) -> str | None:
 
 
 def threads() -> int:
-    """The number of threads a kernel may use: torch's, passed in explicitly because a fresh Python thread has OpenMP's default."""
+    """How many threads a kernel may use: torch's count, since a fresh Python thread has OpenMP's default."""
     return torch.get_num_threads()
 
 

@@ -84,4 +84,4 @@ def processors(device: torch.device) -> int:
 
 def device_of(x: Tensor) -> AbstractContextManager[None]:
     """Makes x's GPU the current one, where Triton launches; nothing for a CPU tensor."""
-    return torch.cuda.device_of(x)  # type: ignore[no-untyped-call]
+    return torch.cuda.device_of(x)

@@ -148,9 +148,9 @@ class GPT(nn.Module):
         self.norm = LayerNorm(config.width, eps=config.eps, bias=config.bias)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.head.weight = self.embedding.weight
-        self.register_state_dict_post_hook(_drop_head)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_restore_head)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_tie_head)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(_drop_head)
+        self.register_load_state_dict_pre_hook(_restore_head)
+        self.register_load_state_dict_post_hook(_tie_head)
         self._initialise()
 
     def _initialise(self) -> None:

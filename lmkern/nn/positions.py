@@ -98,7 +98,7 @@ class Rotary(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # .bfloat16() would round the tables and .to_empty() would leave them unfilled.
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         self._build_tables(self.cos.device)
         return self
 

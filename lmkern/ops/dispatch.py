@@ -11,8 +11,9 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def direct(*tensors: Tensor | None) -> bool:
     """Whether an op may call its kernel straight away instead of through its torch.library registration.
 
-    True in eager mode on plain tensors. A compiler, a functorch transform, a dispatch mode (fake tensors, tracing) or a
-    tensor subclass must see the registered op. The direct path computes the same bits and costs half as much.
+    True in eager mode on plain tensors. A compiler, a functorch transform, a dispatch mode (fake tensors,
+    tracing) or a tensor subclass must see the registered op. The direct path computes the same bits and costs
+    half as much.
     """
     return not (
         torch.compiler.is_compiling()
@@ -23,9 +24,9 @@ def direct(*tensors: Tensor | None) -> bool:
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the autocast dtype of their device, as torch's own matrix products take them; float64 is left."""
+    """The tensors in their device's autocast dtype, as torch's matrix products take them; float64 is left."""
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)

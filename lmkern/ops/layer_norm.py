@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,13 +32,13 @@ def layer_norm(
     weight, bias: normalized_shape, in input's dtype, or float32 beside a 16-bit input; either may be None.
     backend: "cuda", "triton", "cpu" or "reference"; default the fastest that applies.
 
-    Returns input's shape and dtype, contiguous. Mean, variance and the sums of the gradients of weight and bias are
-    float32 (float64 for float64). Raises ValueError for shapes, dtypes and devices; UnsupportedBackend if the named
-    backend cannot run this here. Ba et al. 2016, arXiv:1607.06450.
+    Returns input's shape and dtype, contiguous. Mean, variance and the sums of the gradients of weight and
+    bias are float32 (float64 for float64). Raises ValueError for shapes, dtypes and devices;
+    UnsupportedBackend if the named backend cannot run this here. Ba et al. 2016, arXiv:1607.06450.
     """
     shape = tuple(normalized_shape)
     _check(input, shape, weight, bias)
-    x = input.reshape(-1, math.prod(shape))  # (R, E)
+    x = input.reshape(math.prod(input.shape[: -len(shape)]), math.prod(shape))  # (R, E)
     flat_weight = None if weight is None else weight.reshape(-1)
     flat_bias = None if bias is None else bias.reshape(-1)
     if direct(x, flat_weight, flat_bias):
@@ -54,7 +54,7 @@ def _forward(
     kernel = backends.select(
         backends.Call("layer_norm", {"x": x, "weight": weight, "bias": bias}, {}, backend)
     )
-    return kernel.forward(_rows(x), _contiguous(weight), _contiguous(bias), eps=eps)  # type: ignore[no-any-return]
+    return kernel.forward(_rows(x), *_parameters(weight, bias), eps=eps)  # type: ignore[no-any-return]
 
 
 def _backward(
@@ -71,7 +71,7 @@ def _backward(
         backends.Call("layer_norm", {"x": x, "weight": weight, "bias": bias}, {}, backend)
     )
     dx, dweight, dbias = kernel.backward(
-        _rows(dy), _rows(x), _contiguous(weight), mean, rstd, needs=tuple(needs)
+        _rows(dy), _rows(x), _parameters(weight, bias)[0], mean, rstd, needs=tuple(needs)
     )
     if dweight is not None and weight is not None:
         dweight = dweight.to(weight.dtype)
@@ -92,9 +92,9 @@ class _LayerNorm(torch.autograd.Function):
         return output[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, dy)
+        return _gradients(ctx, dy, _backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -102,9 +102,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(x, weight, bias, *output[1:])
 
 
-def _gradients(ctx: Any, dy: Tensor, *_statistics: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(
+    ctx: Any, dy: Tensor, backward: Callable[..., tuple[Tensor | None, ...]]
+) -> tuple[Tensor | None, ...]:
     x, weight, bias, mean, rstd = ctx.saved_tensors
-    backward = _backward if direct(dy, x, weight, bias) else _registered_backward
     needs = list(ctx.needs_input_grad[:3])
     return (*backward(dy, x, weight, bias, mean, rstd, ctx.backend, needs), None, None)
 
@@ -161,12 +162,25 @@ def _(
     return tuple(t.new_empty(t.shape) if need and t is not None else x.new_empty(0) for t, need in wanted)  # type: ignore[return-value]
 
 
-torch.library.register_autograd("lmkern::layer_norm", _gradients, setup_context=_setup_context)
+def _registered_gradients(ctx: Any, dy: Tensor, *_statistics: Tensor | None) -> tuple[Tensor | None, ...]:
+    # Through the registered backward, which has no derivative of its own and says so to a double backward.
+    return _gradients(ctx, dy, _registered_backward)
+
+
+torch.library.register_autograd("lmkern::layer_norm", _registered_gradients, setup_context=_setup_context)
 
 
 def _rows(x: Tensor) -> Tensor:
     """x with the elements of a row next to each other, as the kernels read it."""
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _parameters(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """weight and bias contiguous and of one dtype, the wider of the two."""
+    if weight is None or bias is None or weight.dtype == bias.dtype:
+        return _contiguous(weight), _contiguous(bias)
+    dtype = torch.promote_types(weight.dtype, bias.dtype)
+    return weight.to(dtype).contiguous(), bias.to(dtype).contiguous()
 
 
 def _contiguous(parameter: Tensor | None) -> Tensor | None:
@@ -188,7 +202,10 @@ def _check(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tenso
         wider = parameter.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16)
         if parameter.dtype != x.dtype and not wider:
             raise ValueError(
-                f"layer_norm: {name} must have input's dtype {x.dtype}, or float32 beside a 16-bit input; got {parameter.dtype}"
+                f"layer_norm: {name} must have input's dtype {x.dtype}, or float32 beside a 16-bit input; "
+                f"got {parameter.dtype}"
             )
         if parameter.device != x.device:
-            raise ValueError(f"layer_norm: {name} must be on input's device {x.device}; got {parameter.device}")
+            raise ValueError(
+                f"layer_norm: {name} must be on input's device {x.device}; got {parameter.device}"
+            )

@@ -8,7 +8,7 @@ from functools import cache
 
 # malloc.h: mallopt's parameters.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
-# Above this size a block is still given back to the system at once, and memory at the top of the heap is kept up to it.
+# Above this size a block is still given back to the system at once, and the top of the heap is kept up to it.
 _KEPT_BYTES = 2**31 - 1
 _TOP_PAD_BYTES = 64 * 2**20
 
@@ -18,8 +18,8 @@ def keep_freed_memory() -> bool:
     """Tells glibc to keep large freed blocks for the next step; once a process, and for all of it.
 
     By default a large tensor gets fresh pages from the system each time, and the page faults of writing them
-    cost more than most memory-bound ops (LOG.md has the figures). Every step of a training run asks for the same blocks
-    again. Returns whether the allocator took it: False on systems other than Linux with glibc.
+    cost more than most memory-bound ops (LOG.md has the figures). Every step of a training run asks for the
+    same blocks again. Returns whether the allocator took it: False on systems other than Linux with glibc.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,4 +1,4 @@
-"""Attention on the CPU: csrc/attention/cpu_forward.cpp and cpu_backward.cpp, called through csrc/attention/params.hpp."""
+"""Attention on the CPU: csrc/attention/cpu_*.cpp, called through csrc/attention/params.hpp."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
 MAX_HEAD_DIM = 256
 
-# AttentionParams: 10 pointers, 8 tensors' strides, 6 sizes, has_diagonal, diagonal, softmax_scale, dtype, threads.
+# AttentionParams: 10 pointers, 8 tensors' strides, 6 sizes; has_diagonal, diagonal; softmax_scale; dtype,
+# threads.
 _PARAMS = struct.Struct("=10q 32q 6q 2q d 2q")
 _NO_STRIDES = (0, 0, 0, 0)
 
@@ -32,7 +33,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=cpu_call.statistics_dtype(q))
-    native.module().attention_forward(_pack(q, k, v, out, lse, None, None, None, None, None, diagonal, softmax_scale))
+    native.module().attention_forward(
+        _pack(q, k, v, out, lse, None, None, None, None, None, diagonal, softmax_scale)
+    )
     return out, lse
 
 

@@ -1,6 +1,7 @@
 """Attention in eager torch: the specification that every other backend is compared with.
 
-Float32 and float64 inputs are computed in their own type, float16 and bfloat16 in float32. It holds the (N_q, N_k) scores.
+Float32 and float64 inputs are computed in their own type, float16 and bfloat16 in float32. It holds the
+(N_q, N_k) scores.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@ The contract of every backend. Ba et al. 2016, arXiv:1607.06450. Derivation: doc
     forward(x, weight, bias, *, eps) -> (y, mean, rstd)
     backward(dy, x, weight, mean, rstd, *, needs) -> (dx, dweight, dbias)
 
-    x, y, dy, dx        (R, E)    any row stride, elements of a row contiguous; results contiguous, in x's dtype
-    weight, bias        (E,)      contiguous; in x's dtype, or in float32 beside a 16-bit x; each may be None
+    x, y, dy, dx        (R, E)    any row stride, elements of a row contiguous; results contiguous, x's dtype
+    weight, bias        (E,)      contiguous, of one dtype: x's, or float32 beside a 16-bit x; may be None
     mean, rstd          (R,)      float32; float64 for float64 inputs
-    dweight, dbias      (E,)      in float32 (float64 for float64 inputs); ops casts them to the parameter's dtype
+    dweight, dbias      (E,)      float32 (float64 for float64 inputs); ops casts to the parameter's dtype
     needs               three booleans: which of dx, dweight, dbias are wanted; the others come back as None
 
 Sums are at least float32, those of dweight and dbias over the rows too.

@@ -1,4 +1,4 @@
-"""Layer norm on the CPU: csrc/layer_norm/cpu_forward.cpp and cpu_backward.cpp, called through csrc/layer_norm/params.hpp."""
+"""Layer norm on the CPU: csrc/layer_norm/cpu_*.cpp, called through csrc/layer_norm/params.hpp."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from lmkern.kernels.cpu_call import pointer, unavailable
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
-# LayerNormParams: 11 pointers; x_stride, dy_stride, rows, columns, chunks; eps; two dtypes, threads, device, stream.
+# LayerNormParams: 11 pointers; x_stride, dy_stride, rows, columns, chunks; eps; two dtypes, threads, device,
+# stream.
 _PARAMS = struct.Struct("=11q 5q d 5q")
 
-# Rows are summed for dweight and dbias in at most this many chunks, a function of the shape alone, of at least so many rows.
+# Rows are summed for dweight and dbias in at most so many chunks of at least so many rows: a function of the
+# shape alone, so that the result does not depend on the threads.
 _MAX_CHUNKS = 64
 _MIN_CHUNK_ROWS = 16
 
@@ -34,7 +36,13 @@ def forward(
     parameter = weight if weight is not None else bias
     native.module().layer_norm_forward(
         _PARAMS.pack(
-            *(pointer(tensor) for tensor in pointers), x.stride(0), 0, *x.shape, 0, eps, *_dtypes(x, parameter)
+            *(pointer(tensor) for tensor in pointers),
+            x.stride(0),
+            0,
+            *x.shape,
+            0,
+            eps,
+            *_dtypes(x, parameter),
         )
     )
     return y, mean, rstd
