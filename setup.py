@@ -1,4 +1,4 @@
-"""Hands the build to CMake + Ninja. Without a compiler the package still installs; doctor gives the reason."""
+"""Hands the build to CMake + Ninja. Without a compiler the package installs all the same; see doctor."""
 
 from __future__ import annotations
 

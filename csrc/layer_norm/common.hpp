@@ -65,29 +65,32 @@ inline void for_row(int64_t columns, const Body& body) {
     if (column < columns) body(Tail<C>{column, columns - column});
 }
 
-// The sums over a row of what body(at, add) adds: add(which, vector). Kept in four running sums each, by
-// turns: shorter chains, smaller errors.
+// The sums over a row of what body(at, add) adds: add(which, vector). Running sums take turns, four each, and
+// start anew every block of columns: short chains are fast, and their rounding errors small.
 template <class C, int count, class Body>
 inline std::array<C, count> sums_over_row(int64_t columns, const Body& body) {
-    constexpr int64_t lanes = kLanes<C>;
-    constexpr int turns = 4;
-    Vector<C> running[turns][count] = {};
-    auto step = [&](auto at, int turn) {
-        body(at, [&](int which, Vector<C> v) { running[turn][which] += v; });
-    };
-    int64_t column = 0;
-    for (; column + turns * lanes <= columns; column += turns * lanes) {
-        step(Whole<C>{column}, 0);
-        step(Whole<C>{column + lanes}, 1);
-        step(Whole<C>{column + 2 * lanes}, 2);
-        step(Whole<C>{column + 3 * lanes}, 3);
+    constexpr int64_t lanes = kLanes<C>, turns = 4, block = 32 * turns * lanes;
+    Vector<C> total[count] = {};
+    for (int64_t column = 0; column < columns;) {
+        const int64_t end = std::min(columns, column + block);
+        Vector<C> running[turns][count] = {};
+        auto step = [&](auto at, int turn) {
+            body(at, [&](int which, Vector<C> v) { running[turn][which] += v; });
+        };
+        for (; column + turns * lanes <= end; column += turns * lanes) {
+            step(Whole<C>{column}, 0);
+            step(Whole<C>{column + lanes}, 1);
+            step(Whole<C>{column + 2 * lanes}, 2);
+            step(Whole<C>{column + 3 * lanes}, 3);
+        }
+        for (; column + lanes <= end; column += lanes) step(Whole<C>{column}, 0);
+        if (column < end) step(Tail<C>{column, end - column}, 1);
+        column = end;
+        for (int which = 0; which < count; ++which)
+            total[which] += (running[0][which] + running[1][which]) + (running[2][which] + running[3][which]);
     }
-    for (; column + lanes <= columns; column += lanes) step(Whole<C>{column}, 0);
-    if (column < columns) step(Tail<C>{column, columns - column}, 1);
     std::array<C, count> sums;
-    for (int which = 0; which < count; ++which)
-        sums[which] =
-            sum<C>((running[0][which] + running[1][which]) + (running[2][which] + running[3][which]));
+    for (int which = 0; which < count; ++which) sums[which] = sum<C>(total[which]);
     return sums;
 }
 

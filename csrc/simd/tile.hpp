@@ -179,17 +179,19 @@ void product_part(Left<C> a, Block<C> b, int64_t rows, int64_t columns, int64_t 
 
 // A sum runs over so many terms before it joins the others: its rounding errors grow with this, not with the
 // depth.
-constexpr int64_t kPartDepth = 32;
+template <class C>
+constexpr int64_t kPartDepth = sizeof(C) == 8 ? 16 : 32;
 
 // c (rows, columns) = a (rows, depth) @ b (depth, columns), added to c with `accumulate`. Columns are whole
 // vectors.
 template <bool accumulate, class C>
 void product(Left<C> a, Block<C> b, int64_t rows, int64_t columns, int64_t depth, Block<C> c) {
+    constexpr int64_t part = kPartDepth<C>;
     auto left = [&](int64_t k) { return Left<C>{a.data + k * a.k_stride, a.row_stride, a.k_stride}; };
     auto right = [&](int64_t k) { return Block<C>{b.data + k * b.stride, b.stride}; };
-    product_part<accumulate>(a, b, rows, columns, std::min(depth, kPartDepth), c);
-    for (int64_t k = kPartDepth; k < depth; k += kPartDepth)
-        product_part<true>(left(k), right(k), rows, columns, std::min(depth - k, kPartDepth), c);
+    product_part<accumulate>(a, b, rows, columns, std::min(depth, part), c);
+    for (int64_t k = part; k < depth; k += part)
+        product_part<true>(left(k), right(k), rows, columns, std::min(depth - k, part), c);
 }
 
 }  // namespace lmkern
