@@ -2,7 +2,7 @@
 # make test   every test          make lint   formatters, linter, types         make bench / make report   the figures
 # VENV=path uses an environment that you have; otherwise .venv is made and kept.
 
-VENV ?= .venv
+override VENV := $(patsubst ./%,%,$(patsubst %/,%,$(or $(VENV),.venv)))
 PYTHON ?= python3
 MINUTES ?= 3
 DATA ?=
@@ -45,16 +45,18 @@ report: $(READY)
 
 $(READY): $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install $(PINS) -e '.[test]'
-	mkdir -p $(dir $@) && touch $@
+	@if [ -e lmkern/_build_failure_cpu.txt ]; then cat lmkern/_build_failure_cpu.txt; exit 1; fi
+	@mkdir -p $(dir $@) && touch $@
 
 $(LINT_READY): $(READY)
-	$(BIN)/python -m pip install $(PINS) -e '.[dev]'
+	$(BIN)/python -m pip install $(PINS) ruff mypy clang-format
 	touch $@
 
 $(BIN)/python:
+	@[ "$(VENV)" = .venv ] || { echo "VENV=$(VENV): no environment there (no $(BIN)/python)"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "lmkern needs Python 3.11 or newer as $(PYTHON); name one: make PYTHON=python3.12 ..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "$(PYTHON) cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv."; \
 	    echo "Or use an environment you have: make VENV=path/to/it ..."; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)

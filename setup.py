@@ -29,20 +29,27 @@ class CMakeBuild(build_ext):
         package = ROOT / "lmkern" if self.inplace or self.editable_mode else Path(self.build_lib) / "lmkern"
         package.mkdir(parents=True, exist_ok=True)
         self.build("cpu", package)
+        (package / "_build_failure_cuda.txt").unlink(missing_ok=True)
         if wants_cuda():
             self.build("cuda", package)
 
     def build(self, kind: str, package: Path) -> None:
+        # A module of an older build must neither pass for a new one nor be written over while it is in use.
+        for module in package.glob(f"_{kind}*.so"):
+            module.unlink()
         report = package / f"_build_failure_{kind}.txt"
         report.unlink(missing_ok=True)
         build_dir = ROOT / "build" / f"{kind}-{sys.implementation.cache_tag}"
         try:
+            require_compiler()
             import pybind11
 
+            # Everything that pip's build isolation puts in a new place each time is said anew each time.
             configure = [
                 "cmake", "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
-                f"-DLMKERN_MODULES={kind}", f"-DPython_EXECUTABLE={sys.executable}",
-                f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DCMAKE_INSTALL_PREFIX={package}",
+                f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}", f"-DLMKERN_MODULES={kind}",
+                f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                f"-DCMAKE_INSTALL_PREFIX={package}",
             ]  # fmt: skip
             install = ["cmake", "--build", str(build_dir), "--target", "install"]
             for command in (configure, install):
@@ -54,6 +61,17 @@ class CMakeBuild(build_ext):
             tail = "\n".join(output.strip().splitlines()[-15:])
             report.write_text(f"{error}\n{tail}\n", encoding="utf-8")
             print(f"lmkern: the {kind} kernels were not built; see `lmkern doctor`\n{error}\n{tail}")
+
+
+def require_compiler() -> None:
+    """FileNotFoundError in words, before CMake says the same in twenty lines."""
+    choice = os.environ.get("CXX")
+    names = choice.split()[:1] if choice else ["c++", "g++", "clang++"]
+    if not any(shutil.which(name) for name in names):
+        raise FileNotFoundError(
+            f"no C++ compiler: looked for {', '.join(names)}; install one (Debian and Ubuntu: "
+            "apt install g++) and run pip install again"
+        )
 
 
 setup(ext_modules=[Extension("lmkern._native", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -30,7 +30,7 @@ def module() -> ModuleType:
 def unavailable() -> str | None:
     """Why no CUDA kernel can run on this machine, in words; None when one can."""
     if failure := native.build_failure("cuda"):
-        return f"was not built: {_one_line(failure)}"
+        return f"was not built: {failure}"
     if torch.version.hip is not None:
         return "needs an NVIDIA GPU; this torch is for ROCm"
     no_gpu = None if torch.cuda.is_available() else "needs an NVIDIA GPU and none is visible"
@@ -105,9 +105,3 @@ def _too_old(device: torch.device) -> str | None:
 def _version(code: int) -> str:
     """12040, as the CUDA runtime gives it, as 12.4."""
     return f"{code // 1000}.{code % 1000 // 10}"
-
-
-def _one_line(failure: str) -> str:
-    """What the tools said, as a line for a table; the command that failed if they said nothing."""
-    command, *said = failure.splitlines()
-    return " ".join(" ".join(said).split()) or command

@@ -17,6 +17,9 @@ import torch
 # Best first. Each is the module lmkern._cpu_<name>, compiled from the same sources (CMakeLists.txt).
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 
+# What the loader said of a module that is there and cannot be loaded.
+_import_errors: dict[str, str] = {}
+
 
 @cache
 def module() -> ModuleType:
@@ -52,14 +55,21 @@ def cpu_unavailable() -> str | None:
     """Why no compiled module can be used, in words; None when one can."""
     if cpu_modules():
         return None
-    reason = build_failure("cpu") or "no compiled module beside the package; run pip install -e ."
-    return f"was not built: {reason}"
+    if reason := build_failure("cpu"):
+        return f"was not built: {reason}"
+    if _import_errors:
+        return f"cannot be loaded: {next(iter(_import_errors.values()))}"
+    return "was not built: no compiled module beside the package; run pip install -e ."
 
 
 def build_failure(kind: str) -> str | None:
-    """What setup.py recorded when the "cpu" or "cuda" modules could not be compiled."""
+    """What setup.py recorded when the "cpu" or "cuda" modules could not be compiled, in one line."""
     report = Path(__file__).parents[1] / f"_build_failure_{kind}.txt"
-    return report.read_text(encoding="utf-8").strip() if report.exists() else None
+    if not report.exists():
+        return None
+    # The error, a command line for the most part, and under it what the tools said.
+    error, *said = report.read_text(encoding="utf-8").strip().splitlines()
+    return " ".join(" ".join(said).split()) or error
 
 
 def threads() -> int:
@@ -70,5 +80,8 @@ def threads() -> int:
 def _import(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(f"lmkern._cpu_{name}")
-    except ImportError:
+    except ModuleNotFoundError:
+        return None
+    except ImportError as error:
+        _import_errors[name] = str(error)
         return None

@@ -75,8 +75,8 @@ def forward_kernel(
     empty = row_sum == 0.0
     row_sum = tl.where(empty, 1.0, row_sum)
     out = tl.where(empty[:, None], 0.0, acc / row_sum[:, None])
-    lse = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN_2)
-    _store(out_ptr, out, queries, N_q, stride_on, stride_od, D, BLOCK_D)
+    lse = tl.where(empty, float("-inf"), row_max / _log_e(q.dtype) + tl.log(row_sum))
+    _store(out_ptr, out, queries, N_q, stride_on, stride_od, D, WIDEN, BLOCK_D)
     tl.store(lse_ptr + queries, lse, mask=queries < N_q)
 
 
@@ -144,10 +144,10 @@ def backward_dq_kernel(
     k_ptr += _offset(batch, stride_kb, head_kv, stride_kh)
     v_ptr += _offset(batch, stride_vb, head_kv, stride_vh)
     dout_ptr += _offset(batch, stride_gb, head, stride_gh)
-    lse, delta = _load_statistics(lse_ptr, delta_ptr, row, queries, N_q)
 
     q = _load(q_ptr, queries, N_q, stride_qn, stride_qd, D, BLOCK_D)
     dout = _load(dout_ptr, queries, N_q, stride_gn, stride_gd, D, BLOCK_D)
+    lse, delta = _load_statistics(lse_ptr, delta_ptr, row, queries, N_q, q.dtype)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     full, stop = _key_range(first_query, N_k, diagonal, CAUSAL, BLOCK_M, BLOCK_N)
     for first_key in range(0, full, BLOCK_N):
@@ -162,7 +162,7 @@ def backward_dq_kernel(
             k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd, N_q, N_k, diagonal,
             softmax_scale, D, CAUSAL, True, WIDEN, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-    _store(dq_ptr, dq * softmax_scale, queries, N_q, stride_xn, stride_xd, D, BLOCK_D)
+    _store(dq_ptr, dq * softmax_scale, queries, N_q, stride_xn, stride_xd, D, WIDEN, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -227,8 +227,8 @@ def backward_dk_dv_kernel(
             )  # fmt: skip
     dk_ptr += _offset(batch, stride_xb, head_kv, stride_xh)
     dv_ptr += _offset(batch, stride_yb, head_kv, stride_yh)
-    _store(dk_ptr, dk * softmax_scale, keys, N_k, stride_xn, stride_xd, D, BLOCK_D)
-    _store(dv_ptr, dv, keys, N_k, stride_yn, stride_yd, D, BLOCK_D)
+    _store(dk_ptr, dk * softmax_scale, keys, N_k, stride_xn, stride_xd, D, WIDEN, BLOCK_D)
+    _store(dv_ptr, dv, keys, N_k, stride_yn, stride_yd, D, WIDEN, BLOCK_D)
 
 
 @triton.jit
@@ -241,19 +241,18 @@ def _attend(
     """The running softmax state after one more block of keys."""
     keys = first_key + tl.arange(0, BLOCK_N)
     k = _load(k_ptr, keys, N_k, stride_kn, stride_kd, D, BLOCK_D)
-    # Scores are in base 2: exp2 is one instruction, and softmax is unchanged if the scale carries log2(e).
-    scores = _dot(q, tl.trans(k), None, WIDEN) * (softmax_scale * LOG2_E)
+    scores = _scores(q, k, softmax_scale, WIDEN)
     if MASKED:
         visible = _visible(queries[:, None], keys[None, :], N_q, N_k, diagonal, CAUSAL)
         scores = tl.where(visible, scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     # A row with no visible key has row_max = -inf; subtracting 0 instead keeps exp2(-inf) = 0 and no NaN.
     subtract = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = tl.exp2(scores - subtract[:, None])
-    rescale = tl.exp2(row_max - subtract)
+    weights = _exp(scores - subtract[:, None], q.dtype)
+    rescale = _exp(row_max - subtract, q.dtype)
     row_sum = row_sum * rescale + tl.sum(weights, 1)
     v = _load(v_ptr, keys, N_k, stride_vn, stride_vd, D, BLOCK_D)
-    acc = _dot(weights.to(v.dtype), v, acc * rescale[:, None], WIDEN)
+    acc = _dot(_round(weights, v.dtype, WIDEN), v, acc * rescale[:, None], WIDEN)
     return new_max, row_sum, acc
 
 
@@ -268,15 +267,15 @@ def _add_dq(
     keys = first_key + tl.arange(0, BLOCK_N)
     k = _load(k_ptr, keys, N_k, stride_kn, stride_kd, D, BLOCK_D)
     v = _load(v_ptr, keys, N_k, stride_vn, stride_vd, D, BLOCK_D)
-    scores = _dot(q, tl.trans(k), None, WIDEN) * (softmax_scale * LOG2_E)
-    weights = tl.exp2(scores - lse[:, None])
+    scores = _scores(q, k, softmax_scale, WIDEN)
+    weights = _exp(scores - lse[:, None], q.dtype)
     dweights = _dot(dout, tl.trans(v), None, WIDEN)
     dscores = weights * (dweights - delta[:, None])
     if MASKED:
         visible = _visible(queries[:, None], keys[None, :], N_q, N_k, diagonal, CAUSAL)
         dscores = tl.where(visible, dscores, 0.0)
         k = _finite(k)
-    return _dot(dscores.to(k.dtype), k, dq, WIDEN)
+    return _dot(_round(dscores, k.dtype, WIDEN), k, dq, WIDEN)
 
 
 @triton.jit
@@ -290,9 +289,9 @@ def _add_dk_dv(
     queries = first_query + tl.arange(0, BLOCK_M)
     q = _load(q_ptr, queries, N_q, stride_qn, stride_qd, D, BLOCK_D)
     dout = _load(dout_ptr, queries, N_q, stride_gn, stride_gd, D, BLOCK_D)
-    lse, delta = _load_statistics(lse_ptr, delta_ptr, row, queries, N_q)
-    scores = _dot(k, tl.trans(q), None, WIDEN) * (softmax_scale * LOG2_E)  # (keys, queries)
-    weights = tl.exp2(scores - lse[None, :])
+    lse, delta = _load_statistics(lse_ptr, delta_ptr, row, queries, N_q, q.dtype)
+    scores = _scores(k, q, softmax_scale, WIDEN)  # (keys, queries)
+    weights = _exp(scores - lse[None, :], q.dtype)
     dweights = _dot(v, tl.trans(dout), None, WIDEN)
     dscores = weights * (dweights - delta[None, :])
     if MASKED:
@@ -300,8 +299,8 @@ def _add_dk_dv(
         weights = tl.where(visible, weights, 0.0)
         dscores = tl.where(visible, dscores, 0.0)
         q = _finite(q)
-    dv = _dot(weights.to(dout.dtype), dout, dv, WIDEN)
-    dk = _dot(dscores.to(q.dtype), q, dk, WIDEN)
+    dv = _dot(_round(weights, dout.dtype, WIDEN), dout, dv, WIDEN)
+    dk = _dot(_round(dscores, q.dtype, WIDEN), q, dk, WIDEN)
     return dk, dv
 
 
@@ -346,7 +345,7 @@ def _visible(queries, keys, N_q, N_k, diagonal, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _load_statistics(lse_ptr, delta_ptr, row, queries, N_q):
+def _load_statistics(lse_ptr, delta_ptr, row, queries, N_q, dtype: tl.constexpr):
     """lse in base 2 and delta of one block of queries.
 
     Where every score is -inf lse is 0 instead of -inf, because -inf - -inf would be NaN. Beyond N_q nothing
@@ -355,7 +354,7 @@ def _load_statistics(lse_ptr, delta_ptr, row, queries, N_q):
     base = row.to(tl.int64) * N_q
     lse = tl.load(lse_ptr + base + queries, mask=queries < N_q, other=0.0)
     delta = tl.load(delta_ptr + base + queries, mask=queries < N_q, other=0.0)
-    return tl.where(lse == float("-inf"), 0.0, lse * LOG2_E), delta
+    return tl.where(lse == float("-inf"), 0.0, lse * _log_e(dtype)), delta
 
 
 @triton.jit
@@ -376,14 +375,14 @@ def _load(ptr, rows, N, stride_n, stride_d, D: tl.constexpr, BLOCK_D: tl.constex
 
 
 @triton.jit
-def _store(ptr, x, rows, N, stride_n, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _store(ptr, x, rows, N, stride_n, stride_d, D: tl.constexpr, WIDEN: tl.constexpr, BLOCK_D: tl.constexpr):
     """The inverse of `_load`, rounding to the memory's dtype."""
     columns = tl.arange(0, BLOCK_D)
     pointers = ptr + rows[:, None].to(tl.int64) * stride_n + columns[None, :].to(tl.int64) * stride_d
     mask = (rows < N)[:, None]
     if D < BLOCK_D:
         mask = mask & (columns < D)[None, :]
-    tl.store(pointers, x.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(pointers, _round(x, ptr.dtype.element_ty, WIDEN), mask=mask)
 
 
 @triton.jit
@@ -395,6 +394,34 @@ def _finite(x):
     """
     wide = x.to(tl.float32)
     return tl.where(tl.abs(wide) < float("inf"), wide, 0.0).to(x.dtype)
+
+
+@triton.jit
+def _log_e(dtype: tl.constexpr):
+    if dtype == tl.float32:
+        return 1.0
+    return LOG2_E
+
+
+@triton.jit
+def _scores(a, b, softmax_scale, WIDEN: tl.constexpr):
+    return _dot(a, tl.trans(b), None, WIDEN) * (softmax_scale * _log_e(a.dtype))
+
+
+@triton.jit
+def _exp(x, dtype: tl.constexpr):
+    if dtype == tl.float32:
+        return tl.exp(x)
+    return tl.exp2(x)
+
+
+@triton.jit
+def _round(x, dtype: tl.constexpr, WIDEN: tl.constexpr):
+    if WIDEN:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
 
 
 @triton.jit
