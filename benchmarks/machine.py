@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.cases import DTYPES, dtype_name
 from lmkern.kernels import backends, native
-from lmkern.report.machine import hardware, versions
+from lmkern.machine import hardware, versions
 from lmkern.training.ceiling import measure_ceiling, synchronize
 
 ROOT = Path(__file__).parents[1]

@@ -14,11 +14,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lmkern"
 CSRC = ROOT / "csrc"
 
-# From left to right; testing stands beside them, for tests and benchmarks.
+# From left to right; testing stands beside them, for tests and benchmarks, and common files under them all.
 LAYERS = (
-    "kernels", "ops", "nn", "models", "data", "generation", "evaluation", "training", "report", "cli",
+    "kernels", "ops", "nn", "models", "data", "generation", "evaluation", "training", "report", "jobs",
+    "cli",
 )  # fmt: skip
 BESIDE = {"testing"}
+COMMON = {"files", "machine"}
 
 # Packages that take long to import or that not every machine has: imported inside functions.
 HEAVY = {"matplotlib", "triton", "transformers"}
@@ -69,6 +71,12 @@ def test_imports_come_from_layers_to_the_left(path: Path) -> None:
             assert not right, f"{relative(path)} imports {name}: {parts[1]} lies to the right of {layer}"
         else:
             assert parts[1] not in BESIDE, f"{relative(path)} imports {name}: for tests and benchmarks only"
+
+
+@pytest.mark.parametrize("name", sorted(COMMON))
+def test_what_any_layer_may_import_imports_no_layer(name: str) -> None:
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
+    assert not [found for found in imported(tree, "lmkern") if found.split(".")[0] == "lmkern"]
 
 
 def test_every_folder_is_a_layer() -> None:

@@ -12,11 +12,13 @@ from tyro.conf import Positional, arg
 
 from lmkern.cli.main import INTERRUPTED
 from lmkern.cli.options import config_defaults, parse, peek
-from lmkern.cli.show import results
+from lmkern.cli.show import columns
 from lmkern.data import DataConfig
+from lmkern.jobs.demo import demo, preset
 from lmkern.models import GPTConfig
-from lmkern.report.demo import demo, preset
+from lmkern.report.results import result_table
 from lmkern.training import RunConfig, TrainingConfig
+from lmkern.training.run_folder import DATA, PAGE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +54,13 @@ class Demo(DataConfig):
         config = RunConfig(data, self.model, self.training)
         run = demo(config, self.out, minutes=self.minutes, tokens=self.tokens)
         if run is None:
-            print(f"to go on: lmkern train --data {self.out / 'data'} --out {self.out} --resume")
+            print(f"to go on: lmkern train --data {self.out / DATA} --out {self.out} --resume")
             return INTERRUPTED
         if run.evaluation:
-            print("\n" + results(run.evaluation))
+            print("\n" + columns(result_table(run.evaluation)))
         if run.samples:
             print(f"\n{run.samples[0]['prompt']}{run.samples[0]['text']}")
-        print(f"\nreport: {run.folder / 'report.html'}")
+        print(f"\nreport: {run.folder / PAGE}")
         return 0
 
     def kept(self) -> str:

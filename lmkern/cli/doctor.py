@@ -20,12 +20,14 @@ class Doctor:
     def run(self) -> int:
         """Print the tables."""
         from lmkern.kernels.backends import describe
-        from lmkern.report.machine import hardware, versions
+        from lmkern.kernels.native import cpu_modules
+        from lmkern.machine import hardware, versions
 
         rows = [("op", "backend", "here", "")]
         rows += [(row.op, row.backend, "yes" if row.usable else "no", row.reason) for row in describe()]
         print(columns(rows))
-        for facts in (versions(), hardware()):
+        compiled = {"CPU modules": ", ".join(cpu_modules()) or "none compiled"}
+        for facts in (versions(), hardware() | compiled):
             print("\n" + columns(list(facts.items())))
         return 0
 

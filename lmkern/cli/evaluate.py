@@ -10,7 +10,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from lmkern.cli.options import parse
-from lmkern.cli.show import progress, results
+from lmkern.cli.show import columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +30,13 @@ class Evaluate:
 
     def run(self) -> int:
         """Evaluate and print the table."""
-        from lmkern.report.steps import evaluate_run
+        from lmkern.jobs.steps import evaluate_run
+        from lmkern.report.results import result_table
+        from lmkern.training.progress import ProgressLine
 
-        with progress() as show:
-            evaluation = evaluate_run(self.run_folder, split=self.split, progress=show)
-        print(results(evaluation))
+        with ProgressLine() as line:
+            evaluation = evaluate_run(self.run_folder, split=self.split, progress=line.count)
+        print(columns(result_table(evaluation)))
         return 0
 
     def kept(self) -> str:

@@ -41,7 +41,7 @@ class Generate:
 
     def run(self) -> int:
         """Print the prompt and its continuation."""
-        from lmkern.report.steps import continue_text
+        from lmkern.jobs.steps import continue_text
 
         pieces = continue_text(
             self.run_folder,

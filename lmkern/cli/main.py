@@ -25,8 +25,8 @@ USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status.
 
-    A known error (bad values, missing or existing files, a backend that cannot run) is one line on stderr and
-    status 2; with LMKERN_TRACEBACK=1 in the environment it is raised. Ctrl-C is status 130.
+    A known error (bad values, missing, existing or forbidden files, a backend that cannot run) is one line on
+    stderr and status 2; with LMKERN_TRACEBACK=1 in the environment it is raised. Ctrl-C is status 130.
     """
     verb, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if verb in ("-h", "--help"):
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("LMKERN_TRACEBACK") == "1" or not known(error):
             raise
-        return complain(str(error))
+        return complain(in_words(error, verb))
 
 
 def known(error: Exception) -> bool:
@@ -67,6 +67,16 @@ def known(error: Exception) -> bool:
     from lmkern.kernels.backends import UnsupportedBackend
 
     return isinstance(error, ValueError | OSError | FloatingPointError | UnsupportedBackend)
+
+
+def in_words(error: Exception, verb: str) -> str:
+    """What to tell the user: the error's message, or for what the system forbade verb, path and remedy."""
+    if isinstance(error, PermissionError) and error.filename:
+        return (
+            f"{verb}: expected to be allowed to read and write; the system refuses {error.filename}: "
+            "change the mode or owner of it or its folder, or choose another path"
+        )
+    return str(error)
 
 
 def complain(message: str) -> int:

@@ -10,7 +10,6 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from lmkern.cli.options import config_defaults, parse, peek
-from lmkern.cli.show import progress
 from lmkern.data import DataConfig
 
 
@@ -37,12 +36,13 @@ class Prepare(DataConfig):
     def run(self) -> int:
         """Write the folder and print what it holds."""
         from lmkern.data import prepare
-        from lmkern.report.demo import describe_data
+        from lmkern.jobs.demo import describe_data
+        from lmkern.training.progress import ProgressLine
 
         settings = asdict(self)
         config = DataConfig(**{field.name: settings[field.name] for field in fields(DataConfig)})
-        with progress() as show:
-            manifest = prepare(config, self.out, overwrite=self.overwrite, progress=show)
+        with ProgressLine() as line:
+            manifest = prepare(config, self.out, overwrite=self.overwrite, progress=line.count)
         print(describe_data(manifest, self.out))
         return 0
 

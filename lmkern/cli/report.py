@@ -31,7 +31,7 @@ class Report:
 
     def kept(self) -> str:
         """What an interruption leaves."""
-        return "the report may be incomplete: write it again"
+        return "the report is as it was"
 
 
 def command(argv: Sequence[str]) -> Report:

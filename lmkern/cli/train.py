@@ -15,6 +15,7 @@ from lmkern.data import DataConfig
 from lmkern.data.shards import read_manifest
 from lmkern.models import GPTConfig
 from lmkern.training import RunConfig, TrainingConfig
+from lmkern.training.run_folder import CHECKPOINTS, CONFIG
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class Train:
     def run(self) -> int:
         """Train; the live line and the last words are those of the training itself."""
         import lmkern.data
-        from lmkern.report.run import record_time
+        from lmkern.jobs.timings import record_time
         from lmkern.training import train
 
         dataset = lmkern.data.load(self.data)
@@ -59,15 +60,15 @@ class Train:
 
     def kept(self) -> str:
         """What an interruption leaves."""
-        return f"the last checkpoint is in {self.out / 'checkpoints'}: --resume goes on from it"
+        return f"the last checkpoint is in {self.out / CHECKPOINTS}: --resume goes on from it"
 
 
 def command(argv: Sequence[str]) -> Train:
     """The command line as a Train; the vocabulary is the data's unless something else is asked for."""
     options = peek(argv, config=Path, data=Path, out=Path, resume=False)
     path = options.config
-    if path is None and options.resume and options.out and (options.out / "config.toml").is_file():
-        path = options.out / "config.toml"
+    if path is None and options.resume and options.out and (options.out / CONFIG).is_file():
+        path = options.out / CONFIG
     defaults: dict[str, Any] = {
         name: value for name, value in config_defaults(path).items() if name != "data"
     }

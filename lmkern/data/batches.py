@@ -46,11 +46,6 @@ class Batches:
             )
         self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
-    @property
-    def tokens_per_epoch(self) -> int:
-        """Tokens predicted in one epoch."""
-        return self.rows_per_epoch * self.context
-
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(inputs, targets) of a step, both (B, N) int64; targets are the inputs one token on."""
         if step < 0:

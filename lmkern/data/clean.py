@@ -122,6 +122,15 @@ class FirstSeen:
         return None
 
 
+REASONS = {
+    "not text": "not_text",
+    "empty": "empty",
+    "exact duplicate": "exact_duplicates",
+    "duplicate paragraph": "duplicate_paragraphs",
+}
+COUNTS = ("read", "repaired", "cut", "pieces", *REASONS.values())
+
+
 @dataclass
 class Corpus:
     """The cleaned corpus. splits: pieces of text in reading order. sha256 and bytes are those of the cleaned
@@ -129,9 +138,14 @@ class Corpus:
 
     splits: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in SPLITS})
     removed: list[Removed] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(COUNTS, 0)))
     bytes: int = 0
     sha256: str = ""
+
+    def remove(self, removed: Removed) -> None:
+        """Count something that was left out, and keep it on record."""
+        self.counts[REASONS[removed.reason]] += 1
+        self.removed.append(removed)
 
 
 def clean(
@@ -149,61 +163,40 @@ def clean(
     (documents and pieces), cut (documents that were), duplicate_paragraphs, pieces (what is left).
     progress: called with the number of documents done.
     """
-    corpus = Corpus(counts=Counter(dict.fromkeys(COUNTS, 0)))
+    corpus = Corpus()
     digest = sha256()
     seen_documents, seen_pieces, seen_paragraphs = FirstSeen(), FirstSeen(), FirstSeen()
-
-    def remove(source: str, reason: str, detail: str, text: str, keep_text: bool = False) -> None:
-        corpus.counts[REASONS[reason]] += 1
-        corpus.removed.append(
-            Removed(source, reason, detail, len(text.encode()), text if keep_text else None)
-        )
-
     for done, document in enumerate(documents, 1):
         corpus.counts["read"] += 1
         progress(done)
         if isinstance(document, Removed):
-            corpus.counts[REASONS[document.reason]] += 1
-            corpus.removed.append(document)
+            corpus.remove(document)
             continue
-        raw = LINE_ENDS.sub("\n", document.text)
+        source, raw = document.source, LINE_ENDS.sub("\n", document.text)
         repaired = repair(raw)
         corpus.counts["repaired"] += repaired != raw
         text = normalise(repaired)
+        size = len(text.encode())
         if not text:
-            remove(document.source, "empty", "white space only", repaired)
+            corpus.remove(Removed(source, "empty", "white space only", len(repaired.encode())))
             continue
-        if earlier := seen_documents.earlier(text, document.source):
-            remove(document.source, "exact duplicate", f"same text as {earlier}", text)
+        if earlier := seen_documents.earlier(text, source):
+            corpus.remove(Removed(source, "exact duplicate", f"same text as {earlier}", size))
             continue
         digest.update((text + DOCUMENT_SEPARATOR).encode())
-        corpus.bytes += len(text.encode())
+        corpus.bytes += size
 
         pieces = cut(text, max_document_bytes)
         corpus.counts["cut"] += len(pieces) > 1
         for piece in pieces:
-            paragraphs = []
-            for paragraph in piece.split("\n\n"):
-                key = " ".join(paragraph.split())
-                if len(key) >= MIN_DUPLICATE_CHARACTERS and (
-                    earlier := seen_paragraphs.earlier(key, document.source)
-                ):
-                    remove(
-                        document.source,
-                        "duplicate paragraph",
-                        f"also in {earlier}",
-                        paragraph,
-                        keep_text=True,
-                    )
-                elif key:
-                    paragraphs.append(paragraph)
-            kept = "\n\n".join(paragraphs).strip("\n")
+            kept, dropped = drop_duplicates(piece, source, seen_paragraphs)
+            for removed in dropped:
+                corpus.remove(removed)
             if not kept:
                 continue
-            if earlier := seen_pieces.earlier(kept, document.source):
-                remove(
-                    document.source, "exact duplicate", f"same piece as in {earlier}", kept, keep_text=True
-                )
+            if earlier := seen_pieces.earlier(kept, source):
+                detail = f"same piece as in {earlier}"
+                corpus.remove(Removed(source, "exact duplicate", detail, len(kept.encode()), kept))
                 continue
             corpus.splits[split_of(piece)].append(kept)
             corpus.counts["pieces"] += 1
@@ -211,10 +204,19 @@ def clean(
     return corpus
 
 
-REASONS = {
-    "not text": "not_text",
-    "empty": "empty",
-    "exact duplicate": "exact_duplicates",
-    "duplicate paragraph": "duplicate_paragraphs",
-}
-COUNTS = ("read", "repaired", "cut", "pieces", *REASONS.values())
+def drop_duplicates(piece: str, source: str, seen: FirstSeen) -> tuple[str, list[Removed]]:
+    """What is left of a piece without the long paragraphs that were seen before, and those paragraphs.
+
+    Long: of at least MIN_DUPLICATE_CHARACTERS characters, white space aside. seen learns the others.
+    """
+    kept: list[str] = []
+    dropped: list[Removed] = []
+    for paragraph in piece.split("\n\n"):
+        key = " ".join(paragraph.split())
+        earlier = seen.earlier(key, source) if len(key) >= MIN_DUPLICATE_CHARACTERS else None
+        if earlier:
+            size = len(paragraph.encode())
+            dropped.append(Removed(source, "duplicate paragraph", f"also in {earlier}", size, paragraph))
+        elif key:
+            kept.append(paragraph)
+    return "\n\n".join(kept).strip("\n"), dropped

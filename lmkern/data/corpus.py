@@ -89,7 +89,7 @@ def list_files(paths: Iterable[str | Path]) -> list[Path]:
             files.append(path)
         elif path.is_dir():
             found = []
-            for folder, subfolders, names in os.walk(path):
+            for folder, subfolders, names in os.walk(path, onerror=_raise):
                 subfolders[:] = [name for name in subfolders if not name.startswith(".")]
                 found += [Path(folder, name) for name in names if not name.startswith(".")]
             found = sorted(file for file in found if file.is_file())
@@ -103,6 +103,11 @@ def list_files(paths: Iterable[str | Path]) -> list[Path]:
                 f"prepare: expected a text file or a folder; {path} does not exist; check the path"
             )
     return files
+
+
+def _raise(error: OSError) -> None:
+    """A folder that cannot be listed is an error: os.walk would pass it over."""
+    raise error
 
 
 def read_files(files: Iterable[Path]) -> Iterator[Document | Removed]:
@@ -122,7 +127,8 @@ def read_embedded(library: Path | None = None) -> Iterator[Document]:
     """The embedded corpus: Python's language reference, then the docstrings of its standard library.
 
     One document a topic of pydoc_data.topics and one a module, which holds the module's docstrings in source
-    order. The sources are parsed, never imported; tests and installed packages are left out.
+    order. Modules are parsed, never imported, but for pydoc_data.topics: that is data, one table of texts.
+    Tests and installed packages are left out.
     library: the folder of the standard library; default that of the running Python.
     """
     from pydoc_data.topics import topics

@@ -1,11 +1,7 @@
 """From text to a data folder, in one call."""
 
-import contextlib
-import importlib.metadata
 import json
-import os
 import platform
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +13,8 @@ from lmkern.data import shards
 from lmkern.data.clean import SPLITS, Corpus, clean
 from lmkern.data.corpus import EMBEDDED_SOURCES, Document, Removed, list_files, read_embedded, read_files
 from lmkern.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
+from lmkern.files import checksum, replacing_folder, write_json
+from lmkern.machine import version
 
 MIN_DOCUMENT_BYTES = 64
 MIN_SPLIT_BYTES = 1024
@@ -31,7 +29,7 @@ class DataConfig:
     """What to prepare. ValueError, naming the field, for a value out of range."""
 
     paths: tuple[str, ...] = ()
-    """Text files and folders of them. None: the embedded corpus."""
+    """Text files and folders of them. Empty: the embedded corpus."""
     vocab_size: int = 4096
     """Tokens in the vocabulary, at least 257."""
     max_document_bytes: int = 8192
@@ -82,7 +80,7 @@ def prepare(
     tokenizer = train_tokenizer(corpus.splits["train"], config.vocab_size)
     progress("train tokenizer", 1, 1)
     splits = {}
-    with _replacing(folder) as partial:
+    with replacing_folder(folder) as partial:
         for split, texts in corpus.splits.items():
             splits[split] = _write_split(partial, split, texts, tokenizer, progress)
         progress("write", 0, 1)
@@ -93,7 +91,7 @@ def prepare(
         manifest = {
             "format": shards.FORMAT,
             "version": shards.VERSION,
-            "lmkern": _version(),
+            "lmkern": version("lmkern"),
             "python": platform.python_version(),
             "config": asdict(config) | {"paths": list(config.paths)},
             "corpus": {
@@ -106,11 +104,9 @@ def prepare(
             "counts": dict(corpus.counts),
             "splits": splits,
             "vocab_size": tokenizer.get_vocab_size(),
-            "files": {file: shards.checksum(partial / file) for file in shards.FILES},
+            "files": {file: checksum(partial / file) for file in shards.FILES},
         }
-        (partial / shards.MANIFEST).write_text(
-            json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        write_json(partial / shards.MANIFEST, manifest)
     progress("write", 1, 1)
     return manifest
 
@@ -177,36 +173,3 @@ def _check_enough(corpus: Corpus, config: DataConfig) -> None:
             f"found {found:,} bytes in {corpus.counts['pieces']} pieces, "
             f"{', '.join(f'{sizes[name]:,} for {name}' for name in small)}; {remedy}"
         )
-
-
-@contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A new folder beside this one that takes its place at the end, or disappears if anything goes wrong."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had the same id
-    partial.mkdir()
-    try:
-        yield partial
-        for path in partial.iterdir():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        if folder.exists():
-            folder.rename(old)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("lmkern")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

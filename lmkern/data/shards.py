@@ -1,6 +1,5 @@
 """Token shards: one safetensors file a split, read through a memory map, checked against the manifest."""
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from tokenizers import Tokenizer
 from lmkern.data.clean import DOCUMENT_SEPARATOR, SPLITS
 from lmkern.data.spans import paragraph_starts, sentence_starts
 from lmkern.data.tokenizer import END_OF_TEXT_ID, load_tokenizer
+from lmkern.files import damage
 
 FORMAT, VERSION = "lmkern-data", 1
 # One key: safetensors writes several in no fixed order, and the same data should give the same bytes.
@@ -66,6 +66,11 @@ class Dataset:
     test: Split
     end_of_text: int = END_OF_TEXT_ID
 
+    @property
+    def folder(self) -> Path:
+        """The data folder."""
+        return self.train.path.parent
+
 
 def token_starts(offsets: NDArray[np.int64], characters: Sequence[int]) -> NDArray[np.int64]:
     """The tokens at which the spans that start at these characters begin, ascending and each once.
@@ -108,12 +113,6 @@ def write_split(folder: Path, name: str, tensors: dict[str, torch.Tensor], texts
     (folder / f"{name}.txt").write_bytes(DOCUMENT_SEPARATOR.join(texts).encode())
 
 
-def checksum(path: Path) -> dict[str, int | str]:
-    """{"bytes": size, "sha256": hexadecimal}."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
 def load(folder: str | Path) -> Dataset:
     """The data that prepare() wrote to a folder, every file checked against the manifest.
 
@@ -125,18 +124,8 @@ def load(folder: str | Path) -> Dataset:
     for name, expected in manifest["files"].items():
         if not (folder / name).is_file():
             raise FileNotFoundError(f"load: {folder / name} is in the manifest but missing; {_REMEDY}")
-        size = (folder / name).stat().st_size
-        if size != expected["bytes"]:
-            raise ValueError(
-                f"load: {folder / name} is truncated or altered: "
-                f"expected {expected['bytes']} bytes; got {size}; {_REMEDY}"
-            )
-        actual = checksum(folder / name)["sha256"]
-        if actual != expected["sha256"]:
-            raise ValueError(
-                f"load: {folder / name} is altered: "
-                f"expected sha256 {expected['sha256']}; got {actual}; {_REMEDY}"
-            )
+        if found := damage(folder / name, expected):
+            raise ValueError(f"load: {found}; {_REMEDY}")
     train, validation, test = (_load_split(folder, name) for name in SPLITS)
     return Dataset(manifest, load_tokenizer(folder / TOKENIZER), train, validation, test)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lmkern.files import checksum, damage, replacing
 from lmkern.models.gpt import GPT, GPTConfig
 from lmkern.models.transformer import Transformer, TransformerConfig
 
@@ -25,51 +26,50 @@ CONFIG = "config.json"
 Model = GPT | Transformer
 
 
-def save(model: Model, folder: str | os.PathLike[str]) -> None:
+def save(model: Model, folder: str | os.PathLike[str], *, beside: Sequence[Path] = ()) -> None:
     """Writes model.safetensors and config.json into folder, which is made if need be; its other files stay.
 
-    Both are written in full beside their places before either takes its place, config.json last: it carries
-    the size and SHA-256 of the weights, so that no mixture of old and new loads. Raises TypeError for another
-    kind of model.
+    beside: files to copy into the folder under their own names, such as the tokenizer's.
+
+    All are written in full beside their places before any takes its place, config.json last: it carries the
+    size and SHA-256 of the others, so that no mixture of old and new loads. Raises TypeError for another kind
+    of model.
     """
     architecture = type(model).__name__
     if architecture not in ("GPT", "Transformer"):
         raise TypeError(f"save: expected an lmkern GPT or Transformer; got {architecture}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights, config = folder / (WEIGHTS + ".partial"), folder / (CONFIG + ".partial")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    safetensors.torch.save_file(tensors, weights)
-    _flush(weights)
-    description = {
-        "format": FORMAT,
-        "version": VERSION,
-        "architecture": architecture,
-        "config": dataclasses.asdict(model.config),
-        "files": {WEIGHTS: {"bytes": weights.stat().st_size, "sha256": sha256(weights)}},
-    }
-    config.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    _flush(config)
-    weights.replace(folder / WEIGHTS)
-    config.replace(folder / CONFIG)
+    names = (WEIGHTS, *(path.name for path in beside))
+    with replacing(*(folder / name for name in (*names, CONFIG))) as (weights, *copies, config):
+        safetensors.torch.save_file(tensors, weights)
+        for path, copy in zip(beside, copies, strict=True):
+            shutil.copyfile(path, copy)
+        description = {
+            "format": FORMAT,
+            "version": VERSION,
+            "architecture": architecture,
+            "config": dataclasses.asdict(model.config),
+            "files": {name: checksum(part) for name, part in zip(names, (weights, *copies), strict=True)},
+        }
+        config.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
 def load(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Model:
     """The model that save wrote, in evaluation mode, in the dtype it was saved in, on device.
 
-    Nothing is returned before all is checked, and torch's random state is not touched. Raises
+    Nothing is returned before every saved file is checked, and torch's random state is not touched. Raises
     FileNotFoundError for a missing folder or file; ValueError, naming file and checksums, for a file that is
     not what was saved, for another format or version, and for weights that do not fit the configuration.
     """
     folder = Path(folder)
-    for path in (folder / CONFIG, folder / WEIGHTS):
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"load: expected {path}; there is no such file. "
-                "Give the folder that save wrote (in a run, model/)"
-            )
+    _check_there(folder / CONFIG)
     description = _read_description(folder / CONFIG)
-    _verify(folder / WEIGHTS, description["files"].get(WEIGHTS, {}))
+    for name, expected in description["files"].items():
+        _check_there(folder / name)
+        if found := damage(folder / name, expected):
+            raise ValueError(f"load: {found}. Take another copy")
     tensors = safetensors.torch.load_file(folder / WEIGHTS)
     # Building draws initial values: the caller's random numbers must not depend on that.
     with torch.random.fork_rng(devices=[]):
@@ -81,10 +81,12 @@ def load(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") 
     return model.to(device).eval()
 
 
-def sha256(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _check_there(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"load: expected {path}; there is no such file. "
+            "Give the folder that save wrote (in a run, model/)"
+        )
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -107,17 +109,9 @@ def _read_description(path: Path) -> dict[str, Any]:
     expected = {"architecture": str, "config": dict, "files": dict}
     if wrong := [name for name, kind in expected.items() if not isinstance(description.get(name), kind)]:
         raise ValueError(f"load: {path} lacks {', '.join(wrong)}. It was altered: save again")
+    if WEIGHTS not in description["files"]:
+        raise ValueError(f"load: {path} lacks the checksum of {WEIGHTS}. It was altered: save again")
     return description  # type: ignore[no-any-return]
-
-
-def _verify(path: Path, expected: Mapping[str, Any]) -> None:
-    found = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    if found != expected:
-        raise ValueError(
-            f"load: {path} must have {expected.get('bytes')} bytes with SHA-256 {expected.get('sha256')}; "
-            f"got {found['bytes']} bytes with {found['sha256']}. "
-            "It was cut short or altered: take another copy"
-        )
 
 
 def _build(path: Path, architecture: str, config: dict[str, Any]) -> Model:
@@ -144,9 +138,3 @@ def _check_tensors(folder: Path, expected: Mapping[str, Tensor], found: Mapping[
             f"load: the tensors of {folder / WEIGHTS} do not fit {CONFIG}; name: expected | got\n{table}\n"
             "The two files are of different models: take both from one save"
         )
-
-
-def _flush(path: Path) -> None:
-    """Waits until the file's bytes are on the disk."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())

@@ -1,19 +1,32 @@
-"""A training run as its folder holds it: what the report reads, and what evaluation and generation add."""
+"""A training run as its folder holds it."""
 
 from __future__ import annotations
 
 import json
-import os
-import time
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-MARKER, FORMAT, VERSION = "run.json", "lmkern-run", 1
+from lmkern.data.shards import MANIFEST, REMOVED
+from lmkern.models.io import WEIGHTS
+from lmkern.training.run_folder import (
+    ABOUT,
+    CONFIG,
+    DATA,
+    EVALUATION,
+    FORMAT,
+    METRICS,
+    MODEL,
+    SAMPLES,
+    TIMINGS,
+    VERSION,
+)
+
+# Sources that are named of what was removed for one reason; the others are counted.
+NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -22,6 +35,13 @@ class Removed:
 
     pieces: int = 0
     bytes: int = 0
+    sources: tuple[str, ...] = ()
+    """Of the first pieces, at most NAMED."""
+
+    def names(self, show: Callable[[str], str] = str) -> str:
+        """The first sources and how many more there are: "a.png, b.zip, c.gif and 4 more"."""
+        more = self.pieces - len(self.sources)
+        return ", ".join(map(show, self.sources)) + (f" and {more:,} more" if more else "")
 
 
 @dataclass(frozen=True)
@@ -55,34 +75,34 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     about = read_about(folder)
     data = data_folder(folder, about)
-    config = folder / "config.toml"
+    config = folder / CONFIG
     return Run(
         folder=folder,
         about=about,
         config=tomllib.loads(config.read_text(encoding="utf-8")) if config.is_file() else {},
         data=data,
-        manifest=read_json(data / "manifest.json"),
-        removed=read_removed(data / "removed.jsonl"),
-        metrics=tuple(read_lines(folder / "metrics.jsonl")),
-        evaluation=read_json(folder / "evaluation.json"),
-        samples=tuple(read_json(folder / "samples.json") or ()),
-        timings=read_json(folder / "timings.json") or {},
-        parameters=count_parameters(folder / "model" / "model.safetensors"),
+        manifest=read_json(data / MANIFEST),
+        removed=read_removed(data / REMOVED),
+        metrics=tuple(read_lines(folder / METRICS)),
+        evaluation=read_json(folder / EVALUATION),
+        samples=tuple(read_json(folder / SAMPLES) or ()),
+        timings=read_json(folder / TIMINGS) or {},
+        parameters=count_parameters(folder / MODEL / WEIGHTS),
     )
 
 
 def read_about(folder: Path) -> dict[str, Any]:
     """run.json, checked for its format and version."""
-    about: dict[str, Any] | None = read_json(folder / MARKER)
+    about: dict[str, Any] | None = read_json(folder / ABOUT)
     if about is None:
-        what = "has no run.json" if folder.is_dir() else "does not exist"
+        what = f"has no {ABOUT}" if folder.is_dir() else "does not exist"
         raise FileNotFoundError(
             f"run: {folder} {what}; expected a folder that `lmkern train` or `lmkern demo` wrote"
         )
     found = (about.get("format"), about.get("version"))
     if found != (FORMAT, VERSION):
         raise ValueError(
-            f"run: {folder / MARKER} has format and version {found}; expected {(FORMAT, VERSION)}: "
+            f"run: {folder / ABOUT} has format and version {found}; expected {(FORMAT, VERSION)}: "
             "read it with the lmkern that wrote it"
         )
     return about
@@ -90,9 +110,9 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 def data_folder(folder: Path, about: dict[str, Any]) -> Path:
     """Where the run's data lies: the recorded path, which is relative to the run where it lies inside it."""
-    recorded = Path(about.get("data", "data"))
-    candidates = (folder / recorded, recorded, folder / "data")
-    return next((path for path in candidates if (path / "manifest.json").is_file()), recorded)
+    recorded = Path(about.get("data", DATA))
+    candidates = (folder / recorded, recorded, folder / DATA)
+    return next((path for path in candidates if (path / MANIFEST).is_file()), recorded)
 
 
 def read_json(path: Path) -> Any:
@@ -119,14 +139,15 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_removed(path: Path) -> dict[str, Removed]:
-    """What was removed, by reason: how many pieces and how many bytes of UTF-8."""
+    """What was removed, by reason; bytes are those of UTF-8."""
     found: dict[str, Removed] = {}
     for entry in read_lines(path):
         n_bytes = (
             entry["bytes"] if "bytes" in entry else len(entry.get("text", "").encode("utf-8", "replace"))
         )
         before = found.get(entry["reason"], Removed())
-        found[entry["reason"]] = Removed(before.pieces + 1, before.bytes + n_bytes)
+        sources = (*before.sources, entry["source"])[:NAMED]
+        found[entry["reason"]] = Removed(before.pieces + 1, before.bytes + n_bytes, sources)
     return found
 
 
@@ -140,24 +161,3 @@ def count_parameters(path: Path) -> int | None:
         names = file.keys()
         sizes: list[int] = [prod(file.get_slice(name).get_shape()) for name in names]
     return sum(sizes)
-
-
-def record(folder: Path, name: str, value: Any) -> None:
-    """Write one JSON file of the run folder, whole or not at all."""
-    temporary = folder / f".{name}.writing"
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / name)
-
-
-def record_time(folder: Path, phase: str, seconds: float) -> None:
-    """Note in timings.json how long a phase took."""
-    timings = read_json(folder / "timings.json") or {}
-    record(folder, "timings.json", {**timings, phase: round(seconds, 3)})
-
-
-@contextmanager
-def timed(folder: Path, phase: str) -> Iterator[None]:
-    """Note in timings.json how long the inside took, unless it failed."""
-    start = time.perf_counter()
-    yield
-    record_time(folder, phase, time.perf_counter() - start)

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lmkern.data.clean import MIN_DUPLICATE_CHARACTERS
+from lmkern.data.shards import REMOVED
 from lmkern.report.markdown import bar, block, code, count, duration, size, table, text, visible
 from lmkern.report.reproduce import commands
+from lmkern.report.results import result_rows, result_table, versus
 from lmkern.report.run import Run
+from lmkern.training.run_folder import CURVES, PHASES
 
-CURVES = "curves.svg"
-PHASES = ("data", "forward", "backward", "optimizer", "validation", "checkpoint")
 ENDINGS = {
     "tokens": "the whole budget",
     "early stopping": "stopped early because validation no longer gained",
@@ -45,7 +47,7 @@ def summary(run: Run) -> str:
         seen += f" in {duration(run.timings['train'])}"
     size_of_model = f" of {count(run.parameters)} parameters" if run.parameters else ""
     subject = f"A GPT{size_of_model}{seen}"
-    rows = result_rows(run)
+    rows = result_rows(run.evaluation or {})
     if "gpt" not in rows:
         return f"{subject} has not been evaluated yet: nothing can be said of its quality."
     ours = rows["gpt"]["bits_per_byte"]
@@ -59,24 +61,6 @@ def summary(run: Run) -> str:
     if "given" in rows:
         sentence += f"; `xz` that has read the training text, {rows['given']['bits_per_byte']:.3f}"
     return sentence + ". Lower is better."
-
-
-def versus(ours: float, theirs: float) -> str:
-    """Ours against theirs in words, to the printed precision."""
-    if round(ours, 3) == round(theirs, 3):
-        return "level with it"
-    return f"{abs(ours / theirs - 1):.1%} {'better' if ours < theirs else 'worse'}"
-
-
-def result_rows(run: Run) -> dict[str, dict[str, Any]]:
-    """The rows of the evaluation under short keys: gpt, kneser-ney, interpolation, xz, given."""
-    found: dict[str, dict[str, Any]] = {}
-    for row in (run.evaluation or {}).get("rows", ()):
-        name = row["name"].lower()
-        keys = ("interpolation", "given", "kneser-ney", "gpt", "xz")
-        key = next((key for key in keys if key in name), name)
-        found.setdefault(key, row)
-    return found
 
 
 def corpus(run: Run) -> str:
@@ -104,7 +88,9 @@ def corpus(run: Run) -> str:
         table(("", ""), facts),
         "### Splits",
         table(("split", "documents", "bytes", "tokens", "bytes a token"), splits, numbers=(1, 2, 3, 4)),
-        "The split is a hash of each document's content: nothing stands in two of them.",
+        "Longer texts are cut into documents; a hash of its content gives each its split. No document and "
+        f"no paragraph of {MIN_DUPLICATE_CHARACTERS} characters or more stands in two splits. Shorter "
+        "paragraphs (a heading, a speaker's name) may.",
         "### Preparation",
         table(("counted", "number"), counted(manifest.get("counts", {})), numbers=(1,)),
         removed(run),
@@ -137,7 +123,9 @@ def removed(run: Run) -> str:
         return "Nothing was removed."
     rows = [(text(reason), count(found.pieces), count(found.bytes)) for reason, found in run.removed.items()]
     shown = table(("removed because", "pieces", "bytes"), rows, numbers=(1, 2))
-    return f"{shown}\n\nEach is listed with its reason in {code(shown_path(run) / 'removed.jsonl')}."
+    if skipped := run.removed.get("not text"):
+        shown += f"\n\nFiles skipped because they are not text: {skipped.names(code)}."
+    return f"{shown}\n\nEach is listed with its reason in {code(shown_path(run) / REMOVED)}."
 
 
 def shown_path(run: Run) -> Path:
@@ -223,16 +211,10 @@ def evaluation(run: Run) -> str:
             f"## Evaluation\n\nThis run has not been evaluated yet: {code(f'lmkern evaluate {run.folder}')}."
         )
     found = run.evaluation
-    best = min(round(row["bits_per_byte"], 3) for row in found["rows"])
-    rows = []
-    for row in found["rows"]:
-        bits = f"{row['bits_per_byte']:.3f}"
-        name = text(row["name"]) + (
-            f" (weight of the GPT {row['weight']:.2f})" if row.get("weight") is not None else ""
-        )
-        perplexity = f"{row['perplexity']:,.1f}" if row.get("perplexity") is not None else "-"
-        rows.append((name, f"**{bits}**" if round(row["bits_per_byte"], 3) == best else bits, perplexity))
-    shown = table(("model", "bits per byte", "perplexity per token"), rows, numbers=(1, 2))
+    header, *rows = result_table(found)
+    best = min((bits for _, bits, _ in rows), key=float)
+    marked = [(text(name), f"**{bits}**" if bits == best else bits, ppl) for name, bits, ppl in rows]
+    shown = table(header, marked, numbers=(1, 2))
     return (
         f"## Evaluation\n\n{shown}\n\nThe {text(found['split'])} split: {count(found['bytes'])} bytes, "
         f"{count(found['tokens'])} tokens, each predicted from the earlier text of its own document. "

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lmkern.files import replacing
 from lmkern.report.html import page
 from lmkern.report.pictures import curves, stage_boundaries
 from lmkern.report.run import Run, read_run
-from lmkern.report.sections import CURVES, report, title
+from lmkern.report.sections import report, title
+from lmkern.training.run_folder import CURVES, PAGE, PAGE_MARKDOWN
 
 
 def write_report(folder: str | Path) -> Path:
     """Write report.html (one file that loads nothing) and report.md with its picture into the run folder.
 
     Both come from the same Markdown and show what the folder holds; a missing piece is named there.
+    The old ones stay until the new are whole.
     Returns the path of report.html. Raises FileNotFoundError where the folder is not a run.
     """
     run = read_run(folder)
     markdown, pictures = report(run), draw(run)
-    for name, svg in pictures.items():
-        (run.folder / name).write_text(svg, encoding="utf-8")
-    (run.folder / "report.md").write_text(markdown, encoding="utf-8")
-    path = run.folder / "report.html"
-    path.write_text(page(markdown, title=title(run), pictures=pictures), encoding="utf-8")
-    return path
+    files = {**pictures, PAGE_MARKDOWN: markdown, PAGE: page(markdown, title=title(run), pictures=pictures)}
+    with replacing(*(run.folder / name for name in files)) as parts:
+        for part, content in zip(parts, files.values(), strict=True):
+            part.write_text(content, encoding="utf-8")
+    return run.folder / PAGE
 
 
 def draw(run: Run) -> dict[str, str]:

@@ -19,7 +19,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lmkern.training.files import flush_to_disk, sha256_of_file, write_atomically
+from lmkern.files import checksum, damage, flush_to_disk, write_text
 
 FORMAT = "lmkern-checkpoint"
 VERSION = 1
@@ -66,10 +66,10 @@ def save_checkpoint(
             contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
             save_file(contiguous, path, metadata={"format": FORMAT, "version": str(VERSION)})
             flush_to_disk(path)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+            files[path.name] = checksum(path)
         content = {"format": FORMAT, "version": VERSION, "step": step, **state, "files": files}
         content["sha256"] = _sha256_of_state(content)
-        write_atomically(part / "state.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write_text(part / "state.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
         part.rename(target)
         flush_to_disk(folder)
     except BaseException:
@@ -111,13 +111,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         file = path / name
         if not file.is_file():
             raise ValueError(f"load_checkpoint: {file} is missing. {_remedy(path)}")
-        size, sha256 = file.stat().st_size, sha256_of_file(file)
-        if (size, sha256) != (expected["bytes"], expected["sha256"]):
-            kind = "altered" if size == expected["bytes"] else "truncated or altered"
-            raise ValueError(
-                f"load_checkpoint: {file} is {kind}: expected {expected['bytes']} bytes with SHA-256 "
-                f"{expected['sha256']}, got {size} bytes with SHA-256 {sha256}. {_remedy(path)}"
-            )
+        if found := damage(file, expected):
+            raise ValueError(f"load_checkpoint: {found}. {_remedy(path)}")
         tensors[file.stem] = load_file(file)
     return Checkpoint(state["step"], state, tensors)
 
@@ -133,7 +128,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"load_checkpoint: {file} is truncated or altered: it holds no readable state "
-            f"(SHA-256 {sha256_of_file(file)}). {_remedy(path)}"
+            f"(SHA-256 {checksum(file)['sha256']}). {_remedy(path)}"
         ) from error
     if found != (FORMAT, VERSION):
         raise ValueError(

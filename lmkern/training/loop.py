@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lmkern.data import Dataset
+from lmkern.data.shards import TOKENIZER
 from lmkern.models import save
 from lmkern.training.ceiling import choose_device, choose_dtype, measure_ceiling
 from lmkern.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -23,6 +24,7 @@ from lmkern.training.run_folder import (
     MODEL,
     check_run_folder,
     open_run_folder,
+    remove_derived,
     write_about,
 )
 from lmkern.training.trainer import StepResult, Trainer
@@ -39,10 +41,12 @@ def train(
 ) -> dict[str, Any]:
     """Train a GPT as config says and leave the weights that were best on validation in folder/model.
 
-    Writes config.toml, run.json, metrics.jsonl and checkpoints/ as it goes. SIGINT or SIGTERM finishes the
-    step, saves and returns with reason "interrupted"; a second SIGINT stops at once, and the run goes on
-    from its last checkpoint. With resume=True it then gives bit-identical weights and metrics to a run that
-    was never interrupted, on the same machine with the same number of threads.
+    Writes config.toml, run.json, metrics.jsonl and checkpoints/ as it goes, and the tokenizer beside the
+    weights. Before its first step it removes what was made from earlier weights: evaluation, samples, report.
+
+    SIGINT or SIGTERM finishes the step, saves and returns with reason "interrupted"; a second SIGINT stops at
+    once, and the run goes on from its last checkpoint. With resume=True it then gives bit-identical weights
+    and metrics to a run that was never interrupted, on the same machine with the same number of threads.
 
     config.data only describes: the text comes from dataset. progress: show a live line on stderr.
 
@@ -126,6 +130,8 @@ class _Run:
         state = trainer.state
         self._event("resume" if state.step else "start", **self.resolved)
         reason = trainer.finished()
+        if reason is None:
+            remove_derived(self.folder)
         while reason is None:
             step = state.step
             span = schedule.span(step)
@@ -172,11 +178,11 @@ class _Run:
         self._event("checkpoint", path=str(path.relative_to(self.folder)))
 
     def _finish(self, reason: str) -> dict[str, Any]:
-        """Write the best weights to model/ and the last event; say how to go on."""
+        """Write the best weights and the tokenizer to model/, and the last event; say how to go on."""
         trainer, state = self.trainer, self.trainer.state
         if trainer.best:
             trainer.model.load_state_dict(trainer.best)
-        save(trainer.model, self.folder / MODEL)
+        save(trainer.model, self.folder / MODEL, beside=(trainer.dataset.folder / TOKENIZER,))
         summary = {
             "loss": state.loss,
             "validation_loss": state.validation_loss,

@@ -11,10 +11,9 @@ from typing import Any, Self
 
 import torch
 
+from lmkern.files import flush_to_disk, write_text
 from lmkern.training.ceiling import synchronize
-from lmkern.training.files import flush_to_disk, write_atomically
-
-PHASES = ("data", "forward", "backward", "optimizer", "validation", "checkpoint")
+from lmkern.training.run_folder import PHASES
 
 
 class PhaseClock:
@@ -80,7 +79,7 @@ def rewind_metrics(path: Path, step: int) -> None:
         limit = step - 1 if event["event"] == "stage" else step
         if event["event"] != "end" and event["step"] <= limit:
             kept.append(line + "\n")
-    write_atomically(path, "".join(kept))
+    write_text(path, "".join(kept))
 
 
 def _finite(value: Any) -> Any:

@@ -2,7 +2,8 @@
 
 import sys
 import time
-from typing import TextIO
+from types import TracebackType
+from typing import Self, TextIO
 
 # Seconds between two updates: on a terminal, and in a log file.
 LIVE, LOGGED = 0.1, 5.0
@@ -29,6 +30,10 @@ class ProgressLine:
         self.stream.flush()
         self._open = self.live
 
+    def count(self, stage: str, done: int, total: int | None) -> None:
+        """Show how far a stage of some job has come; total: None where it is not known."""
+        self.update(f"{stage}: {done:,}" + (f" of {total:,}" if total else ""))
+
     def say(self, text: str) -> None:
         """Write a line that stays."""
         if self.enabled:
@@ -42,6 +47,14 @@ class ProgressLine:
             self.stream.write("\n")
             self.stream.flush()
             self._open = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 class Smoothed:

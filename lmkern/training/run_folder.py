@@ -1,7 +1,5 @@
-"""The folder of a run: who may write to it, and what is written there before the first step."""
+"""The folder of a run: what is in it, who may write to it, and what is written before the first step."""
 
-import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -9,29 +7,28 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lmkern.data import Dataset
+from lmkern.files import write_json, write_text
+from lmkern.machine import accelerator, processor, versions
 from lmkern.training.checkpoint import list_checkpoints, remove_unfinished
 from lmkern.training.config import RunConfig, config_differences, dump_config, load_config
-from lmkern.training.files import write_atomically
 
-FORMAT = "lmkern-run"
-VERSION = 1
-CONFIG, ABOUT, METRICS, CHECKPOINTS, MODEL = (
-    "config.toml",
-    "run.json",
-    "metrics.jsonl",
-    "checkpoints",
-    "model",
-)
-# Any of these says that the folder holds a run; data/ and timings.json may be there before it.
+# Of run.json, which stands for the whole folder.
+FORMAT, VERSION = "lmkern-run", 1
+CONFIG, ABOUT, METRICS = "config.toml", "run.json", "metrics.jsonl"
+CHECKPOINTS, MODEL = "checkpoints", "model"
+# Any of these says that the folder holds a run.
 MARKS = (CONFIG, ABOUT, METRICS, CHECKPOINTS, MODEL)
-# What is made from a run and says nothing true of the next.
-DERIVED = ("evaluation.json", "samples.json", "report.html", "report.md", "curves.svg")
+# These may be there before it: the text that a demo prepares, and wall seconds by job.
+DATA, TIMINGS = "data", "timings.json"
+EVALUATION, SAMPLES = "evaluation.json", "samples.json"
+PAGE, PAGE_MARKDOWN, CURVES = "report.html", "report.md", "curves.svg"
+# What is made from a model and says nothing true of the next.
+DERIVED = (EVALUATION, SAMPLES, PAGE, PAGE_MARKDOWN, CURVES)
+# Where the seconds of the training go, in the order of a step.
+PHASES = ("data", "forward", "backward", "optimizer", "validation", "checkpoint")
 # Fields that may change on the way: nothing that is computed depends on them.
 FREE = ("training.keep_checkpoints", "training.checkpoint_every")
-PACKAGES = ("lmkern", "torch", "numpy", "safetensors", "tokenizers")
 
 
 def check_run_folder(config: RunConfig, folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
@@ -64,7 +61,8 @@ def check_run_folder(config: RunConfig, folder: Path, *, resume: bool, overwrite
 def open_run_folder(folder: Path, *, fresh: bool) -> None:
     """Make the folder ready to be written to. fresh: remove what an older run left in it."""
     if fresh:
-        for name in (*MARKS, *DERIVED):
+        remove_derived(folder)
+        for name in MARKS:
             path = folder / name
             if path.is_dir():
                 shutil.rmtree(path)
@@ -74,12 +72,18 @@ def open_run_folder(folder: Path, *, fresh: bool) -> None:
     remove_unfinished(folder / CHECKPOINTS)
 
 
+def remove_derived(folder: Path) -> None:
+    """Remove what was made from a model that is about to change: evaluation, samples and report."""
+    for name in DERIVED:
+        (folder / name).unlink(missing_ok=True)
+
+
 def write_about(config: RunConfig, dataset: Dataset, folder: Path, resolved: dict[str, Any]) -> None:
     """config.toml, as asked for, and run.json: data, command, versions and machine.
 
     resolved: what "auto" became (dtype, device, threads), and the measured ceiling.
     """
-    data = dataset.train.path.resolve().parent
+    data = dataset.folder.resolve()
     inside = data.is_relative_to(folder.resolve())
     about = {
         "format": FORMAT,
@@ -87,17 +91,17 @@ def write_about(config: RunConfig, dataset: Dataset, folder: Path, resolved: dic
         "data": str(data.relative_to(folder.resolve()) if inside else data),
         "corpus_sha256": dataset.manifest["corpus"]["sha256"],
         "command": sys.argv,
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": versions(),
         "machine": {
             "system": platform.platform(),
-            "processor": _processor(),
+            "processor": processor(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "accelerator": accelerator(),
         },
         "resolved": resolved,
     }
-    write_atomically(folder / CONFIG, dump_config(config))
-    write_atomically(folder / ABOUT, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / CONFIG, dump_config(config))
+    write_json(folder / ABOUT, about)
 
 
 def _check_same(before: RunConfig, now: RunConfig, folder: Path) -> None:
@@ -108,20 +112,3 @@ def _check_same(before: RunConfig, now: RunConfig, folder: Path) -> None:
             f"train: to resume, the configuration must be that of the run in {folder}: {listed}. "
             "Put the fields back, or start another run in another folder"
         )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    """The processor's name as Linux gives it; elsewhere as Python knows it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

@@ -1,5 +1,6 @@
 """Verbs, help, errors in one line, and exit statuses."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -83,6 +84,30 @@ def test_known_errors_are_one_line(
     monkeypatch.setattr(lmkern.cli.report, "command", failing(error))
     assert main(["report"]) == USAGE_ERROR
     assert capsys.readouterr().err == "lmkern: error: what: is wrong\n"
+
+
+def test_what_the_system_forbids_is_one_line_with_the_path_and_a_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("LMKERN_TRACEBACK", raising=False)
+    error = PermissionError(errno.EACCES, "Permission denied", "notes/diary.txt")
+    monkeypatch.setattr(lmkern.cli.report, "command", failing(error))
+    assert main(["report"]) == USAGE_ERROR
+    assert capsys.readouterr().err == (
+        "lmkern: error: report: expected to be allowed to read and write; the system refuses "
+        "notes/diary.txt: change the mode or owner of it or its folder, or choose another path\n"
+    )
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_text_that_may_not_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "diary.txt").write_text("secret")
+    (tmp_path / "diary.txt").chmod(0)
+    assert main(["prepare", str(tmp_path / "diary.txt"), "--out", str(tmp_path / "data")]) == USAGE_ERROR
+    assert (
+        f"prepare: expected to be allowed to read and write; the system refuses {tmp_path / 'diary.txt'}"
+        in (capsys.readouterr().err)
+    )
 
 
 def test_traceback_comes_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

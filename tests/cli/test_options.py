@@ -8,7 +8,7 @@ import pytest
 from lmkern.cli.demo import command as demo_command
 from lmkern.cli.options import config_defaults, parse, peek
 from lmkern.cli.prepare import command as prepare_command
-from lmkern.report.demo import preset
+from lmkern.jobs.demo import preset
 
 CONFIG = """
 [data]

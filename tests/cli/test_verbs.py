@@ -92,7 +92,9 @@ def test_verbs_one_by_one_agree_with_each_other(
         ["--config", str(place / "config.toml")],
     )
     assert main(["prepare", str(place / "poem.txt"), "--out", data, *config]) == 0
-    assert "vocabulary 300" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "vocabulary 300" in shown
+    assert shown.endswith(f"data in {data}\n")
 
     assert main(["train", "--data", data, "--out", out, *config]) == 0
     assert main(["train", "--data", data, "--out", out, *config]) == USAGE_ERROR
@@ -108,6 +110,9 @@ def test_verbs_one_by_one_agree_with_each_other(
     assert "xz -9e given the training text" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["split"] == "test"
 
+    # The run alone is enough to generate from: it moves without its data.
+    out = str((tmp_path / "run").rename(tmp_path / "moved"))
+    (tmp_path / "data").rename(tmp_path / "gone")
     written = []
     for _ in range(2):
         assert main(["generate", out, "--prompt", "The wind", "--max-new-tokens", "12", "--seed", "3"]) == 0
@@ -118,6 +123,18 @@ def test_verbs_one_by_one_agree_with_each_other(
 
     assert main(["generate", out, "--temperature", "-1"]) == USAGE_ERROR
     assert "temperature" in capsys.readouterr().err
+
+
+def test_skipped_files_are_counted_and_the_first_named(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    binaries = [tmp_path / f"{name}.bin" for name in "abcde"]
+    for path in binaries:
+        path.write_bytes(bytes(9))
+    argv = ["prepare", str(place / "poem.txt"), *map(str, binaries), "--out", str(tmp_path / "data")]
+    assert main([*argv, "--config", str(place / "config.toml")]) == 0
+    shown = capsys.readouterr().out.splitlines()[-1]
+    assert shown == f"     skipped, not text: {', '.join(map(str, binaries[:3]))} and 2 more"
 
 
 def test_vocabulary_of_the_model_is_that_of_the_data(
@@ -135,7 +152,7 @@ def test_vocabulary_of_the_model_is_that_of_the_data(
 def test_interrupted_demo_says_how_to_go_on(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import lmkern.report.demo as module
+    import lmkern.jobs.demo as module
 
     interrupted = {"reason": "interrupted", "seconds": 1.0}
     monkeypatch.setattr(module, "train", lambda *arguments, **options: interrupted)

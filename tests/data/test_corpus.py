@@ -1,4 +1,6 @@
 import codecs
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,21 @@ def test_a_missing_path_is_named(tmp_path: Path) -> None:
 
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"prepare: expected text files in {tmp_path}; the folder is empty"):
+        list_files([tmp_path])
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "open.txt").write_text("text")
+    (tmp_path / "closed").mkdir()
+    scan = os.scandir
+
+    def guarded(path: str) -> object:
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(PermissionError, match="closed"):
         list_files([tmp_path])
 
 

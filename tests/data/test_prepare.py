@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from lmkern.data import DataConfig, load, prepare, shards
+from lmkern.data import DataConfig, load, prepare
 
 WRITTEN = {
     "manifest.json",
@@ -156,7 +156,7 @@ def test_an_interrupted_prepare_leaves_what_was_there(
     def interrupt(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(shards, "checksum", interrupt)
+    monkeypatch.setattr(importlib.import_module("lmkern.data.prepare"), "checksum", interrupt)
     with pytest.raises(error):
         prepare(config, tmp_path / "new")
     with pytest.raises(error):

@@ -74,6 +74,19 @@ def test_description_is_the_documented_one(folder):
     }
 
 
+def test_files_beside_the_weights_are_copied_and_checked_on_loading(model, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    save(model, tmp_path / "model", beside=[tmp_path / "tokenizer.json"])
+    (tmp_path / "tokenizer.json").unlink()
+    load(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"load: .*tokenizer\.json is altered"):
+        load(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"load: expected .*tokenizer\.json"):
+        load(tmp_path / "model")
+
+
 def test_saving_again_replaces_and_leaves_other_files(model, folder):
     (folder / "tokenizer.json").write_text("{}")
     with torch.no_grad():
@@ -108,7 +121,7 @@ def test_a_damaged_file_is_refused_by_name_and_checksums(folder, damage):
     whole = path.read_bytes()
     damaged = whole[:-1] if damage == "cut" else whole[:-1] + bytes([whole[-1] ^ 1])
     path.write_bytes(damaged)
-    with pytest.raises(ValueError, match=r"load: .*model\.safetensors must have") as caught:
+    with pytest.raises(ValueError, match=r"load: .*model\.safetensors is .*altered: expected") as caught:
         load(folder)
     for content in (whole, damaged):
         assert hashlib.sha256(content).hexdigest() in str(caught.value)
@@ -131,7 +144,7 @@ def test_a_missing_file_is_named(folder, name):
         ({"files": None}, "lacks files"),
         ({"config": {"widht": 8}}, "config does not describe a GPT: .*widht"),
         ({"config": {"width": 7}}, "GPTConfig: width must be a multiple of heads"),
-        ({"files": {}}, "model.safetensors must have None bytes"),
+        ({"files": {}}, "lacks the checksum of model.safetensors"),
     ],
 )
 def test_another_description_is_refused_in_words(folder, changes, message):

@@ -72,7 +72,7 @@ def write_data(folder: Path) -> None:
     removed = [
         {"source": "a", "reason": "exact duplicate", "text": "häh"},
         {"source": "b", "reason": "exact duplicate", "text": "x"},
-        {"source": "c", "reason": "not text: <NUL>", "bytes": 4096},
+        {"source": "c.bin|`", "reason": "not text", "bytes": 4096},
     ]
     lines = "\n".join(json.dumps(entry) for entry in removed)
     (folder / "removed.jsonl").write_text(lines + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lmkern.report.run import Removed, read_run, record, record_time, timed
+from lmkern.report.run import Removed, read_run
 
 
 def test_missing_folder_and_missing_run_are_told_apart(tmp_path: Path) -> None:
@@ -54,8 +54,8 @@ def test_step_that_was_run_twice_counts_once(full_run: Path) -> None:
 
 def test_removals_are_counted_by_reason_in_utf8_bytes(fresh_run: Path) -> None:
     assert read_run(fresh_run).removed == {
-        "exact duplicate": Removed(2, 5),
-        "not text: <NUL>": Removed(1, 4096),
+        "exact duplicate": Removed(2, 5, ("a", "b")),
+        "not text": Removed(1, 4096, ("c.bin|`",)),
     }
 
 
@@ -70,18 +70,6 @@ def test_data_outside_the_run_is_found(fresh_run: Path, tmp_path: Path) -> None:
     assert read_run(fresh_run).data == tmp_path / "elsewhere"
 
 
-def test_times_add_up_by_phase_and_a_failed_phase_is_not_noted(tmp_path: Path) -> None:
-    record_time(tmp_path, "train", 12.5)
-    with timed(tmp_path, "evaluate"):
-        pass
-    with pytest.raises(RuntimeError), timed(tmp_path, "generate"):
-        raise RuntimeError
-    timings = json.loads((tmp_path / "timings.json").read_text())
-    assert timings["train"] == 12.5
-    assert list(timings) == ["train", "evaluate"]
-
-
-def test_record_leaves_nothing_but_the_file(tmp_path: Path) -> None:
-    record(tmp_path, "a.json", {"text": "ä"})
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"text": "ä"}
+def test_first_sources_are_named_and_the_others_counted() -> None:
+    assert Removed(2, 0, ("a", "b")).names() == "a, b"
+    assert Removed(1203, 0, ("a", "b", "c")).names(str.upper) == "A, B, C and 1,200 more"

@@ -41,6 +41,7 @@ def test_every_section_is_there_with_its_figures(full_run: Path) -> None:
     assert [figure for figure in figures if figure not in page] == []
     assert "attention crosses document borders" in page.replace("\n", " ")
     assert "| exact duplicate | 2 | 5 |" in page
+    assert "Files skipped because they are not text: `` c.bin|` ``." in page
     assert "| interpolation (weight of the GPT 0.40) | 1.900 | 30.0 |" in page
     assert "| xz -9e given the training text | **1.540** | - |" in page
 

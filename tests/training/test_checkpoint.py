@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from lmkern.files import checksum
 from lmkern.training import RunConfig, dump_config, train
 from lmkern.training import checkpoint as module
 from lmkern.training.checkpoint import list_checkpoints, load_checkpoint, remove_unfinished, save_checkpoint
@@ -73,7 +74,7 @@ def test_damaged_file_is_named_and_refused(name: str, damage: str, tmp_path: Pat
         assert "SHA-256" in str(error.value)
         if expected:
             assert expected in str(error.value)
-            assert module.sha256_of_file(file) in str(error.value)
+            assert checksum(file)["sha256"] in str(error.value)
     assert_holds(tmp_path / "step-00000001", 1)
 
 
@@ -117,7 +118,7 @@ def count_writes(monkeypatch: pytest.MonkeyPatch, fail_at: int | None) -> list[s
     for owner, name in (
         (module, "save_file"),
         (module, "flush_to_disk"),
-        (module, "write_atomically"),
+        (module, "write_text"),
         (Path, "mkdir"),
         (Path, "rename"),
     ):
@@ -150,7 +151,7 @@ def test_failed_save_cleans_up_after_itself(tmp_path: Path, monkeypatch: pytest.
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(module, "write_atomically", full)
+    monkeypatch.setattr(module, "write_text", full)
     with pytest.raises(OSError, match="no space left"):
         save(tmp_path, 1)
     assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from lmkern.models import GPT
 from lmkern.training import RunConfig, Stage, train
 from lmkern.training import loop as loop_module
+from lmkern.training.run_folder import DERIVED
 from lmkern.training.trainer import Trainer
 
 Make = Callable[..., RunConfig]
@@ -253,6 +254,21 @@ def test_overwrite_removes_the_run_and_nothing_else(make_config: Make, dataset: 
     assert not (tmp_path / "evaluation.json").exists()
 
 
+def test_what_was_made_from_earlier_weights_goes_when_training_goes_on(
+    make_config: Make, dataset: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal_at(monkeypatch, 2, signal.SIGINT)
+    train(make_config(), dataset, tmp_path, progress=False)
+    for name in DERIVED:
+        (tmp_path / name).write_text("{}")
+    train(make_config(), dataset, tmp_path, resume=True, progress=False)
+    assert not [name for name in DERIVED if (tmp_path / name).exists()]
+    # A run that was finished keeps its weights, and all that was made from them.
+    (tmp_path / "evaluation.json").write_text("{}")
+    train(make_config(), dataset, tmp_path, resume=True, progress=False)
+    assert (tmp_path / "evaluation.json").exists()
+
+
 def test_overwrite_with_a_configuration_that_does_not_fit_loses_nothing(
     make_config: Make, dataset: Any, tmp_path: Path
 ) -> None:
@@ -316,6 +332,8 @@ def test_run_folder_tells_what_was_done(make_config: Make, dataset: Any, tmp_pat
     assert about["corpus_sha256"] == dataset.manifest["corpus"]["sha256"]
     assert Path(about["data"]) == dataset.train.path.parent.resolve()
     assert about["resolved"]["dtype"] == "float32"
+    tokenizer = (dataset.folder / "tokenizer.json").read_bytes()
+    assert (tmp_path / "model" / "tokenizer.json").read_bytes() == tokenizer
     steps = events(tmp_path, "step")
     assert [event["tokens"] for event in steps] == [128 * (i + 1) for i in range(12)]
     assert [event["stage"] for event in steps] == [0] * 6 + [1] * 6

@@ -29,6 +29,15 @@ def test_log_gets_whole_lines_and_not_every_one() -> None:
     assert stream.getvalue() == "0\nlast\n"
 
 
+def test_stages_are_counted_with_and_without_a_total_and_the_line_is_ended() -> None:
+    stream = Terminal()
+    with ProgressLine(stream=stream) as line:
+        line.count("read", 1200, None)
+    with ProgressLine(stream=stream) as line:
+        line.count("encode", 1, 2000)
+    assert stream.getvalue() == "\rread: 1,200\x1b[K\n\rencode: 1 of 2,000\x1b[K\n"
+
+
 def test_disabled_line_is_silent() -> None:
     stream = Terminal()
     line = ProgressLine(False, stream)

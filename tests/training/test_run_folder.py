@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from lmkern.training import RunConfig, dump_config
-from lmkern.training.run_folder import check_run_folder, open_run_folder
+from lmkern.training.run_folder import DERIVED, check_run_folder, open_run_folder, remove_derived
 
 Make = Callable[..., RunConfig]
 
@@ -25,6 +25,16 @@ def test_folder_that_holds_only_data_is_free(tmp_path: Path, make_config: Make) 
     assert check_run_folder(make_config(), tmp_path, resume=False, overwrite=False) is None
     open_run_folder(tmp_path, fresh=True)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "data", "timings.json"}
+
+
+def test_what_was_made_from_a_model_goes_and_the_rest_stays(tmp_path: Path) -> None:
+    for name in (*DERIVED, "config.toml", "metrics.jsonl", "timings.json", "notes.txt"):
+        (tmp_path / name).write_text("")
+    remove_derived(tmp_path)
+    remove_derived(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("config.toml", "metrics.jsonl", "timings.json", "notes.txt"),
+    }
 
 
 def test_file_in_place_of_the_folder_is_refused(tmp_path: Path, make_config: Make) -> None:

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 from typing import Any, cast
 
-from lmkern.report.steps import beginnings
+from lmkern.jobs.steps import beginnings
 
 
 def dataset(*texts: str) -> Any:

@@ -2,7 +2,7 @@
 
 import platform
 
-from lmkern.report.machine import hardware, instruction_sets, version, versions
+from lmkern.machine import hardware, instruction_sets, version, versions
 
 
 def test_versions_name_python_and_what_is_missing() -> None:

@@ -10,13 +10,16 @@ from typing import Any
 
 import lmkern.data
 from lmkern.data import DataConfig, Dataset, prepare
+from lmkern.data.shards import REMOVED
+from lmkern.jobs.steps import evaluate_run, sample_run
+from lmkern.jobs.timings import record_time
 from lmkern.models import GPTConfig
 from lmkern.report.markdown import count, duration, size
-from lmkern.report.run import Run, read_run, record_time
-from lmkern.report.steps import evaluate_run, sample_run
+from lmkern.report.run import Run, read_removed, read_run
 from lmkern.report.write import write_report
 from lmkern.training import RunConfig, Stage, TrainingConfig, tokens_for_minutes, train
 from lmkern.training.progress import ProgressLine
+from lmkern.training.run_folder import DATA
 
 Say = Callable[[str], None]
 
@@ -123,17 +126,12 @@ def demo(
             f"demo: {folder} is not empty and a demo trains in a new folder: "
             "choose another --out, or leave it out"
         )
-    line = ProgressLine(progress)
-
-    def show(stage: str, done: int, total: int | None) -> None:
-        line.update(f"  {stage}: {done:,}" + (f" of {total:,}" if total else ""))
-
     source = ", ".join(config.data.paths) or "the documentation inside this Python"
     say(f"1/5  Prepare: clean, split and tokenize {source}")
-    manifest = prepare(config.data, folder / "data", progress=show)
-    line.close()
-    say(describe_data(manifest, folder))
-    dataset = lmkern.data.load(folder / "data")
+    with ProgressLine(progress) as line:
+        manifest = prepare(config.data, folder / DATA, progress=line.count)
+    say(describe_data(manifest, folder / DATA))
+    dataset = lmkern.data.load(folder / DATA)
     if config.model.vocab_size == GPTConfig.vocab_size:
         config = replace(config, model=replace(config.model, vocab_size=manifest["vocab_size"]))
     record_time(folder, "prepare", time.perf_counter() - start)
@@ -152,8 +150,8 @@ def demo(
         return None
 
     say("3/5  Evaluate: the test text, beside a 5-gram model and xz")
-    evaluate_run(folder, progress=show)
-    line.close()
+    with ProgressLine(progress) as line:
+        evaluate_run(folder, progress=line.count)
     say("4/5  Generate: samples")
     sample_run(folder)
     say("5/5  Report")
@@ -191,14 +189,17 @@ def reserve(dataset: Dataset, tokens_per_second: float) -> float:
 
 
 def describe_data(manifest: dict[str, Any], folder: Path) -> str:
-    """What the preparation found, in two lines."""
+    """What the preparation found and skipped, in two or three lines. folder: the data folder."""
     splits = manifest["splits"]
     held = ", ".join(f"{name} {size(split['bytes'])}" for name, split in splits.items())
-    return (
+    words = (
         f"     {manifest['corpus']['name']}: {size(manifest['corpus']['bytes'])}; {held}\n"
         f"     vocabulary {count(manifest['vocab_size'])}, "
-        f"{count(splits['train']['tokens'])} training tokens; data in {folder / 'data'}"
+        f"{count(splits['train']['tokens'])} training tokens; data in {folder}"
     )
+    if skipped := read_removed(folder / REMOVED).get("not text"):
+        words += f"\n     skipped, not text: {skipped.names()}"
+    return words
 
 
 def describe_model(config: GPTConfig) -> str:

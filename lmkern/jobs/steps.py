@@ -1,4 +1,4 @@
-"""What is done with a trained run: evaluate it, let it write. The results go into its folder."""
+"""What is done with a trained run: evaluate it, let it write."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from typing import Any
 import lmkern.data
 from lmkern import models
 from lmkern.data import Dataset, load_tokenizer
+from lmkern.data.shards import TOKENIZER
 from lmkern.data.tokenizer import END_OF_TEXT_ID
 from lmkern.evaluation import evaluate
+from lmkern.files import write_json
 from lmkern.generation import generate, stream_text
-from lmkern.report.run import Run, read_run, record, timed
+from lmkern.jobs.timings import timed
+from lmkern.report.run import Run, read_run
 from lmkern.training.ceiling import choose_device
+from lmkern.training.run_folder import EVALUATION, MODEL, SAMPLES
 
 Progress = Callable[[str, int, int], None]
 
@@ -36,7 +40,7 @@ def evaluate_run(
     )
     with timed(run.folder, "evaluate"):
         result = evaluate(model, dataset, split=split, context=context, progress=progress)
-    record(run.folder, "evaluation.json", result)
+    write_json(run.folder / EVALUATION, result)
     return result
 
 
@@ -65,16 +69,20 @@ def sample_run(
             samples.append(
                 {"prompt": prompt, "text": "".join(stream_text(dataset.tokenizer, ids)), **options}
             )
-    record(run.folder, "samples.json", samples)
+    write_json(run.folder / SAMPLES, samples)
     return samples
 
 
 def continue_text(folder: str | Path, prompt: str, **options: Any) -> Iterator[str]:
-    """The run's continuation of the prompt, in pieces as they are drawn; options: those of generate."""
+    """The run's continuation of the prompt, in pieces as they are drawn; options: those of generate.
+
+    The tokenizer lies beside the weights: the data folder is not needed.
+    """
     run = read_run(folder)
-    tokenizer = load_tokenizer(run.data / "tokenizer.json")
+    model = load_model(run)
+    tokenizer = load_tokenizer(run.folder / MODEL / TOKENIZER)
     tokens = [END_OF_TEXT_ID, *tokenizer.encode(prompt).ids]
-    return stream_text(tokenizer, generate(load_model(run), tokens, stop=END_OF_TEXT_ID, **options))
+    return stream_text(tokenizer, generate(model, tokens, stop=END_OF_TEXT_ID, **options))
 
 
 def load_model(run: Run) -> models.GPT:
@@ -82,7 +90,7 @@ def load_model(run: Run) -> models.GPT:
 
     Raises FileNotFoundError before there are any, ValueError for a model that is not a GPT.
     """
-    folder = run.folder / "model"
+    folder = run.folder / MODEL
     if not folder.is_dir():
         raise FileNotFoundError(
             f"run: {run.folder} holds no model yet; finish the training first: "
@@ -99,10 +107,7 @@ def load_model(run: Run) -> models.GPT:
 def beginnings(dataset: Dataset, count: int, words: int = 8) -> list[str]:
     """The first words of documents evenly spread over the test split, but for those that hold no more."""
     beginning = re.compile(rf"\s*(?:\S+\s+){{{words - 1}}}\S+")
-    found = [
-        match[0]
-        for text in dataset.test.text()
-        if (match := beginning.match(text)) and match.end() < len(text)
-    ]
+    matches = ((beginning.match(text), len(text)) for text in dataset.test.text())
+    found = [match[0] for match, length in matches if match and match.end() < length]
     chosen = min(count, len(found))
     return [found[index * len(found) // chosen] for index in range(chosen)]

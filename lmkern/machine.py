@@ -1,4 +1,4 @@
-"""What this machine and installation are, for `lmkern doctor`."""
+"""What this machine and installation are: for `lmkern doctor`, and for what a run or a benchmark records."""
 
 from __future__ import annotations
 
@@ -9,24 +9,11 @@ from pathlib import Path
 
 import torch
 
-from lmkern.kernels.native import cpu_modules
-
 PACKAGES = ("lmkern", "torch", "triton", "numpy", "safetensors", "tokenizers")
 # Of the flags that Linux lists, those that decide which kernels run and how fast.
 INSTRUCTION_SETS = (
-    *(
-        "sse4_2",
-        "avx",
-        "f16c",
-        "fma",
-        "avx2",
-        "avx512f",
-        "avx512bw",
-        "avx512vl",
-        "avx512_vnni",
-        "avx512_bf16",
-    ),
-    *("avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "bf16", "sve"),
+    *("sse4_2", "avx", "f16c", "fma", "avx2", "avx512f", "avx512bw", "avx512vl", "avx512_vnni"),
+    *("avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "bf16", "sve"),
 )
 
 
@@ -44,16 +31,24 @@ def version(package: str) -> str:
 
 
 def hardware() -> dict[str, str]:
-    """Processor, instruction sets, compiled CPU modules, threads, memory and accelerator, each in words."""
-    facts = cpu_facts()
+    """Processor, instruction sets, threads, memory and accelerator, each in words."""
     return {
-        "processor": facts.get("model name") or platform.processor() or platform.machine(),
-        "instruction sets": instruction_sets(facts),
-        "CPU modules": ", ".join(cpu_modules()) or "none compiled",
+        "processor": processor(),
+        "instruction sets": instruction_sets(cpu_facts()),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} logical processors",
         "memory": memory(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "accelerator": accelerator() or "none",
     }
+
+
+def processor() -> str:
+    """The processor's name as Linux gives it; elsewhere as Python knows it."""
+    return cpu_facts().get("model name") or platform.processor() or platform.machine()
+
+
+def accelerator() -> str | None:
+    """The GPU's name; None without one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def cpu_facts() -> dict[str, str]:

@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import pytest
 
-import lmkern.report.demo as module
+import lmkern.jobs.demo as module
 from lmkern.data import DataConfig
-from lmkern.report.demo import demo, preset, reserve, token_budget
+from lmkern.jobs.demo import demo, preset, reserve, token_budget
 from lmkern.training import RunConfig
 
 

@@ -1,0 +1,99 @@
+"""Files that survive a power cut (written aside, flushed to the disk, then renamed), and their checksums."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def checksum(path: Path) -> dict[str, Any]:
+    """{"bytes": size, "sha256": hexadecimal}."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def damage(path: Path, expected: Mapping[str, Any]) -> str | None:
+    """In words how the file differs from its checksum; None where it is as it should be."""
+    found = checksum(path)
+    if found == expected:
+        return None
+    kind = "altered" if found["bytes"] == expected["bytes"] else "truncated or altered"
+    return (
+        f"{path} is {kind}: expected {expected['bytes']} bytes with SHA-256 {expected['sha256']}, "
+        f"got {found['bytes']} bytes with SHA-256 {found['sha256']}"
+    )
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until the file's bytes, or the folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
+    """Paths to write instead of `paths`, in folders that exist.
+
+    At the end all are flushed, and then take their places in the order given: a reader, or a crash, meets a
+    file's old content or its new, never a part of it. If anything goes wrong before, none of them does, and
+    nothing is left behind.
+    """
+    parts = tuple(path.with_name(f".{path.name}.part") for path in paths)
+    try:
+        yield parts
+        for part in parts:
+            flush_to_disk(part)
+        for part, path in zip(parts, paths, strict=True):
+            part.replace(path)
+        for folder in {path.parent for path in paths}:
+            flush_to_disk(folder)
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside this one that takes its place at the end, or disappears if anything goes wrong.
+
+    The folders above it are made if need be; it holds files only.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    shutil.rmtree(part, ignore_errors=True)  # of a killed process that had the same id
+    part.mkdir()
+    try:
+        yield part
+        for path in (*part.iterdir(), part):
+            flush_to_disk(path)
+        if folder.exists():
+            folder.rename(old)
+        try:
+            part.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+        flush_to_disk(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text to the path, whole or not at all."""
+    with replacing(path) as (part,):
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write the value as readable JSON to the path, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,88 @@
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from lmkern import files
+from lmkern.files import checksum, damage, replacing, replacing_folder, write_json, write_text
+
+
+def interrupted(part: Path) -> None:
+    """A write that a Ctrl-C stops in the middle."""
+    part.write_text("new")
+    raise KeyboardInterrupt
+
+
+def fails(path: Path) -> None:
+    raise OSError("no space left on device")
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_checksum_is_that_of_the_bytes(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    expected = {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}
+    assert checksum(tmp_path / "file") == expected
+    assert damage(tmp_path / "file", expected) is None
+
+
+@pytest.mark.parametrize(("content", "kind"), [(b"abd", "altered"), (b"ab", "truncated or altered")])
+def test_damage_names_the_file_and_both_checksums(tmp_path: Path, content: bytes, kind: str) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    before = checksum(path)
+    path.write_bytes(content)
+    assert damage(path, before) == (
+        f"{path} is {kind}: expected 3 bytes with SHA-256 {before['sha256']}, "
+        f"got {len(content)} bytes with SHA-256 {hashlib.sha256(content).hexdigest()}"
+    )
+
+
+def test_failed_write_leaves_the_old_content_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    write_text(path, "old ü")
+    monkeypatch.setattr(files, "flush_to_disk", fails)
+    with pytest.raises(OSError, match="no space left"):
+        write_text(path, "new")
+    assert path.read_text(encoding="utf-8") == "old ü"
+    assert names(tmp_path) == {"file"}
+
+
+def test_of_several_files_none_is_replaced_before_all_are_written(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing(first, second) as (part, _):
+        interrupted(part)
+    assert first.read_text() == "old"
+    assert names(tmp_path) == {"first"}
+    with replacing(first, second) as parts:
+        for part in parts:
+            part.write_text("new")
+        assert first.read_text() == "old"
+    assert first.read_text() == second.read_text() == "new"
+    assert names(tmp_path) == {"first", "second"}
+
+
+def test_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "above" / "folder"
+    with replacing_folder(folder) as part:
+        (part / "a").write_text("old")
+        assert not folder.exists()
+    with pytest.raises(KeyboardInterrupt), replacing_folder(folder) as part:
+        interrupted(part / "b")
+    assert names(folder) == {"a"}
+    with replacing_folder(folder) as part:
+        (part / "b").write_text("new")
+    assert names(folder) == {"b"}
+    assert names(folder.parent) == {"folder"}
+
+
+def test_json_comes_back(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"text": "ä", "none": None})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"text": "ä", "none": None}
+    assert names(tmp_path) == {"a.json"}
