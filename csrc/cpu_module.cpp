@@ -1,5 +1,4 @@
-// The Python module of one instruction set: entry points only. Each takes one packed buffer that mirrors a
-// params.hpp.
+// The Python module of one instruction set: entry points only, each with a packed params.hpp as its argument.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -16,6 +16,10 @@ namespace lmkern {
 constexpr int64_t kQueryBlock = 64;
 constexpr int64_t kKeyBlock = 64;
 
+// Of e^r's polynomial, by the type of q, k and v: 16-bit results need no more than 2e-6.
+template <class T>
+constexpr int kExpDegree = sizeof(T) == 2 ? 5 : ExpConstants<Compute<T>>::degree;
+
 // One head's (N, D) matrix.
 template <class T>
 struct Matrix {
@@ -31,8 +35,7 @@ Matrix<T> head_of(const void* tensor, const Strides& strides, int64_t batch, int
     return {data + batch * strides.batch + head * strides.head, strides.row, strides.column};
 }
 
-// Hides from each query lane the keys past its diagonal: sets `hidden` in the (keys, queries) block of
-// scores.
+// Hides from each query lane the keys past its diagonal: sets `hidden` in the (keys, queries) block.
 template <class C>
 void mask_diagonal(Block<C> scores, int64_t first_key, int64_t keys, int64_t first_query, int64_t queries,
                    int64_t diagonal, C hidden) {

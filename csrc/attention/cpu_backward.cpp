@@ -29,15 +29,16 @@ struct RowStatistics {
 // The packed forms of one query block.
 template <class C>
 struct QueryBlock {
-    Block<C> q, q_transposed,
-        q_clean;  // q_transposed carries softmax_scale; q_clean is q with 0 for what is not finite
+    Block<C> q;
+    Block<C> q_transposed;  // times softmax_scale
+    Block<C> q_clean;       // 0 for what is not finite
     Block<C> dout, dout_transposed;
 };
 
 template <class T>
 class BackwardPart {
     using C = Compute<T>;
-    static constexpr int degree = sizeof(T) == 2 ? 5 : ExpConstants<C>::degree;
+    static constexpr int degree = kExpDegree<T>;
 
 public:
     BackwardPart(const AttentionParams& p, const Part& part)

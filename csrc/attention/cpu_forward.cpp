@@ -41,8 +41,7 @@ void softmax_block(Block<C> scores, int64_t keys, int64_t queries, SoftmaxState<
 template <class T>
 void forward_query_block(const AttentionParams& p, int64_t batch, int64_t head, int64_t first_query) {
     using C = Compute<T>;
-    // A 16-bit result needs no more than e^r to 2e-6.
-    constexpr int degree = sizeof(T) == 2 ? 5 : ExpConstants<C>::degree;
+    constexpr int degree = kExpDegree<T>;
     const int64_t D = p.head_dim, width = padded<C>(D);
     const int64_t queries = std::min(kQueryBlock, p.n_q - first_query), lanes = padded<C>(queries);
     const int64_t head_kv = head / (p.heads / p.heads_kv);

@@ -1,5 +1,4 @@
-// What one call of attention passes: filled by lmkern/kernels/attention/cpu.py, field for field, 8 bytes
-// each.
+// What one call of attention passes, 8 bytes a field: filled by lmkern/kernels/attention/cpu.py.
 #pragma once
 
 #include <cstdint>

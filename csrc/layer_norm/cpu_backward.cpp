@@ -1,8 +1,9 @@
 // Layer norm backward on the CPU. With x_hat = (x - mean) rstd and g = dy weight
 // (docs/kernels/layer_norm.md):
 //
-//     dx = rstd (g - mean(g) - x_hat mean(g x_hat))      dweight = sum over rows of dy x_hat      dbias = sum
-//     of dy
+//     dx = rstd (g - mean(g) - x_hat mean(g x_hat))
+//     dweight = sum over the rows of dy x_hat
+//     dbias = sum over the rows of dy
 //
 // dweight and dbias are summed chunk by chunk of rows, the chunks fixed by the shape alone, then over the
 // chunks in order: the result does not depend on the threads.

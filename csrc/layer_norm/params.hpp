@@ -15,10 +15,9 @@ struct LayerNormParams {
     void* rstd;          // (R,) likewise
     const void* dy;      // (R, E), rows dy_stride elements apart
     void* dx;            // (R, E) contiguous, or null: not wanted
-    void* partials;  // (chunks, 2, E) float32 (float64): sums of dweight and dbias over a chunk of rows; or
-                     // null
-    void* dweight;   // (E,) float32 (float64), or null
-    void* dbias;     // (E,) float32 (float64), or null
+    void* partials;      // (chunks, 2, E) float32 (float64): dweight and dbias of a chunk of rows; or null
+    void* dweight;       // (E,) float32 (float64), or null
+    void* dbias;         // (E,) float32 (float64), or null
     int64_t x_stride, dy_stride, rows, columns, chunks;
     double eps;
     int64_t dtype, parameter_dtype;  // Dtype of x and of weight and bias

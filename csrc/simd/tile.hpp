@@ -20,8 +20,7 @@ constexpr int64_t padded(int64_t columns) {
     return (columns + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
 }
 
-// Copies a (rows, columns) matrix with free strides into a block. Returns whether it holds a NaN or an
-// infinity.
+// Copies a (rows, columns) matrix with free strides into a block. Returns whether some of it is not finite.
 template <class T>
 bool pack(const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns,
           Block<Compute<T>> to) {
@@ -61,8 +60,7 @@ void clear_non_finite(Block<C> from, int64_t rows, int64_t columns, Block<C> to)
         }
 }
 
-// to[column][row] = from[row][column] * factor, for a block of `rows` rows, the columns of `to` beyond them
-// zero.
+// to[column][row] = from[row][column] * factor; the columns of `to` beyond `rows` are zero.
 template <class C>
 void transpose(Block<C> from, int64_t rows, int64_t columns, C factor, Block<C> to) {
     constexpr int64_t lanes = kLanes<C>;
@@ -111,8 +109,7 @@ struct Left {
     int64_t row_stride, k_stride;
 };
 
-// Rows x vectors of the result that stay in registers: 6 x 4 of AVX-512's 32, 6 x 2 of 16 registers
-// elsewhere.
+// Rows x vectors of the result that stay in registers: 6 x 4 of 32 registers, 6 x 2 of 16.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kTileVectors = 4;
 #else
@@ -177,13 +174,11 @@ void product_part(Left<C> a, Block<C> b, int64_t rows, int64_t columns, int64_t 
     if (vectors == 1) return product_rows<1, accumulate>(a, right(), rows, depth, result());
 }
 
-// A sum runs over so many terms before it joins the others: its rounding errors grow with this, not with the
-// depth.
+// A sum runs over so many terms before it joins the others: its errors grow with this, not with the depth.
 template <class C>
 constexpr int64_t kPartDepth = sizeof(C) == 8 ? 16 : 32;
 
-// c (rows, columns) = a (rows, depth) @ b (depth, columns), added to c with `accumulate`. Columns are whole
-// vectors.
+// c (rows, columns) = a (rows, depth) @ b (depth, columns), added to c with `accumulate`; whole vectors.
 template <bool accumulate, class C>
 void product(Left<C> a, Block<C> b, int64_t rows, int64_t columns, int64_t depth, Block<C> c) {
     constexpr int64_t part = kPartDepth<C>;

@@ -223,8 +223,8 @@ struct ExpConstants;
 template <>
 struct ExpConstants<float> {
     static constexpr int degree = 7;  // 5e-9
-    static constexpr float round_magic =
-        0x1.8p23f;  // x + 1.5 * 2^23 has the integer nearest to x in its last bits
+    // x + 1.5 * 2^23 has the integer nearest to x in its last bits.
+    static constexpr float round_magic = 0x1.8p23f;
     static constexpr float ln2_high = 0x1.62e4p-1f;  // 15 bits: n * ln2_high is exact
     static constexpr float ln2_low = 0x1.7f7d1cp-20f;
     static constexpr int bias = 127, mantissa_bits = 23;

@@ -17,6 +17,9 @@ from lmkern.kernels.backends import Call
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+# What `lmkern doctor` says where they can run.
+NOTE = "has not been run on a GPU yet; its tests ran in Triton's interpreter"
+
 # Programs of a persistent kernel under the interpreter: more than one, so that partial sums are summed.
 INTERPRETED_PROGRAMS = 3
 
@@ -70,7 +73,10 @@ def _too_old(device: int) -> str | None:
 
 
 def widen(dtype: torch.dtype) -> bool:
-    """Whether products must be widened to float32: the interpreter multiplies the raw bits of bfloat16."""
+    """Whether kernels must multiply in float32 and round by hand.
+
+    The interpreter multiplies the raw bits of bfloat16, and cuts float32 off where it should round to it.
+    """
     return dtype == torch.bfloat16 and interpreted()
 
 

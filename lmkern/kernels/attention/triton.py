@@ -24,7 +24,7 @@ TILES: dict[str, dict[tuple[int, int], tuple[int, int, int, int]]] = {
         (2, 32): (128, 64, 4, 3), (2, 64): (128, 64, 4, 3),
         (2, 128): (128, 64, 8, 2), (2, 256): (64, 32, 4, 2),
         (4, 32): (64, 32, 4, 2), (4, 64): (64, 32, 8, 2),
-        (4, 128): (64, 16, 8, 2), (4, 256): (32, 16, 8, 2),
+        (4, 128): (64, 16, 8, 2), (4, 256): (16, 16, 8, 2),
     },
     "dq": {
         (2, 32): (128, 64, 8, 2), (2, 64): (128, 64, 8, 2),
@@ -43,6 +43,9 @@ TILES: dict[str, dict[tuple[int, int], tuple[int, int, int, int]]] = {
 
 # Rows of the element-wise kernel that makes delta.
 DELTA_ROWS = 64
+
+
+NOTE = triton_runtime.NOTE
 
 
 def unavailable() -> str | None:

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 # Values that change from call to call: a kernel is not compiled again for them.
 RUNTIME = ["H", "H_kv", "N_q", "N_k", "diagonal"]
@@ -23,7 +22,7 @@ def forward_kernel(
     H, H_kv, N_q, N_k, diagonal, softmax_scale,
     D: tl.constexpr,
     CAUSAL: tl.constexpr,  # False: every key is seen and diagonal is not read
-    WIDEN: tl.constexpr,  # products in float32, for the interpreter
+    WIDEN: tl.constexpr,  # bfloat16 computed in float32, for the interpreter
     BLOCK_M: tl.constexpr,  # queries
     BLOCK_N: tl.constexpr,  # keys
     BLOCK_D: tl.constexpr,  # power of two, at least D
@@ -75,7 +74,7 @@ def forward_kernel(
     empty = row_sum == 0.0
     row_sum = tl.where(empty, 1.0, row_sum)
     out = tl.where(empty[:, None], 0.0, acc / row_sum[:, None])
-    lse = tl.where(empty, float("-inf"), row_max / _log_e(q.dtype) + tl.log(row_sum))
+    lse = tl.where(empty, float("-inf"), row_max / _unit(q.dtype) + tl.log(row_sum))
     _store(out_ptr, out, queries, N_q, stride_on, stride_od, D, WIDEN, BLOCK_D)
     tl.store(lse_ptr + queries, lse, mask=queries < N_q)
 
@@ -346,7 +345,7 @@ def _visible(queries, keys, N_q, N_k, diagonal, CAUSAL: tl.constexpr):
 
 @triton.jit
 def _load_statistics(lse_ptr, delta_ptr, row, queries, N_q, dtype: tl.constexpr):
-    """lse in base 2 and delta of one block of queries.
+    """lse in the unit of the dtype and delta of one block of queries.
 
     Where every score is -inf lse is 0 instead of -inf, because -inf - -inf would be NaN. Beyond N_q nothing
     needs masking: dout and delta are zero there.
@@ -354,7 +353,7 @@ def _load_statistics(lse_ptr, delta_ptr, row, queries, N_q, dtype: tl.constexpr)
     base = row.to(tl.int64) * N_q
     lse = tl.load(lse_ptr + base + queries, mask=queries < N_q, other=0.0)
     delta = tl.load(delta_ptr + base + queries, mask=queries < N_q, other=0.0)
-    return tl.where(lse == float("-inf"), 0.0, lse * _log_e(dtype)), delta
+    return tl.where(lse == float("-inf"), 0.0, lse * _unit(dtype)), delta
 
 
 @triton.jit
@@ -397,26 +396,47 @@ def _finite(x):
 
 
 @triton.jit
-def _log_e(dtype: tl.constexpr):
+def _unit(dtype: tl.constexpr):
+    """What scores are counted in, as a factor of natural units.
+
+    16-bit inputs: log2(e). exp2 is one instruction, and the factor goes into the scale. float32 inputs: 1,
+    because the rounding error of lse * log2(e) grows with lse, and would be a relative error of the weights.
+    """
     if dtype == tl.float32:
         return 1.0
     return LOG2_E
 
 
 @triton.jit
-def _scores(a, b, softmax_scale, WIDEN: tl.constexpr):
-    return _dot(a, tl.trans(b), None, WIDEN) * (softmax_scale * _log_e(a.dtype))
+def _exp(scores, dtype: tl.constexpr):
+    """The exponential of scores or their differences, counted in the unit of inputs of this dtype."""
+    if dtype == tl.float32:
+        return tl.exp(scores)
+    return tl.exp2(scores)
 
 
 @triton.jit
-def _exp(x, dtype: tl.constexpr):
-    if dtype == tl.float32:
-        return tl.exp(x)
-    return tl.exp2(x)
+def _scores(a, b, softmax_scale, WIDEN: tl.constexpr):
+    """a @ b^T * softmax_scale in the unit of the dtype, of a (M, BLOCK_D) and b (N, BLOCK_D).
+
+    Wide float32 rows are multiplied in two halves, the even and the odd columns: shorter sums have smaller
+    errors.
+    """
+    scale = softmax_scale * _unit(a.dtype)
+    if a.dtype == tl.float32 and a.shape[1] > 128:
+        a_even, a_odd = tl.split(tl.reshape(a, [a.shape[0], a.shape[1] // 2, 2]))
+        b_even, b_odd = tl.split(tl.reshape(b, [b.shape[0], b.shape[1] // 2, 2]))
+        # Scaled before they are added: the compiler would make one long sum of a sum of two products.
+        return (
+            _dot(a_even, tl.trans(b_even), None, WIDEN) * scale
+            + _dot(a_odd, tl.trans(b_odd), None, WIDEN) * scale
+        )
+    return _dot(a, tl.trans(b), None, WIDEN) * scale
 
 
 @triton.jit
 def _round(x, dtype: tl.constexpr, WIDEN: tl.constexpr):
+    """float32 x in another dtype, rounded to nearest; the interpreter would cut bfloat16 off."""
     if WIDEN:
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)

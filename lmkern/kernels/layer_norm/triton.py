@@ -23,6 +23,9 @@ TILE = 2048
 ELEMENTS_PER_THREAD = 16
 
 
+NOTE = triton_runtime.NOTE
+
+
 def unavailable() -> str | None:
     return triton_runtime.unavailable()
 
