@@ -70,4 +70,6 @@ def bench_layer_norm_backward(
             backward(layer_norm, backend=backend),
             {"torch eager": backward(F.layer_norm), "torch.compile": backward(compiled(F.layer_norm))},
             "F.layer_norm",
+            # torch sums the gradients of bfloat16 weights in bfloat16: 5% off at 4,096 rows.
+            reference=backward(layer_norm, backend="reference"),
         )

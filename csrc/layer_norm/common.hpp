@@ -10,7 +10,7 @@
 
 namespace lmkern {
 
-// Rows handed to a thread at a time.
+// Fewer rows than this are not worth another thread.
 constexpr int64_t kRowsPerTask = 16;
 
 // body(type of x, type of weight and bias): the same, or float32 parameters beside a 16-bit x.

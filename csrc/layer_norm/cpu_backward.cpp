@@ -60,12 +60,18 @@ void layer_norm_backward(const LayerNormParams& p) {
         using P = typename decltype(parameter_type)::type;
         using C = Compute<T>;
         const int64_t rows_per_chunk = ceil_div(p.rows, p.chunks);
-        parallel_for(p.chunks, p.threads, [&](int64_t chunk) {
+        // Neighbouring chunks go to one thread: two threads that write to one fresh page both wait for it.
+        const int64_t tasks = std::min(p.threads, p.chunks), chunks_per_task = ceil_div(p.chunks, tasks);
+        auto sum_chunk = [&](int64_t chunk) {
             C* sums = static_cast<C*>(p.partials) + chunk * 2 * p.columns;
             std::fill_n(sums, 2 * p.columns, C(0));
             const int64_t end = std::min(p.rows, (chunk + 1) * rows_per_chunk);
             for (int64_t row = chunk * rows_per_chunk; row < end; ++row)
                 backward_row<T, P>(p, row, sums, sums + p.columns);
+        };
+        parallel_for(tasks, p.threads, [&](int64_t task) {
+            const int64_t end = std::min(p.chunks, (task + 1) * chunks_per_task);
+            for (int64_t chunk = task * chunks_per_task; chunk < end; ++chunk) sum_chunk(chunk);
         });
         if (p.dweight != nullptr) sum_chunks<C>(p, 0, p.dweight);
         if (p.dbias != nullptr) sum_chunks<C>(p, 1, p.dbias);

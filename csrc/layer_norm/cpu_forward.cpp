@@ -37,9 +37,12 @@ void layer_norm_forward(const LayerNormParams& p) {
     with_types(p, [&](auto type, auto parameter_type) {
         using T = typename decltype(type)::type;
         using P = typename decltype(parameter_type)::type;
-        parallel_for(ceil_div(p.rows, kRowsPerTask), p.threads, [&](int64_t task) {
-            const int64_t end = std::min(p.rows, (task + 1) * kRowsPerTask);
-            for (int64_t row = task * kRowsPerTask; row < end; ++row) forward_row<T, P>(p, row);
+        // A range of rows for each thread: two threads that write to one fresh page both wait for it.
+        const int64_t tasks = std::min(p.threads, ceil_div(p.rows, kRowsPerTask));
+        const int64_t rows_per_task = ceil_div(p.rows, std::max<int64_t>(tasks, 1));
+        parallel_for(tasks, p.threads, [&](int64_t task) {
+            const int64_t end = std::min(p.rows, (task + 1) * rows_per_task);
+            for (int64_t row = task * rows_per_task; row < end; ++row) forward_row<T, P>(p, row);
         });
     });
 }
