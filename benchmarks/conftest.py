@@ -49,7 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--tested",
         action="store_true",
-        help="with --record: the kernels' tests have passed at this commit (in CI, say) and are not run again",
+        help="with --record: the tests have passed at this commit (in CI, say) and are not run again",
     )
     group.addoption(
         "--record",
