@@ -18,7 +18,7 @@ def keep_freed_memory() -> bool:
     """Tells glibc to keep large freed blocks for the next step; once a process, and for all of it.
 
     By default a large tensor gets fresh pages from the system each time, and the page faults of writing them
-    cost more than most memory-bound ops (LOG.md has the figures). Every step of a training run asks for the
+    cost more than most memory-bound ops. Every step of a training run asks for the
     same blocks again. Returns whether the allocator took it: False on systems other than Linux with glibc.
     """
     if not sys.platform.startswith("linux"):
