@@ -8,6 +8,7 @@
 
 #include "attention/cpu.hpp"
 #include "layer_norm/cpu.hpp"
+#include "simd/amx.hpp"
 
 namespace py = pybind11;
 
@@ -31,6 +32,7 @@ std::vector<std::string> supported_instruction_sets() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && __builtin_cpu_supports("avx512bf16") && lmkern::amx_usable()) names.push_back("amx");
     if (avx512) names.push_back("avx512");
     if (avx2) names.push_back("avx2");
 #endif

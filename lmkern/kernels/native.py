@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 
 # Best first. Each is the module lmkern._cpu_<name>, compiled from the same sources (CMakeLists.txt).
-INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
+INSTRUCTION_SETS = ("amx", "avx512", "avx2", "baseline")
 
 # What the loader said of a module that is there and cannot be loaded.
 _import_errors: dict[str, str] = {}
