@@ -4,222 +4,492 @@
 //     P  = exp(S - lse)                 dV = P^T dO
 //     dP = dO V^T                       dS = P (dP - delta),  delta = rowsum(dO O) - dlse
 //     dQ = dS K softmax_scale           dK = dS^T Q softmax_scale
-#include "attention/common.hpp"
+//
+// dV and dK are summed transposed, dV^T = dO^T P and dK^T = Q^T dS, so that P and dS are right operands with keys in the
+// lanes, as the scores come.
 #include "attention/cpu.hpp"
+#include "attention/scores.hpp"
+#include "attention/tasks.hpp"
 
 namespace lmkern {
 namespace {
 
-// A part of one key/value head's work: the queries and keys it covers, and which gradients it sums.
+// A part of the work on one key/value head: the query heads, queries and keys it covers, and what it makes.
 struct Part {
-    int64_t batch, head_kv;
+    int64_t sequence, head_kv;
+    int64_t first_head, end_head;
     int64_t first_query, end_query;
     int64_t first_key, end_key;
-    bool dq, dk, dv;
+    bool dq, dk, dv, dbias;
 };
 
-// lse and delta of a block's queries, a lane each; a query with no visible key, or past the end, has lse =
-// +inf, so that its weights are exp(-inf) = 0.
-template <class C>
-struct RowStatistics {
-    C lse[kQueryBlock];
-    C delta[kQueryBlock];
-};
-
-// The packed forms of one query block.
-template <class C>
-struct QueryBlock {
-    Block<C> q;
-    Block<C> q_transposed;  // times softmax_scale
-    Block<C> q_clean;       // 0 for what is not finite
-    Block<C> dout, dout_transposed;
-};
-
-template <class T>
+template <class E>
 class BackwardPart {
-    using C = Compute<T>;
-    static constexpr int degree = kExpDegree<T>;
+    using T = typename E::T;
+    using C = typename E::C;
+    using Operand = typename E::Operand;
+    using Exp = Exponential<T>;
+    static constexpr int64_t lanes = kLanes<C>;
+    static constexpr C infinity = std::numeric_limits<C>::infinity();
+    static constexpr int64_t kScoreStride = E::kStrip + 64 / static_cast<int64_t>(sizeof(C));
+    static constexpr int64_t kRightStride = E::kKeysTogether;
+    static constexpr int64_t kLeftStride =
+        E::kOneLayout ? kRightStride : E::kKeysTogether + 64 / static_cast<int64_t>(sizeof(Operand));
 
 public:
     BackwardPart(const AttentionParams& p, const Part& part)
-        : p_(p),
-          part_(part),
-          D_(p.head_dim),
-          width_(padded<C>(p.head_dim)),
-          keys_(part.end_key - part.first_key) {
-        const int64_t group = kQueryBlock * width_, across = D_ * kQueryBlock,
-                      square = kKeyBlock * kQueryBlock;
+        : p_(p), part_(part), s_(sequence_of(p, part.sequence)), D_(p.head_dim), width_(E::width(p.head_dim)) {
+        queries_ = part.end_query - part.first_query;
+        many_key_blocks_ = part.end_key - part.first_key > E::kKeysTogether;
+        const int64_t heads = part.end_head - part.first_head, rows = E::kQueriesTogether, keys = E::kKeysTogether;
+        const int64_t dq_rows = many_key_blocks_ && part.dq ? heads * queries_ : 0;
+        const int64_t transposed = E::left_transposed_size(rows, D_);
         Workspace& workspace = Workspace::of_this_thread();
-        workspace.reserve(sizeof(C) *
-                          static_cast<size_t>(5 * keys_ * width_ + 5 * group + 2 * across + 2 * square));
-        auto rows = [&](int64_t count) { return Block<C>{workspace.take<C>(count * width_), width_}; };
-        auto lanes = [&](int64_t count) {
-            return Block<C>{workspace.take<C>(count * kQueryBlock), kQueryBlock};
-        };
-        k_ = rows(keys_), k_clean_ = rows(keys_), v_ = rows(keys_), dk_ = rows(keys_), dv_ = rows(keys_);
-        q_clean_ = rows(kQueryBlock);
-        block_ = {rows(kQueryBlock), lanes(D_), q_clean_, rows(kQueryBlock), lanes(D_)};
-        dq_ = rows(kQueryBlock);
-        out_ = rows(kQueryBlock);
-        weights_ = lanes(kKeyBlock), dscores_ = lanes(kKeyBlock);
+        workspace.reserve(
+            sizeof(Operand) * (2 * E::right_transposed_size(keys, D_) + 2 * E::right_rows_size(keys, D_) +
+                               3 * rows * width_ + 3 * transposed + 2 * rows * kRightStride + rows * kLeftStride) +
+            sizeof(C) * (2 * width_ * keys + (dq_rows + rows) * width_ + heads * queries_ + 2 * rows +
+                         3 * E::kRows * kScoreStride) +
+            sizeof(uint16_t) * 2 * (E::kStrip + Dropout<C>::kChunk));
+        auto operands = [&](int64_t count) { return workspace.take<Operand>(count); };
+        k_transposed_ = operands(E::right_transposed_size(keys, D_));
+        v_transposed_ = operands(E::right_transposed_size(keys, D_));
+        k_rows_ = operands(E::right_rows_size(keys, D_));
+        k_clean_ = operands(E::right_rows_size(keys, D_));
+        q_ = operands(rows * width_);
+        q_clean_ = operands(rows * width_);
+        dout_ = operands(rows * width_);
+        q_scratch_ = operands(transposed);
+        dout_scratch_ = operands(transposed);
+        weights_ = operands(rows * kRightStride);
+        dscores_ = operands(rows * kRightStride);
+        dscores_left_ = E::kOneLayout ? dscores_ : operands(rows * kLeftStride);
+        dk_ = {workspace.take<C>(width_ * keys), keys};
+        dv_ = {workspace.take<C>(width_ * keys), keys};
+        dq_all_ = workspace.take<C>(dq_rows * width_);
+        dq_block_ = workspace.take<C>(rows * width_);
+        delta_all_ = workspace.take<C>(heads * queries_);
+        lse_ = workspace.take<C>(rows);
+        delta_ = workspace.take<C>(rows);
+        scores_ = {workspace.take<C>(E::kRows * kScoreStride), kScoreStride};
+        dweights_ = {workspace.take<C>(E::kRows * kScoreStride), kScoreStride};
+        slopes_ = {workspace.take<C>(E::kRows * kScoreStride), kScoreStride};
+        bits_ = workspace.take<uint16_t>(2 * (E::kStrip + Dropout<C>::kChunk));
     }
 
     void run() {
-        pack_keys();
-        if (part_.dk) std::fill_n(dk_.data, keys_ * width_, C(0));
-        if (part_.dv) std::fill_n(dv_.data, keys_ * width_, C(0));
-        const int64_t group = p_.heads / p_.heads_kv;
-        for (int64_t head = part_.head_kv * group; head < (part_.head_kv + 1) * group; ++head)
-            for (int64_t query = part_.first_query; query < part_.end_query; query += kQueryBlock)
-                query_block(head, query, std::min(kQueryBlock, part_.end_query - query));
-        auto write = [&](Block<C> from, void* to, const Strides& strides, C factor) {
-            const auto matrix = head_of<T>(to, strides, part_.batch, part_.head_kv);
-            unpack(from, keys_, D_, matrix.row(part_.first_key), matrix.row_stride, matrix.column_stride,
-                   [&](int64_t) { return factor; });
-        };
-        if (part_.dk) write(dk_, p_.dk, p_.dk_strides, static_cast<C>(p_.softmax_scale));
-        if (part_.dv) write(dv_, p_.dv, p_.dv_strides, C(1));
+        [[maybe_unused]] const typename E::Session session;
+        for (int64_t head = part_.first_head; head < part_.end_head; ++head) make_delta(head);
+        bool first = true;
+        for (int64_t key = part_.first_key; key < part_.end_key; key += E::kKeysTogether) {
+            first_key_ = key;
+            keys_ = std::min(E::kKeysTogether, part_.end_key - key);
+            last_keys_ = key + keys_ == part_.end_key;
+            pack_keys();
+            if (part_.dk) std::fill_n(dk_.data, width_ * E::kKeysTogether, C(0));
+            if (part_.dv) std::fill_n(dv_.data, width_ * E::kKeysTogether, C(0));
+            for (int64_t head = part_.first_head; head < part_.end_head; ++head) {
+                const ScoreRows<T> rows(p_, s_, head);
+                for (int64_t query = part_.first_query; query < part_.end_query; query += E::kQueriesTogether)
+                    queries(rows, head, query, std::min(E::kQueriesTogether, part_.end_query - query), first);
+            }
+            if (part_.dk) write_keys(dk_, p_.dk, p_.dk_strides, static_cast<C>(p_.softmax_scale));
+            if (part_.dv) write_keys(dv_, p_.dv, p_.dv_strides, C(1));
+            first = false;
+        }
+        // Without a key there is no block that would have written dq.
+        if (first && part_.dq)
+            for (int64_t head = part_.first_head; head < part_.end_head; ++head)
+                write_queries(head, part_.first_query, queries_, nullptr);
     }
 
 private:
-    void pack_keys() {
-        auto read = [&](const void* from, const Strides& strides, Block<C> to) {
-            const auto matrix = head_of<const T>(from, strides, part_.batch, part_.head_kv);
-            return pack(matrix.row(part_.first_key), matrix.row_stride, matrix.column_stride, keys_, D_, to);
-        };
-        const bool finite = !read(p_.k, p_.k_strides, k_);
-        read(p_.v, p_.v_strides, v_);
-        // What is not finite in k reaches the queries that see it through their scores; those that do not see
-        // it meet it as 0 * NaN in dS K of a masked tile, where it must count as 0. The same holds for q in
-        // dS^T Q.
-        if (!finite) clear_non_finite(k_, keys_, D_, k_clean_);
-        if (finite) k_clean_ = k_;
+    Matrix<const T> matrix(const void* tensor, const Strides& strides, int64_t head, int64_t row) const {
+        return head_of<const T>(tensor, strides, s_.batch, head, row);
     }
 
-    void query_block(int64_t head, int64_t first_query, int64_t queries) {
-        const int64_t end_key = std::min(part_.end_key, visible_keys(p_, first_query + queries - 1));
-        if (end_key <= part_.first_key && !part_.dq) return;
-        RowStatistics<C> rows;
-        pack_queries(head, first_query, queries, rows);
-        if (part_.dq) std::fill_n(dq_.data, queries * width_, C(0));
-        for (int64_t key = part_.first_key; key < end_key; key += kKeyBlock)
-            tile(first_query, queries, key, std::min(kKeyBlock, end_key - key), rows);
-        if (part_.dq) {
-            const auto dq = head_of<T>(p_.dq, p_.dq_strides, part_.batch, head);
-            unpack(dq_, queries, D_, dq.row(first_query), dq.row_stride, dq.column_stride,
-                   [&](int64_t) { return static_cast<C>(p_.softmax_scale); });
-        }
-    }
+    C* delta_of(int64_t head) const { return delta_all_ + (head - part_.first_head) * queries_; }
 
-    void pack_queries(int64_t head, int64_t first_query, int64_t queries, RowStatistics<C>& rows) {
-        auto read = [&](const void* from, const Strides& strides, Block<C> to) {
-            const auto matrix = head_of<const T>(from, strides, part_.batch, head);
-            return pack(matrix.row(first_query), matrix.row_stride, matrix.column_stride, queries, D_, to);
-        };
-        const bool finite = !read(p_.q, p_.q_strides, block_.q);
-        transpose(block_.q, queries, D_, static_cast<C>(p_.softmax_scale), block_.q_transposed);
-        block_.q_clean = finite ? block_.q : q_clean_;
-        if (!finite) clear_non_finite(block_.q, queries, D_, q_clean_);
-        read(p_.dout, p_.dout_strides, block_.dout);
-        transpose(block_.dout, queries, D_, C(1), block_.dout_transposed);
-        read(p_.out, p_.out_strides, out_);
-
-        const int64_t first_row = (part_.batch * p_.heads + head) * p_.n_q + first_query;
-        const C* lse = static_cast<const C*>(p_.lse) + first_row;
-        const C* dlse = p_.dlse == nullptr ? nullptr : static_cast<const C*>(p_.dlse) + first_row;
-        constexpr C infinity = std::numeric_limits<C>::infinity();
-        for (int64_t i = 0; i < kQueryBlock; ++i) {
-            rows.lse[i] = infinity;
-            rows.delta[i] = 0;
-            if (i >= queries) continue;
-            if (lse[i] != -infinity) rows.lse[i] = lse[i];
-            Vector<C> products{};
-            for (int64_t d = 0; d < width_; d += kLanes<C>)
-                products += load(out_.data + i * width_ + d) * load(block_.dout.data + i * width_ + d);
-            rows.delta[i] = sum<C>(products) - (dlse == nullptr ? C(0) : dlse[i]);
-        }
-    }
-
-    void tile(int64_t first_query, int64_t queries, int64_t key, int64_t keys, const RowStatistics<C>& rows) {
-        const int64_t offset = (key - part_.first_key) * width_, lanes = padded<C>(queries);
-        product<false>(Left<C>{k_.data + offset, width_, 1}, block_.q_transposed, keys, lanes, D_, weights_);
-        if (part_.dq || part_.dk)
-            product<false>(Left<C>{v_.data + offset, width_, 1}, block_.dout_transposed, keys, lanes, D_,
-                           dscores_);
-        for (int64_t j = 0; j < keys; ++j)
-            for (int64_t i = 0; i < lanes; i += kLanes<C>) {
-                C* weight = weights_.data + j * kQueryBlock + i;
-                C* dscore = dscores_.data + j * kQueryBlock + i;
-                const Vector<C> p = exp<C, degree>(load(weight) - load(rows.lse + i));
-                store(weight, p);
-                store(dscore, p * (load(dscore) - load(rows.delta + i)));
+    void make_delta(int64_t head) {
+        const int64_t row = s_.first_query + part_.first_query;
+        const auto out = matrix(p_.out, p_.out_strides, head, row), dout = matrix(p_.dout, p_.dout_strides, head, row);
+        const C* dlse = p_.dlse == nullptr ? nullptr
+                                           : static_cast<const C*>(p_.dlse) + (s_.batch * p_.heads + head) * p_.n_q + row;
+        C* delta = delta_of(head);
+        for (int64_t i = 0; i < queries_; ++i) {
+            const T* a = out.row(i);
+            const T* b = dout.row(i);
+            C total = 0;
+            if (out.column_stride == 1 && dout.column_stride == 1) {
+                Vector<C> sums{};
+                int64_t d = 0;
+                for (; d + lanes <= D_; d += lanes) sums += load(a + d) * load(b + d);
+                if (d < D_) sums += load(a + d, D_ - d) * load(b + d, D_ - d);
+                total = sum<C>(sums);
+            } else {
+                for (int64_t d = 0; d < D_; ++d)
+                    total += load_one(a + d * out.column_stride) * load_one(b + d * dout.column_stride);
             }
-        const bool masked = key + keys > visible_keys(p_, first_query);
-        if (masked) {
-            mask_diagonal(weights_, key, keys, first_query, lanes, p_.diagonal, C(0));
-            mask_diagonal(dscores_, key, keys, first_query, lanes, p_.diagonal, C(0));
+            delta[i] = total - (dlse == nullptr ? C(0) : dlse[i]);
         }
-        auto keys_of = [&](Block<C> all) { return Block<C>{all.data + offset, width_}; };
-        const Left<C> weights{weights_.data, kQueryBlock, 1}, dscores{dscores_.data, kQueryBlock, 1};
-        if (part_.dv) product<true>(weights, block_.dout, keys, D_, queries, keys_of(dv_));
-        if (part_.dk)
-            product<true>(dscores, masked ? block_.q_clean : block_.q, keys, D_, queries, keys_of(dk_));
-        if (part_.dq)
-            product<true>(Left<C>{dscores_.data, 1, kQueryBlock}, keys_of(masked ? k_clean_ : k_), queries,
-                          D_, keys, dq_);
+    }
+
+    void pack_keys() {
+        const auto k = matrix(p_.k, p_.k_strides, part_.head_kv, s_.first_key + first_key_);
+        const auto v = matrix(p_.v, p_.v_strides, part_.head_kv, s_.first_key + first_key_);
+        keys_finite_ = true;
+        for (int64_t key = 0; key < keys_; key += E::kKeys) {
+            const int64_t n = std::min(E::kKeys, keys_ - key);
+            const Matrix<const T> k_part{k.row(key), k.row_stride, k.column_stride};
+            const Matrix<const T> v_part{v.row(key), v.row_stride, v.column_stride};
+            keys_finite_ &= E::pack_right_transposed(k_part, n, D_, key, k_transposed_).finite;
+            E::pack_right_transposed(v_part, n, D_, key, v_transposed_);
+            if (part_.dq) E::pack_right_rows(k_part, n, D_, key, k_rows_);
+        }
+        // What is not finite in k reaches the queries that see it through their scores; those that do not see it meet
+        // it as 0 * NaN in dS K where some key is masked, and there it must count as 0. The same holds for q in dS^T Q.
+        if (!keys_finite_ && part_.dq)
+            for (int64_t key = 0; key < keys_; key += E::kKeys)
+                E::pack_right_rows({k.row(key), k.row_stride, k.column_stride}, std::min(E::kKeys, keys_ - key), D_, key,
+                                   k_clean_, true);
+    }
+
+    // One block of queries against the packed keys.
+    void queries(const ScoreRows<T>& score_rows, int64_t head, int64_t query, int64_t count, bool first_keys) {
+        const Band& band = score_rows.band();
+        const int64_t begin = std::max(first_key_, band.begin(query)) - first_key_;
+        const int64_t end = std::min(first_key_ + keys_, band.end(query + count - 1)) - first_key_;
+        const int64_t first = begin / E::kStrip * E::kStrip, keys = round_up(end - first, E::kStep);
+        C* dq = many_key_blocks_
+                    ? dq_all_ + ((head - part_.first_head) * queries_ + query - part_.first_query) * width_
+                    : dq_block_;
+        if (end <= begin) {
+            if (part_.dq && first_keys) std::fill_n(dq, count * width_, C(0));
+        } else {
+            pack_queries(head, query, count);
+            const bool masked = make_gradients(score_rows, head, query, count, first, keys);
+            const int64_t depth = round_up(count, E::kRowStep);
+            if (part_.dv)
+                E::template product<true>(dout_transposed_, right(weights_, first), width_, keys, depth,
+                                          Block<C>{dv_.data + first, dv_.stride});
+            if (part_.dk) {
+                const auto q = masked && !queries_finite_ ? clean_queries(count) : q_transposed_;
+                E::template product<true>(q, right(dscores_, first), width_, keys, depth,
+                                          Block<C>{dk_.data + first, dk_.stride});
+            }
+            if (part_.dq) multiply_dq(dq, count, first, keys, first_keys, masked && !keys_finite_);
+        }
+        if (part_.dq && last_keys_) write_queries(head, query, count, dq);
+    }
+
+    static typename E::Right right(const Operand* block, int64_t column) {
+        return E::right_column(E::scores_right(block, kRightStride), column);
+    }
+
+    void multiply_dq(C* dq, int64_t count, int64_t first, int64_t keys, bool first_keys, bool clean) {
+        const auto dscores = E::scores_left(dscores_left_ + first, kLeftStride);
+        const auto k = E::right_rows(clean ? k_clean_ : k_rows_, first, D_);
+        const int64_t rows = round_up(count, E::kRowStep);
+        // The rows that fill up a tile lie beyond this block's in dq_all_.
+        C* const target = rows == count ? dq : dq_block_;
+        if (first_keys || target != dq)
+            E::template product<false>(dscores, k, rows, width_, keys, Block<C>{target, width_});
+        else
+            E::template product<true>(dscores, k, rows, width_, keys, Block<C>{target, width_});
+        if (target == dq) return;
+        for (int64_t i = 0; i < count * width_; i += lanes)
+            store(dq + i, first_keys ? load(target + i) : load(dq + i) + load(target + i));
+    }
+
+    void pack_queries(int64_t head, int64_t query, int64_t count) {
+        const int64_t padded_count = round_up(count, E::kRowStep), row = s_.first_query + query;
+        queries_finite_ =
+            E::pack_left(matrix(p_.q, p_.q_strides, head, row), count, D_, padded_count, q_).finite;
+        E::pack_left(matrix(p_.dout, p_.dout_strides, head, row), count, D_, padded_count, dout_);
+        q_transposed_ = E::left_transposed(q_, padded_count, D_, q_scratch_);
+        dout_transposed_ = E::left_transposed(dout_, padded_count, D_, dout_scratch_);
+        const C* lse = static_cast<const C*>(p_.lse) + (s_.batch * p_.heads + head) * p_.n_q + row;
+        const C* delta = delta_of(head) + query - part_.first_query;
+        for (int64_t i = 0; i < padded_count; ++i) {
+            // A query with no visible key, or none at all, has lse = +inf here: its weights are exp(-inf) = 0.
+            const bool sees = i < count && lse[i] != -infinity;
+            lse_[i] = sees ? lse[i] * Exp::unit : infinity;
+            delta_[i] = i < count ? delta[i] : C(0);
+        }
+    }
+
+    typename E::Left clean_queries(int64_t count) {
+        const int64_t rows = round_up(count, E::kRowStep);
+        std::copy_n(q_, rows * width_, q_clean_);
+        E::clear_left(q_clean_, rows, D_);
+        return E::left_transposed(q_clean_, rows, D_, q_scratch_);
+    }
+
+    // P and dS of a block of queries and the keys from `first` on, counted from first_key_. Returns whether some key is
+    // hidden from some query.
+    bool make_gradients(const ScoreRows<T>& score_rows, int64_t head, int64_t query, int64_t count, int64_t first,
+                        int64_t keys) {
+        const Band& band = score_rows.band();
+        const Dropout<C> dropout(p_, s_.index, head);
+        bool any_masked = false;
+        for (int64_t row = 0; row < count; row += E::kRows) {
+            const int64_t n = std::min(E::kRows, count - row);
+            const int64_t begin = band.begin(query + row) - first_key_, end = band.end(query + row + n - 1) - first_key_;
+            for (int64_t j = first; j < first + keys; j += E::kStrip) {
+                const BlockPlace at{query + row, n, first_key_ + j, std::min(E::kStrip, first + keys - j)};
+                if (j + at.keys <= begin || j >= end) {
+                    any_masked = true;
+                    clear(row, round_up(n, E::kRowStep), j, at.keys);
+                } else {
+                    any_masked |= strip(score_rows, dropout, head, row, j, at);
+                }
+            }
+        }
+        return any_masked;
+    }
+
+    void clear(int64_t row, int64_t rows, int64_t column, int64_t columns) {
+        const Vector<C> zeros[4] = {};
+        for (int64_t i = row; i < row + rows; i += 2)
+            for (int64_t j = column; j < column + columns; j += 2 * lanes) {
+                E::put_right(weights_, kRightStride, i, j, zeros);
+                E::put_right(dscores_, kRightStride, i, j, zeros);
+                if constexpr (!E::kOneLayout) {
+                    E::put_left(dscores_left_ + i * kLeftStride + j, zeros[0], zeros[0]);
+                    E::put_left(dscores_left_ + (i + 1) * kLeftStride + j, zeros[0], zeros[0]);
+                }
+            }
+    }
+
+    // One block of scores: rows of the block of queries from `row` on, keys from column `j` on.
+    bool strip(const ScoreRows<T>& score_rows, const Dropout<C>& dropout, int64_t head, int64_t row, int64_t j,
+               const BlockPlace& at) {
+        const int64_t rows = round_up(at.queries, E::kRowStep);
+        E::template product<false>(E::left(q_ + row * width_, D_), E::right_transposed(k_transposed_, j, D_), rows,
+                                   at.keys, D_, scores_);
+        E::template product<false>(E::left(dout_ + row * width_, D_), E::right_transposed(v_transposed_, j, D_), rows,
+                                   at.keys, D_, dweights_);
+        C factor = static_cast<C>(p_.softmax_scale) * Exp::unit;
+        const bool sloped = p_.softcap > 0;
+        if (score_rows.adjusts()) {
+            score_rows.adjust(scores_, at, sloped ? slopes_.data : nullptr);
+            factor = Exp::unit;
+        }
+        // Times a negative factor -inf would be seen, and times 0 it would be NaN.
+        if (factor <= 0) {
+            scale_rows(factor, at.queries, at.keys);
+            factor = 1;
+        }
+        const bool masked =
+            score_rows.outside_band(scores_, at, -infinity) || p_.mask != nullptr || p_.bias != nullptr;
+        auto make = [&](auto masks, auto drops) {
+            if (part_.dbias || p_.drelative_bias != nullptr || sloped)
+                gradients<masks, drops, true>(score_rows, dropout, head, row, j, at, factor);
+            else
+                gradients<masks, drops, false>(score_rows, dropout, head, row, j, at, factor);
+        };
+        const bool drops = p_.dropout_threshold > 0;
+        if (masked)
+            drops ? make(std::true_type{}, std::true_type{}) : make(std::true_type{}, std::false_type{});
+        else
+            drops ? make(std::false_type{}, std::true_type{}) : make(std::false_type{}, std::false_type{});
+        return masked;
+    }
+
+    void scale_rows(C factor, int64_t queries, int64_t keys) {
+        for (int64_t i = 0; i < queries; ++i)
+            for (int64_t j = 0; j < keys; j += lanes) {
+                C* place = scores_.data + i * scores_.stride + j;
+                store(place, load(place) * factor);
+            }
+    }
+
+    // Turns scores and dP into P and dS, two rows at a time. keeps: dS is also wanted in C, for what else follows from it.
+    template <bool masked, bool drops, bool keeps>
+    void gradients(const ScoreRows<T>& score_rows, const Dropout<C>& dropout, int64_t head, int64_t row, int64_t column,
+                   const BlockPlace& at, C factor) {
+        const int64_t rows = round_up(at.queries, E::kRowStep);
+        const C scale = dropout.scale();
+        constexpr int64_t bits_stride = E::kStrip + Dropout<C>::kChunk;
+        for (int64_t i = 0; i < rows; i += 2) {
+            if (drops)
+                for (int64_t r = 0; r < 2; ++r)
+                    dropout.draw(at.first_query + i + r, at.first_key, at.keys, bits_ + r * bits_stride);
+            for (int64_t j = 0; j < at.keys; j += 2 * lanes) {
+                Vector<C> weights[4], dscores[4];
+#pragma GCC unroll 4
+                for (int n = 0; n < 4; ++n) {
+                    const int64_t r = i + n / 2, place = r * kScoreStride + j + n % 2 * lanes;
+                    Vector<C> weight = Exp::of(load(scores_.data + place) * factor - lse_[row + r]);
+                    Vector<C> dweight = load(dweights_.data + place);
+                    Vector<C> kept = weight;
+                    if (drops) {
+                        const uint16_t* bits = bits_ + n / 2 * bits_stride + j + n % 2 * lanes;
+                        kept = dropout.keep(weight * scale, bits);
+                        dweight = dropout.keep(dweight * scale, bits);
+                    }
+                    Vector<C> dscore = weight * (dweight - delta_[row + r]);
+                    if (masked) dscore = weight == 0 ? Vector<C>{} : dscore;
+                    if (keeps) store(dweights_.data + place, dscore);
+                    if (keeps && p_.softcap > 0) dscore *= load(slopes_.data + place);
+                    weights[n] = kept;
+                    dscores[n] = dscore;
+                }
+                if (part_.dv) E::put_right(weights_, kRightStride, row + i, column + j, weights);
+                put_dscores(row + i, column + j, dscores);
+            }
+        }
+        if (!keeps) return;
+        for (int64_t i = 0; i < at.queries; ++i) {
+            const C* dscores = dweights_.data + i * kScoreStride;
+            if (part_.dbias) add_bias_gradient(dscores, head, at.first_query + i, at);
+            if (p_.drelative_bias != nullptr && !part_.dbias)
+                score_rows.add_relative_gradient(dscores, at.first_query + i, at.first_key, at.keys,
+                                                 static_cast<C*>(p_.drelative_bias) +
+                                                     (s_.index * p_.heads + head) * (2 * p_.relative_radius + 1));
+        }
+    }
+
+    void put_dscores(int64_t row, int64_t column, const Vector<C> dscores[4]) {
+        if (part_.dk || (E::kOneLayout && part_.dq)) E::put_right(dscores_, kRightStride, row, column, dscores);
+        if constexpr (!E::kOneLayout)
+            if (part_.dq) {
+                E::put_left(dscores_left_ + row * kLeftStride + column, dscores[0], dscores[1]);
+                E::put_left(dscores_left_ + (row + 1) * kLeftStride + column, dscores[2], dscores[3]);
+            }
+    }
+
+    void add_bias_gradient(const C* dscores, int64_t head, int64_t query, const BlockPlace& at) {
+        const Strides& s = p_.dbias_strides;
+        C* target = static_cast<C*>(p_.dbias) + s_.batch * s.batch + head * s.head + query * s.row + at.first_key * s.column;
+        const int64_t keys = std::min(at.keys, s_.n_k - at.first_key);
+        for (int64_t j = 0; j < keys; ++j) target[j * s.column] += dscores[j];
+    }
+
+    // Rows of keys out of their transposed sums.
+    void write_keys(Block<C> sums, void* to, const Strides& strides, C factor) {
+        const auto rows = head_of<T>(to, strides, s_.batch, part_.head_kv, s_.first_key + first_key_);
+        C square[lanes * 256];
+        for (int64_t column = 0; column < round_up(keys_, E::kStep); column += lanes) {
+            for (int64_t d = 0; d < width_; d += lanes)
+                transpose_square(sums.data + d * sums.stride + column, sums.stride, square + d, width_);
+            for (int64_t i = 0; i < lanes; ++i) {
+                const int64_t key = E::key_of_column(column + i);
+                if (key < keys_)
+                    unpack(Block<C>{square + i * width_, width_}, 1, D_, rows.row(key), rows.row_stride,
+                           rows.column_stride, [&](int64_t) { return factor; });
+            }
+        }
+    }
+
+    // dq: (count, width_), null for zeros.
+    void write_queries(int64_t head, int64_t query, int64_t count, const C* dq) {
+        const auto rows = head_of<T>(p_.dq, p_.dq_strides, s_.batch, head, s_.first_query + query);
+        if (dq != nullptr)
+            return unpack(Block<C>{const_cast<C*>(dq), width_}, count, D_, rows.data, rows.row_stride,
+                          rows.column_stride, [&](int64_t) { return static_cast<C>(p_.softmax_scale); });
+        for (int64_t i = 0; i < count; ++i)
+            for (int64_t d = 0; d < D_; ++d) store_one(rows.row(i) + d * rows.column_stride, C(0));
     }
 
     const AttentionParams& p_;
     const Part part_;
-    const int64_t D_, width_, keys_;
-    Block<C> k_, k_clean_, v_, dk_, dv_;  // the part's keys
-    QueryBlock<C> block_;
-    Block<C> q_clean_;
-    Block<C> dq_, out_;
-    Block<C> weights_, dscores_;  // (keys, queries)
+    const Sequence s_;
+    const int64_t D_, width_;
+    int64_t queries_, first_key_ = 0, keys_ = 0;
+    bool many_key_blocks_, last_keys_ = false, keys_finite_ = true, queries_finite_ = true;
+    Operand *k_transposed_, *v_transposed_, *k_rows_, *k_clean_;  // the packed keys
+    Operand *q_, *q_clean_, *dout_, *q_scratch_, *dout_scratch_;  // a block of queries
+    typename E::Left q_transposed_{}, dout_transposed_{};
+    Operand *weights_, *dscores_, *dscores_left_;  // (queries, keys)
+    Block<C> dk_{}, dv_{};                         // (D, keys)
+    C *dq_all_, *dq_block_, *delta_all_, *lse_, *delta_;
+    Block<C> scores_{}, dweights_{}, slopes_{};
+    uint16_t* bits_;
 };
 
-// Keys of a part that sums dK and dV alone.
-constexpr int64_t kKeyPart = 256;
+// Scores of the part that are seen, about.
+int64_t work_of(const AttentionParams& p, const Part& part) {
+    const Band band(p, sequence_of(p, part.sequence));
+    int64_t seen = 0;
+    for (int64_t query = part.first_query; query < part.end_query; ++query)
+        seen += std::max<int64_t>(std::min(band.end(query), part.end_key) - std::max(band.begin(query), part.first_key), 0);
+    return seen * (part.end_head - part.first_head);
+}
 
-template <class T>
+template <class E>
+void run_parts(const AttentionParams& p, const std::vector<Part>& parts) {
+    parallel_for(static_cast<int64_t>(parts.size()), p.threads,
+                 [&](int64_t index) { BackwardPart<E>(p, parts[index]).run(); });
+}
+
+// Tiles of the bias's gradient: each sums over the heads and batch elements that its bias was broadcast to.
+template <class E>
+void bias_gradient(const AttentionParams& p) {
+    const Strides& s = p.dbias_strides;
+    const int64_t batches = s.batch == 0 ? 1 : p.batch, heads = s.head == 0 ? 1 : p.heads;
+    const int64_t step = s.row == 0 ? p.n_q : E::kQueriesTogether, blocks = ceil_div(p.n_q, std::max<int64_t>(step, 1));
+    parallel_for(batches * heads * blocks, p.threads, [&](int64_t task) {
+        const int64_t batch = task / blocks / heads, head = task / blocks % heads, query = task % blocks * step;
+        for (int64_t b = batch; b < (s.batch == 0 ? p.batch : batch + 1); ++b)
+            for (int64_t h = head; h < (s.head == 0 ? p.heads : head + 1); ++h)
+                BackwardPart<E>(p, Part{b, h / (p.heads / p.heads_kv), h, h + 1, query, std::min(query + step, p.n_q), 0,
+                                        p.n_k, false, false, false, true})
+                    .run();
+    });
+}
+
+template <class E>
 void backward(const AttentionParams& p) {
-    const int64_t heads = p.batch * p.heads_kv;
     const bool dq = p.dq != nullptr, dk = p.dk != nullptr, dv = p.dv != nullptr;
-    auto part = [&](int64_t head) {
-        return Part{head / p.heads_kv, head % p.heads_kv, 0, p.n_q, 0, p.n_k, dq, dk, dv};
-    };
-    // A whole head is one task when that keeps the threads busy: 5 products a tile. Split in two passes the
-    // scores are computed twice, 7 products, but there is work for every thread.
+    if (p.dbias != nullptr) bias_gradient<E>(p);
+    if (!dq && !dk && !dv && p.drelative_bias == nullptr) return;
+    const int64_t group = p.heads / p.heads_kv, heads = p.sequences * p.heads_kv;
+    // A whole head is one task when that keeps the threads busy: 5 products a block. Split in two passes the scores are
+    // computed twice, 7 products, but there is work for every thread.
     const int64_t rounds = ceil_div(heads, p.threads);
-    if (!dq || !(dk || dv) || 7 * heads >= 5 * rounds * p.threads) {
-        if (dq || dk || dv)
-            parallel_for(heads, p.threads, [&](int64_t head) { BackwardPart<T>(p, part(head)).run(); });
-        return;
+    const bool whole =
+        p.drelative_bias != nullptr || !dq || !(dk || dv) || 7 * heads >= 5 * rounds * p.threads;
+    std::vector<Part> parts, query_parts;
+    for (int64_t index = 0; index < p.sequences; ++index) {
+        const Sequence s = sequence_of(p, index);
+        for (int64_t head = 0; head < p.heads_kv; ++head) {
+            const Part all{index, head, head * group, (head + 1) * group, 0, s.n_q, 0, s.n_k, dq, dk, dv, false};
+            if (whole) {
+                parts.push_back(all);
+                continue;
+            }
+            for (int64_t key = 0; key < s.n_k; key += E::kKeysTogether) {
+                Part part = all;
+                part.first_key = key, part.end_key = std::min(key + E::kKeysTogether, s.n_k), part.dq = false;
+                parts.push_back(part);
+            }
+            for (int64_t query = 0; query < s.n_q; query += 2 * E::kQueriesTogether) {
+                Part part = all;
+                part.first_query = query, part.end_query = std::min(query + 2 * E::kQueriesTogether, s.n_q);
+                part.dk = part.dv = false;
+                query_parts.push_back(part);
+            }
+        }
     }
-    const int64_t key_parts = ceil_div(p.n_k, kKeyPart);
-    parallel_for(heads * key_parts, p.threads, [&](int64_t task) {
-        Part keys = part(task % heads);
-        keys.first_key = task / heads * kKeyPart;
-        keys.end_key = std::min(keys.first_key + kKeyPart, p.n_k);
-        keys.dq = false;
-        BackwardPart<T>(p, keys).run();
-    });
-    const int64_t query_parts = ceil_div(p.n_q, kQueryBlock);
-    parallel_for(heads * query_parts, p.threads, [&](int64_t task) {
-        Part queries = part(task % heads);
-        queries.first_query = (query_parts - 1 - task / heads) * kQueryBlock;
-        queries.end_query = std::min(queries.first_query + kQueryBlock, p.n_q);
-        queries.end_key = visible_keys(p, queries.end_query - 1);
-        queries.dk = queries.dv = false;
-        BackwardPart<T>(p, queries).run();
-    });
+    // Longest first, so that no thread is left with a long one at the end.
+    auto by_work = [&](std::vector<Part>& list) {
+        std::vector<std::pair<int64_t, Part>> weighed;
+        for (const Part& part : list) weighed.emplace_back(work_of(p, part), part);
+        std::stable_sort(weighed.begin(), weighed.end(), [](auto& a, auto& b) { return a.first > b.first; });
+        for (size_t i = 0; i < list.size(); ++i) list[i] = weighed[i].second;
+    };
+    by_work(parts);
+    by_work(query_parts);
+    run_parts<E>(p, parts);
+    run_parts<E>(p, query_parts);
 }
 
 }  // namespace
 
 void attention_backward(const AttentionParams& p) {
-    with_type(static_cast<Dtype>(p.dtype), [&](auto type) { backward<typename decltype(type)::type>(p); });
+    with_engine(static_cast<Dtype>(p.dtype),
+                [&](auto engine) { backward<typename decltype(engine)::type>(p); });
 }
 
 }  // namespace lmkern

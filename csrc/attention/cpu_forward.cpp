@@ -1,114 +1,322 @@
-// Attention forward on the CPU. Online softmax over key blocks (Dao et al. 2022, arXiv:2205.14135), queries
-// in the lanes.
-#include "attention/common.hpp"
+// Attention forward on the CPU: softmax over key blocks (Dao et al. 2022, arXiv:2205.14135), keys in the lanes.
+//
+// Where |q| |k| bounds every score of a block of queries, exp(score) can neither overflow nor vanish: no maximum is
+// looked for, and nothing is ever rescaled. Elsewhere the softmax is online.
 #include "attention/cpu.hpp"
+#include "attention/scores.hpp"
+#include "attention/tasks.hpp"
 
 namespace lmkern {
 namespace {
 
-// The running state of kQueryBlock queries.
-template <class C>
-struct SoftmaxState {
-    C row_max[kQueryBlock];
-    C row_sum[kQueryBlock];
-    C correction[kQueryBlock];
+// Bits: weights of scores between -kBound and kBound, times values up to kLargestValue, sum far inside float32.
+constexpr float kBound = 32, kLargestValue = 0x1p40f;
+
+// Keys packed at a time are at most so many bytes: more are read again for every few hundred queries.
+constexpr int64_t kPackedBytes = int64_t{8} << 20;
+// So many stay in the cache of a core while all queries pass by; of more, each part serves several blocks of queries.
+constexpr int64_t kCachedBytes = int64_t{1} << 20;
+
+// Blocks of kQueries queries that are worked on together; more where the keys are packed in parts.
+constexpr int64_t kBlocksTogether = 8, kBlocksTogetherInParts = 32;
+
+template <class E>
+class Forward {
+    using T = typename E::T;
+    using C = typename E::C;
+    using Operand = typename E::Operand;
+    using Exp = Exponential<T>;
+    static constexpr int64_t lanes = kLanes<C>;
+    static constexpr C infinity = std::numeric_limits<C>::infinity();
+    // Operands of blocks that lie a power of two apart would fight for the same cache lines.
+    static constexpr int64_t kScoreStride = E::kKeys + 64 / static_cast<int64_t>(sizeof(C));
+    static constexpr int64_t kWeightStride = E::kKeys + 64 / static_cast<int64_t>(sizeof(Operand));
+
+public:
+    Forward(const AttentionParams& p, const QueryTask& task)
+        : p_(p), task_(task), s_(sequence_of(p, task.sequence)), D_(p.head_dim), width_(E::width(p.head_dim)) {
+        const int64_t bytes_per_key = static_cast<int64_t>(sizeof(Operand)) * 2 * width_;
+        keys_at_once_ = std::max<int64_t>(kPackedBytes / bytes_per_key / E::kKeys, 1) * E::kKeys;
+        in_parts_ = s_.n_k > keys_at_once_;
+        const int64_t blocks = in_parts_ ? kBlocksTogetherInParts : kBlocksTogether;
+        rows_together_ = std::min(blocks * E::kQueries, round_up(task.end_query - task.first_query, E::kQueries));
+        const int64_t keys = round_up(std::min(keys_at_once_, s_.n_k), E::kKeys);
+        Workspace& workspace = Workspace::of_this_thread();
+        workspace.reserve(
+            sizeof(Operand) * (rows_together_ * width_ + E::right_transposed_size(keys, D_) +
+                               E::right_rows_size(keys, D_) + E::kQueries * kWeightStride) +
+            sizeof(C) * (rows_together_ * (width_ + lanes + 2) + E::kQueries * (kScoreStride + lanes + 1)) +
+            sizeof(uint16_t) * (E::kKeys + Dropout<C>::kChunk));
+        q_ = workspace.take<Operand>(rows_together_ * width_);
+        k_ = workspace.take<Operand>(E::right_transposed_size(keys, D_));
+        v_ = workspace.take<Operand>(E::right_rows_size(keys, D_));
+        weights_ = workspace.take<Operand>(E::kQueries * kWeightStride);
+        acc_ = workspace.take<C>(rows_together_ * width_);
+        row_sum_ = workspace.take<C>(rows_together_ * lanes);
+        row_max_ = workspace.take<C>(rows_together_);
+        correction_ = workspace.take<C>(rows_together_);
+        scores_ = {workspace.take<C>(E::kQueries * kScoreStride), kScoreStride};
+        block_max_ = workspace.take<C>(E::kQueries * lanes);
+        reference_ = workspace.take<C>(E::kQueries);
+        bits_ = workspace.take<uint16_t>(E::kKeys + Dropout<C>::kChunk);
+    }
+
+    void run() {
+        [[maybe_unused]] const typename E::Session session;
+        const int64_t group = p_.heads / p_.heads_kv;
+        for (int64_t head = task_.head_kv * group; head < (task_.head_kv + 1) * group; ++head)
+            for (int64_t query = task_.first_query; query < task_.end_query; query += rows_together_)
+                rows(head, query, std::min(rows_together_, task_.end_query - query));
+    }
+
+private:
+    // A block of queries: which of the rows held together it is.
+    struct QueryBlock {
+        int64_t row, first_query, queries;
+        C largest_square;
+        bool bounded, begun;
+    };
+
+    void rows(int64_t head, int64_t first_query, int64_t queries) {
+        const ScoreRows<T> score_rows(p_, s_, head);
+        const Dropout<C> dropout(p_, s_.index, head);
+        const auto q = head_of<const T>(p_.q, p_.q_strides, s_.batch, head, s_.first_query + first_query);
+        QueryBlock blocks[kBlocksTogetherInParts];
+        int64_t count = 0;
+        for (int64_t row = 0; row < queries; row += E::kQueries, ++count) {
+            const int64_t n = std::min(E::kQueries, queries - row);
+            const auto facts = E::pack_left({q.row(row), q.row_stride, q.column_stride}, n, D_,
+                                            round_up(n, E::kRowStep), q_ + row * width_);
+            blocks[count] = {row, first_query + row, n, facts.largest_square, false, false};
+            start(head, blocks[count]);
+        }
+        const Band& band = score_rows.band();
+        const int64_t begin = band.begin(first_query), end = band.end(first_query + queries - 1);
+        // Packed from a multiple of the packing unit, so that strips do not depend on the task.
+        for (int64_t packed = in_parts_ ? begin / keys_at_once_ * keys_at_once_ : 0; packed < end;
+             packed += keys_at_once_) {
+            pack_keys(packed);
+            const bool boundable = !in_parts_ && !score_rows.adjusts() && p_.sinks == nullptr && bounds_;
+            for (int64_t b = 0; b < count; ++b)
+                blocks[b].bounded = boundable && bound(blocks[b].largest_square);
+            const int64_t end_packed = std::min(end, packed + keys_at_once_);
+            const int64_t bytes = static_cast<int64_t>(sizeof(Operand)) * 2 * width_ * (end_packed - packed);
+            const int64_t together = bytes <= kCachedBytes ? keys_at_once_ : E::kKeys;
+            for (int64_t key = std::max(packed, begin / E::kKeys * E::kKeys); key < end_packed; key += together)
+                for (QueryBlock* b = blocks; b < blocks + count; ++b)
+                    for (int64_t j = key; j < std::min(end_packed, key + together); j += E::kKeys)
+                        block(score_rows, dropout, *b, j);
+        }
+        for (int64_t b = 0; b < count; ++b) finish(head, blocks[b], dropout.scale());
+    }
+
+    bool bound(C largest_square) const {
+        const C largest = std::sqrt(largest_square) * std::sqrt(k_square_) * std::abs(C(p_.softmax_scale)) * Exp::unit;
+        return largest <= kBound;
+    }
+
+    void start(int64_t head, const QueryBlock& b) {
+        const C sink = p_.sinks == nullptr ? -infinity : static_cast<const C*>(p_.sinks)[head] * Exp::unit;
+        std::fill_n(row_sum_ + b.row * lanes, E::kQueries * lanes, C(0));
+        for (int64_t i = b.row; i < b.row + E::kQueries; ++i) {
+            row_max_[i] = sink;
+            row_sum_[i * lanes] = p_.sinks == nullptr ? C(0) : C(1);
+        }
+    }
+
+    void pack_keys(int64_t first) {
+        if (packed_from_ == first) return;
+        packed_from_ = first;
+        const int64_t end = std::min(s_.n_k, first + keys_at_once_);
+        const auto k = head_of<const T>(p_.k, p_.k_strides, s_.batch, task_.head_kv, s_.first_key);
+        const auto v = head_of<const T>(p_.v, p_.v_strides, s_.batch, task_.head_kv, s_.first_key);
+        bounds_ = Exp::base2;
+        k_square_ = 0;
+        for (int64_t key = first; key < end; key += E::kKeys) {
+            const int64_t n = std::min(E::kKeys, end - key);
+            const auto k_facts =
+                E::pack_right_transposed({k.row(key), k.row_stride, k.column_stride}, n, D_, key - first, k_);
+            const auto v_facts = E::pack_right_rows({v.row(key), v.row_stride, v.column_stride}, n, D_, key - first, v_);
+            k_square_ = std::max(k_square_, k_facts.largest_square);
+            bounds_ = bounds_ && k_facts.finite && v_facts.finite && v_facts.largest <= kLargestValue;
+        }
+    }
+
+    void block(const ScoreRows<T>& score_rows, const Dropout<C>& dropout, QueryBlock& b, int64_t key) {
+        const Band& band = score_rows.band();
+        const int64_t begin = std::max(key, band.begin(b.first_query));
+        const int64_t end = std::min(key + E::kKeys, band.end(b.first_query + b.queries - 1));
+        if (end <= begin) return;
+        const int64_t first = begin / E::kStep * E::kStep, keys = round_up(end - first, E::kStep);
+        // With no maximum to look for, weights are made a strip at a time, whose scores stay in the nearest cache.
+        const int64_t strip = b.bounded ? E::kStrip : E::kKeys;
+        for (int64_t j = 0; j < keys; j += strip)
+            weigh(score_rows, dropout, b, first + j, std::min(strip, keys - j), weights_ + j);
+        const int64_t n = round_up(b.queries, E::kRowStep);
+        const Block<C> acc{acc_ + b.row * width_, width_};
+        const auto values = E::right_rows(v_, first - packed_from_, D_);
+        if (b.begun)
+            E::template product<true>(E::scores_left(weights_, kWeightStride), values, n, width_, keys, acc);
+        else
+            E::template product<false>(E::scores_left(weights_, kWeightStride), values, n, width_, keys, acc);
+        b.begun = true;
+    }
+
+    // The weights of a block of queries for some keys, as a left operand.
+    void weigh(const ScoreRows<T>& score_rows, const Dropout<C>& dropout, const QueryBlock& b, int64_t first,
+               int64_t keys, Operand* out) {
+        E::template product<false>(E::left(q_ + b.row * width_, D_),
+                                   E::right_transposed(k_, first - packed_from_, D_),
+                                   round_up(b.queries, E::kRowStep), keys, D_, scores_);
+        const BlockPlace at{b.first_query, b.queries, first, keys};
+        C factor = static_cast<C>(p_.softmax_scale) * Exp::unit;
+        if (score_rows.adjusts()) {
+            score_rows.adjust(scores_, at);
+            factor = Exp::unit;
+        }
+        // Times a negative factor -inf would be seen, and times 0 it would be NaN.
+        if (factor <= 0) {
+            scale_rows(factor, b.queries, keys);
+            factor = 1;
+        }
+        score_rows.outside_band(scores_, at, -infinity);
+        if (!b.bounded) bring_up_to_date(b, keys, factor);
+        const bool drops = p_.dropout_threshold > 0;
+        if (b.bounded)
+            drops ? weights<true, true>(b, at, factor, dropout, out) : weights<true, false>(b, at, factor, dropout, out);
+        else
+            drops ? weights<false, true>(b, at, factor, dropout, out)
+                  : weights<false, false>(b, at, factor, dropout, out);
+    }
+
+    void scale_rows(C factor, int64_t queries, int64_t keys) {
+        for (int64_t i = 0; i < queries; ++i)
+            for (int64_t j = 0; j < keys; j += lanes) {
+                C* place = scores_.data + i * scores_.stride + j;
+                store(place, load(place) * factor);
+            }
+    }
+
+    // Finds the new maxima of a block's rows and rescales what was summed under the old ones.
+    void bring_up_to_date(const QueryBlock& b, int64_t keys, C factor) {
+        for (int64_t i = 0; i < b.queries; ++i) {
+            const C* row = scores_.data + i * scores_.stride;
+            Vector<C> even = load(row), odd = load(row + lanes);
+            for (int64_t j = 2 * lanes; j < keys; j += 2 * lanes) {
+                even = max(even, load(row + j));
+                odd = max(odd, load(row + j + lanes));
+            }
+            store(block_max_ + i * lanes, max(even, odd));
+        }
+        for (int64_t i = 0; i < b.queries; i += lanes) {
+            const Vector<C> block_max =
+                across_rows(block_max_ + i * lanes, [](auto x, auto y) { return max(x, y); }) * factor;
+            C* place = row_max_ + b.row + i;
+            const Vector<C> old_max = load(place), row_max = max(old_max, block_max);
+            // A row with no visible key has row_max = -inf; subtracting 0 instead keeps exp(-inf) = 0 and no NaN.
+            const Vector<C> reference = row_max == -infinity ? Vector<C>{} : row_max;
+            store(place, row_max);
+            store(reference_ + i, reference);
+            store(correction_ + i, Exp::of(old_max - reference));
+        }
+        for (int64_t i = 0; i < b.queries; ++i) {
+            const C correction = correction_[i];
+            if (correction == C(1)) continue;
+            C* sums = row_sum_ + (b.row + i) * lanes;
+            store(sums, load(sums) * correction);
+            C* acc = acc_ + (b.row + i) * width_;
+            for (int64_t d = 0; d < width_ && b.begun; d += lanes) store(acc + d, load(acc + d) * correction);
+        }
+    }
+
+    template <bool bounded, bool drops>
+    [[gnu::noinline]] void weights(const QueryBlock& b, const BlockPlace& at, C factor, const Dropout<C>& dropout, Operand* weights) {
+        const int64_t keys = at.keys;
+        const int64_t key_bytes = width_ * static_cast<int64_t>(sizeof(Operand));
+        const int64_t lines = ceil_div(keys * key_bytes, 64 * b.queries);
+        const char* ahead_k = reinterpret_cast<const char*>(k_) + (at.first_key - packed_from_ + keys) * key_bytes;
+        const char* ahead_v = reinterpret_cast<const char*>(v_) + (at.first_key - packed_from_) * key_bytes;
+        for (int64_t i = 0; i < b.queries; ++i) {
+            const C* row = scores_.data + i * scores_.stride;
+            Operand* out = weights + i * kWeightStride;
+            C* sums = row_sum_ + (b.row + i) * lanes;
+            const Vector<C> reference = broadcast(bounded ? C(0) : reference_[i]);
+            Vector<C> even = load(sums), odd{};
+            if (drops) dropout.draw(b.first_query + i, at.first_key, keys, bits_);
+            for (int64_t j = 0; j < keys; j += 2 * lanes) {
+                Vector<C> x = load(row + j) * factor, y = load(row + j + lanes) * factor;
+                if (!bounded) {
+                    x -= reference;
+                    y -= reference;
+                }
+                x = Exp::of(x);
+                y = Exp::of(y);
+                even += x;
+                odd += y;
+                if (drops) {
+                    x = dropout.keep(x, bits_ + j);
+                    y = dropout.keep(y, bits_ + j + lanes);
+                }
+                E::put_left(out + j, x, y);
+            }
+            store(sums, even + odd);
+            for (int64_t line = 0; line < lines; ++line) {
+                __builtin_prefetch(ahead_k + (i * lines + line) * 64);
+                __builtin_prefetch(ahead_v + (i * lines + line) * 64);
+            }
+        }
+        // Rows that only fill up a tile.
+        for (int64_t i = b.queries; i < round_up(b.queries, E::kRowStep); ++i)
+            std::memset(weights + i * kWeightStride, 0, static_cast<size_t>(keys) * sizeof(Operand));
+    }
+
+    void finish(int64_t head, const QueryBlock& b, C scale) {
+        const auto out = head_of<T>(p_.out, p_.out_strides, s_.batch, head, s_.first_query + b.first_query);
+        C* lse = static_cast<C*>(p_.lse) + (s_.batch * p_.heads + head) * p_.n_q + s_.first_query + b.first_query;
+        for (int64_t i = 0; i < b.queries; i += lanes) {
+            const Vector<C> total =
+                across_rows(row_sum_ + (b.row + i) * lanes, [](auto x, auto y) { return x + y; });
+            const Vector<C> reference = b.bounded ? Vector<C>{} : load(row_max_ + b.row + i);
+            store(correction_ + i, total == 0 ? Vector<C>{} : scale / total);
+            const Vector<C> row_lse =
+                total == 0 ? broadcast(-infinity) : reference * Exp::natural + log<C>(total);
+            const int64_t n = std::min(lanes, b.queries - i);
+            if (n == lanes)
+                store(lse + i, row_lse);
+            else
+                store(lse + i, row_lse, n);
+        }
+        // A row that saw no key is zero, also where a NaN among the values met its weights of 0.
+        for (int64_t i = 0; i < b.queries; ++i)
+            if (correction_[i] == C(0) || !b.begun) std::fill_n(acc_ + (b.row + i) * width_, width_, C(0));
+        unpack(Block<C>{acc_ + b.row * width_, width_}, b.queries, D_, out.data, out.row_stride, out.column_stride,
+               [&](int64_t i) { return correction_[i]; });
+    }
+
+    const AttentionParams& p_;
+    const QueryTask task_;
+    const Sequence s_;
+    const int64_t D_, width_;
+    int64_t keys_at_once_, rows_together_;
+    bool in_parts_;
+    int64_t packed_from_ = -1;
+    bool bounds_ = false;
+    C k_square_ = 0;
+    Operand *q_, *k_, *v_, *weights_;
+    C *acc_, *row_sum_, *row_max_, *correction_;
+    Block<C> scores_;
+    C *block_max_, *reference_;
+    uint16_t* bits_;
 };
-
-// Turns a (keys, queries) block of scores into weights exp(score - row_max) and brings the running state up
-// to date.
-template <class C, int degree>
-void softmax_block(Block<C> scores, int64_t keys, int64_t queries, SoftmaxState<C>& state) {
-    for (int64_t i = 0; i < queries; i += kLanes<C>) {
-        C* column = scores.data + i;
-        const Vector<C> old_max = load(state.row_max + i);
-        Vector<C> row_max = old_max;
-        for (int64_t j = 0; j < keys; ++j) row_max = max(row_max, load(column + j * scores.stride));
-        // A row with no visible key has row_max = -inf; subtracting 0 instead keeps exp(-inf) = 0 and no NaN.
-        const Vector<C> reference = row_max == -std::numeric_limits<C>::infinity() ? Vector<C>{} : row_max;
-        const Vector<C> correction = exp<C, degree>(old_max - reference);
-        Vector<C> block_sum{};
-        for (int64_t j = 0; j < keys; ++j) {
-            const Vector<C> weight = exp<C, degree>(load(column + j * scores.stride) - reference);
-            block_sum += weight;
-            store(column + j * scores.stride, weight);
-        }
-        store(state.row_max + i, row_max);
-        store(state.row_sum + i, load(state.row_sum + i) * correction + block_sum);
-        store(state.correction + i, correction);
-    }
-}
-
-template <class T>
-void forward_query_block(const AttentionParams& p, int64_t batch, int64_t head, int64_t first_query) {
-    using C = Compute<T>;
-    constexpr int degree = kExpDegree<T>;
-    const int64_t D = p.head_dim, width = padded<C>(D);
-    const int64_t queries = std::min(kQueryBlock, p.n_q - first_query), lanes = padded<C>(queries);
-    const int64_t head_kv = head / (p.heads / p.heads_kv);
-    const auto q = head_of<const T>(p.q, p.q_strides, batch, head);
-    const auto k = head_of<const T>(p.k, p.k_strides, batch, head_kv);
-    const auto v = head_of<const T>(p.v, p.v_strides, batch, head_kv);
-    const auto out = head_of<T>(p.out, p.out_strides, batch, head);
-
-    Workspace& workspace = Workspace::of_this_thread();
-    workspace.reserve(sizeof(C) * static_cast<size_t>((2 * kQueryBlock + 2 * kKeyBlock) * width +
-                                                      D * kQueryBlock + kKeyBlock * kQueryBlock));
-    const Block<C> q_rows{workspace.take<C>(kQueryBlock * width), width};
-    const Block<C> q_transposed{workspace.take<C>(D * kQueryBlock), kQueryBlock};
-    const Block<C> k_rows{workspace.take<C>(kKeyBlock * width), width};
-    const Block<C> v_rows{workspace.take<C>(kKeyBlock * width), width};
-    const Block<C> acc{workspace.take<C>(kQueryBlock * width), width};
-    const Block<C> scores{workspace.take<C>(kKeyBlock * kQueryBlock), kQueryBlock};
-    SoftmaxState<C> state;
-    for (int64_t i = 0; i < kQueryBlock; ++i) {
-        state.row_max[i] = -std::numeric_limits<C>::infinity();
-        state.row_sum[i] = 0;
-    }
-    std::fill_n(acc.data, queries * width, C(0));
-
-    pack(q.row(first_query), q.row_stride, q.column_stride, queries, D, q_rows);
-    transpose(q_rows, queries, D, static_cast<C>(p.softmax_scale), q_transposed);
-
-    const int64_t end_key = visible_keys(p, first_query + queries - 1);
-    const int64_t all_see = visible_keys(p, first_query);
-    for (int64_t first_key = 0; first_key < end_key; first_key += kKeyBlock) {
-        const int64_t keys = std::min(kKeyBlock, end_key - first_key);
-        pack(k.row(first_key), k.row_stride, k.column_stride, keys, D, k_rows);
-        pack(v.row(first_key), v.row_stride, v.column_stride, keys, D, v_rows);
-
-        product<false>(Left<C>{k_rows.data, k_rows.stride, 1}, q_transposed, keys, lanes, D, scores);
-        if (first_key + keys > all_see)
-            mask_diagonal(scores, first_key, keys, first_query, lanes, p.diagonal,
-                          -std::numeric_limits<C>::infinity());
-        softmax_block<C, degree>(scores, keys, lanes, state);
-        for (int64_t i = 0; i < queries; ++i) {
-            if (state.correction[i] == C(1)) continue;
-            C* row = acc.data + i * width;
-            for (int64_t d = 0; d < width; d += kLanes<C>)
-                store(row + d, load(row + d) * state.correction[i]);
-        }
-        product<true>(Left<C>{scores.data, 1, scores.stride}, v_rows, queries, D, keys, acc);
-    }
-
-    // A row that saw no key has row_sum = 0 and acc = 0.
-    unpack(acc, queries, D, out.row(first_query), out.row_stride, out.column_stride,
-           [&](int64_t i) { return state.row_sum[i] == C(0) ? C(1) : C(1) / state.row_sum[i]; });
-    C* lse = static_cast<C*>(p.lse) + (batch * p.heads + head) * p.n_q + first_query;
-    for (int64_t i = 0; i < queries; ++i) lse[i] = state.row_max[i] + std::log(state.row_sum[i]);
-}
 
 }  // namespace
 
 void attention_forward(const AttentionParams& p) {
-    const int64_t blocks = ceil_div(p.n_q, kQueryBlock), heads = p.batch * p.heads;
-    with_type(static_cast<Dtype>(p.dtype), [&](auto type) {
-        using T = typename decltype(type)::type;
-        // The last query blocks see most keys: they go first, so that no thread is left with a long one at
-        // the end.
-        parallel_for(blocks * heads, p.threads, [&](int64_t task) {
-            const int64_t head = task % heads, block = blocks - 1 - task / heads;
-            forward_query_block<T>(p, head / p.heads, head % p.heads, block * kQueryBlock);
-        });
+    with_engine(static_cast<Dtype>(p.dtype), [&](auto engine) {
+        using E = typename decltype(engine)::type;
+        const auto tasks = query_tasks(p, E::kQueries * kBlocksTogether);
+        parallel_for(static_cast<int64_t>(tasks.size()), p.threads,
+                     [&](int64_t task) { Forward<E>(p, tasks[task]).run(); });
     });
 }
 

@@ -202,6 +202,7 @@ inline void store_one(double* p, double value) {
     *p = value;
 }
 
+
 // A NaN in b wins, one in a does not: the running maximum is a, and sums carry the NaN on.
 template <class V>
 inline V max(V a, V b) {
@@ -269,6 +270,68 @@ inline Vector<C> exp(Vector<C> x) {
         bit_cast<Integers<C>>(shifted) - bit_cast<Integers<C>>(broadcast(K::round_magic));
     const Vector<C> scale = bit_cast<Vector<C>>((exponent + K::bias) << K::mantissa_bits);
     return taylor<C, 0, degree>(r) * scale;
+}
+
+// 2^x to 2e-7, relative; x may be -inf (0) or NaN, and from 2^-126 down the result is 0.
+inline Vector<float> exp2(Vector<float> x) {
+    // The minimax polynomial of degree 5 on [0, 1), fitted to the relative error.
+    constexpr float c0 = 0x1.fffffep-1f, c1 = 0x1.62e4f6p-1f, c2 = 0x1.ebd5a8p-3f, c3 = 0x1.c95446p-5f,
+                    c4 = 0x1.26900cp-7f, c5 = 0x1.ec320ap-10f;
+#if defined(__AVX512DQ__)
+    const __m512 v = bit_cast<__m512>(x);
+    // x - floor(x), and at the end times 2^floor(x).
+    const Vector<float> r = bit_cast<Vector<float>>(_mm512_reduce_ps(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+    const Vector<float> p = ((((c5 * r + c4) * r + c3) * r + c2) * r + c1) * r + c0;
+    return bit_cast<Vector<float>>(_mm512_scalef_ps(bit_cast<__m512>(p), v));
+#else
+    x = max(broadcast(-126.75f), x);  // whose n below is -127, and the scale 0
+    const Vector<float> shifted = x - 0.5f + 0x1.8p23f;  // the nearest integer to x - 1/2 in the last bits
+    const Vector<float> r = x - (shifted - 0x1.8p23f);
+    const Vector<float> p = ((((c5 * r + c4) * r + c3) * r + c2) * r + c1) * r + c0;
+    const Vector<int32_t> n = bit_cast<Vector<int32_t>>(shifted) - bit_cast<int32_t>(0x1.8p23f);
+    return p * bit_cast<Vector<float>>((n + 127) << 23);
+#endif
+}
+
+// tanh to the last place or two.
+template <class C>
+inline Vector<C> tanh(Vector<C> x) {
+    if constexpr (sizeof(C) == 8) {
+        for (int lane = 0; lane < kLanes<C>; ++lane) x[lane] = std::tanh(x[lane]);
+        return x;
+    } else {
+        const Vector<float> size = x < 0 ? -x : x;
+        // Up to 0.625 x + x^3 P(x^2), P fitted to the relative error; beyond it 1 - 2 / (e^2x + 1).
+        const Vector<float> z = x * x;
+        const Vector<float> p =
+            (((-0x1.76ac1ap-8f * z + 0x1.5256d8p-6f) * z - 0x1.b84448p-5f) * z + 0x1.110768p-3f) * z - 0x1.555534p-2f;
+        const Vector<float> small = x + x * z * p;
+        const Vector<float> bounded = size > 10.0f ? broadcast(10.0f) : size;
+        const Vector<float> large = 1.0f - 2.0f / (exp<float>(bounded * 2.0f) + 1.0f);
+        const Vector<float> signed_large = x < 0 ? -large : large;
+        return size > 0.625f ? signed_large : small;
+    }
+}
+
+// The natural logarithm of x >= 0: -inf of 0, NaN of NaN, to a unit or two in the last place.
+template <class C>
+inline Vector<C> log(Vector<C> x) {
+    if constexpr (sizeof(C) == 8) {
+        for (int lane = 0; lane < kLanes<C>; ++lane) x[lane] = std::log(x[lane]);
+        return x;
+    } else {
+        // x = m 2^e with m in [1/sqrt(2), sqrt(2)); log(m) = 2 artanh(s), s = (m - 1) / (m + 1).
+        const Vector<int32_t> bits = bit_cast<Vector<int32_t>>(x);
+        const Vector<int32_t> e = (bits - 0x3f3504f3) >> 23;
+        const Vector<float> m = bit_cast<Vector<float>>(bits - (e << 23));
+        const Vector<float> s = (m - 1.0f) / (m + 1.0f);
+        const Vector<float> z = s * s;
+        const Vector<float> p = (0x1.31e40ep-2f * z + 0x1.995ebp-2f) * z + 0x1.55557ap-1f;
+        const Vector<float> n = __builtin_convertvector(e, Vector<float>);
+        const Vector<float> result = n * 0x1.62e4p-1f + (n * 0x1.7f7d1cp-20f + (2.0f * s + s * z * p));
+        constexpr float infinity = __builtin_inff();
+        return x == 0.0f ? broadcast(-infinity) : (x < infinity ? result : x);
+    }
 }
 
 }  // namespace lmkern

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from lmkern.kernels import cpu_call, native
+from lmkern.kernels.attention import Options
 from lmkern.kernels.backends import Call
 from lmkern.kernels.cpu_call import pointer, unavailable
 
@@ -15,10 +17,11 @@ __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
 MAX_HEAD_DIM = 256
 
-# AttentionParams: 10 pointers, 8 tensors' strides, 6 sizes; has_diagonal, diagonal; softmax_scale; dtype,
-# threads.
-_PARAMS = struct.Struct("=10q 32q 6q 2q d 2q")
+# AttentionParams: 18 pointers; 11 tensors' strides; 6 sizes, sequences; left, right, top_left; relative_radius,
+# relative_head_stride; dropout_threshold, seed; softmax_scale, softcap; dtype, bias_dtype, threads.
+_PARAMS = struct.Struct("=18q 44q 7q 3q 2q 2q 2d 3q")
 _NO_STRIDES = (0, 0, 0, 0)
+_UNBOUNDED = 1 << 40  # kUnbounded
 
 
 def unsupported(call: Call) -> str | None:
@@ -28,14 +31,10 @@ def unsupported(call: Call) -> str | None:
     return cpu_call.unsupported(call)
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, *, diagonal: int | None, softmax_scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=cpu_call.statistics_dtype(q))
-    native.module().attention_forward(
-        _pack(q, k, v, out, lse, None, None, None, None, None, diagonal, softmax_scale)
-    )
+    native.module().attention_forward(_pack({"q": q, "k": k, "v": v, "out": out, "lse": lse}, options))
     return out, lse
 
 
@@ -47,45 +46,90 @@ def backward(
     out: Tensor,
     lse: Tensor,
     dlse: Tensor | None,
+    options: Options,
     *,
-    diagonal: int | None,
-    softmax_scale: float,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    dq, dk, dv = (torch.empty_like(x) if need else None for x, need in zip((q, k, v), needs, strict=True))
-    dlse = None if dlse is None else dlse.contiguous()
-    native.module().attention_backward(
-        _pack(q, k, v, out, lse.contiguous(), dout, dlse, dq, dk, dv, diagonal, softmax_scale)
-    )
-    return dq, dk, dv
+    needs: tuple[bool, bool, bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    dq, dk, dv = (torch.empty_like(x) if need else None for x, need in zip((q, k, v), needs[:3], strict=True))
+    wide = cpu_call.statistics_dtype(q)
+    sequences, heads = _sequences(q, options), q.shape[1]
+    dbias = drelative = None
+    if needs[3] and options.bias is not None:
+        dbias = options.bias.new_zeros(options.bias.shape, dtype=wide)
+    if needs[4] and options.relative_bias is not None:
+        # A part for each sequence and query head, so that none is added to by two threads.
+        drelative = q.new_zeros((sequences, heads, options.relative_bias.shape[1]), dtype=wide)
+    tensors = {
+        "q": q, "k": k, "v": v, "out": out, "lse": lse.contiguous(), "dout": dout,
+        "dlse": None if dlse is None else dlse.contiguous(),
+        "dq": dq, "dk": dk, "dv": dv, "dbias": dbias, "drelative_bias": drelative,
+    }  # fmt: skip
+    native.module().attention_backward(_pack(tensors, options))
+    if drelative is not None and options.relative_bias is not None:
+        drelative = drelative.sum(0)
+        if options.relative_bias.shape[0] == 1:
+            drelative = drelative.sum(0, keepdim=True)
+    dsinks = None
+    if needs[5] and options.sinks is not None:
+        dsinks = _sink_gradient(dout, out, lse, dlse, options.sinks)
+    return dq, dk, dv, dbias, drelative, dsinks
 
 
-def _pack(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
-    diagonal: int | None,
-    softmax_scale: float,
-) -> bytes:
-    strides = (_NO_STRIDES if x is None else x.stride() for x in (q, k, v, out, dout, dq, dk, dv))
+def _sink_gradient(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, sinks: Tensor) -> Tensor:
+    """A sink's score has the value zero: its gradient is -weight * delta, summed over the queries."""
+    delta = (dout.to(lse.dtype) * out).sum(-1)  # (B, H, N_q)
+    if dlse is not None:
+        delta = delta - dlse
+    weights = torch.exp(sinks[:, None] - lse.masked_fill(lse == -torch.inf, torch.inf))
+    return -(weights * delta).sum((0, 2))
+
+
+def _pack(tensors: Mapping[str, Tensor | None], options: Options) -> bytes:
+    q, k = tensors["q"], tensors["k"]
+    assert q is not None and k is not None
+    batch, heads, n_q, head_dim = q.shape
+    heads_kv, n_k = k.shape[1:3]
+    scores = (batch, heads, n_q, n_k)
+    # Kept alive until the call is packed, and by the caller's options or tensors beyond that.
+    relative = options.relative_bias
+    given = [tensors.get(name) for name in ("q", "k", "v", "out", "lse", "dout", "dlse", "dq", "dk", "dv")]
+    others = [options.bias, options.mask, relative, options.sinks]
+    results = [tensors.get(name) for name in ("dbias", "drelative_bias")]
+    bounds = [options.cu_seqlens_q, options.cu_seqlens_k]
+    strided = (tensors.get(name) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv"))
+    strides = [stride for x in strided for stride in (_NO_STRIDES if x is None else x.stride())]
+    for x in (options.bias, options.mask, tensors.get("dbias")):
+        strides += _NO_STRIDES if x is None else _broadcast_strides(x, scores)
+    threshold = round(options.dropout_p * 65536)
     return _PARAMS.pack(
-        *(pointer(x) for x in (q, k, v, out, lse, dout, dlse, dq, dk, dv)),
-        *(stride for tensor in strides for stride in tensor),
-        *q.shape[:2],
-        k.shape[1],
-        q.shape[2],
-        k.shape[2],
-        q.shape[3],
-        diagonal is not None,
-        diagonal or 0,
-        softmax_scale,
+        *(pointer(x) for x in (*given, *others, *results, *bounds)),
+        *strides,
+        batch,
+        heads,
+        heads_kv,
+        n_q,
+        n_k,
+        head_dim,
+        _sequences(q, options),
+        _UNBOUNDED if options.left is None else options.left,
+        _UNBOUNDED if options.right is None else options.right,
+        options.top_left,
+        0 if relative is None else relative.shape[1] // 2,
+        0 if relative is None or relative.shape[0] == 1 else relative.shape[1],
+        threshold,
+        int(options.seed.item()) if threshold and options.seed is not None else 0,
+        options.softmax_scale,
+        options.softcap,
         cpu_call.DTYPE_CODES[q.dtype],
+        0 if options.bias is None else cpu_call.DTYPE_CODES[options.bias.dtype],
         native.threads(),
     )
+
+
+def _sequences(q: Tensor, options: Options) -> int:
+    return q.shape[0] if options.cu_seqlens_q is None else options.cu_seqlens_q.numel() - 1
+
+
+def _broadcast_strides(x: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """x's strides, 0 along the dimensions in which it is broadcast to shape."""
+    return tuple(0 if size == 1 and full != 1 else stride for size, full, stride in zip(x.shape, shape, x.stride(), strict=True))

@@ -1,0 +1,407 @@
+// The two ways in which attention's products are computed: on vectors, for every type and processor, and on AMX
+// tiles, for bfloat16. An engine says how operands lie and multiplies them; the passes say which.
+//
+//     Left          (rows, depth)     rows as they lie: queries, weights, gradients
+//     Right         (depth, columns)  keys and values; transposed from rows, or rows themselves
+//     put_left      two vectors of one row of a product's result, rounded to a left operand
+//     put_right     two vectors of each of two rows, rounded to a right operand
+//
+// Operands are padded with zeros to whole blocks. Sums are kept in C.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "attention/params.hpp"
+#include "core/workspace.hpp"
+#include "simd/amx_product.hpp"
+#include "simd/tile.hpp"
+#include "simd/transpose.hpp"
+
+namespace lmkern {
+
+// One head's (N, D) matrix.
+template <class T>
+struct Matrix {
+    T* data;
+    int64_t row_stride, column_stride;
+
+    T* row(int64_t index) const { return data + index * row_stride; }
+};
+
+template <class T>
+Matrix<T> head_of(const void* tensor, const Strides& strides, int64_t batch, int64_t head, int64_t first_row) {
+    T* data = static_cast<T*>(const_cast<void*>(tensor));
+    data += batch * strides.batch + head * strides.head + first_row * strides.row;
+    return {data, strides.row, strides.column};
+}
+
+inline int64_t round_up(int64_t n, int64_t step) {
+    return ceil_div(n, step) * step;
+}
+
+// What is known of rows that were packed.
+template <class C>
+struct Packed {
+    bool finite = true;
+    C largest = 0;         // absolute value of an element
+    C largest_square = 0;  // squared norm of a row
+
+    void include(const Packed& other) {
+        finite &= other.finite;
+        largest = std::max(largest, other.largest);
+        largest_square = std::max(largest_square, other.largest_square);
+    }
+};
+
+template <class T_>
+struct VectorEngine {
+    using T = T_;
+    using C = Compute<T>;
+    using Operand = C;
+    using Right = Block<C>;
+    struct Left {
+        const C* data;
+        int64_t row_stride, depth_stride;
+
+        Left row(int64_t i) const { return {data + i * row_stride, row_stride, depth_stride}; }
+        Left depth(int64_t k) const { return {data + k * depth_stride, row_stride, depth_stride}; }
+    };
+
+    static constexpr int64_t kStep = 2 * kLanes<C>;
+    // A multiple of the rows of a product's tile, and of the terms that a sum adds before it joins the rest.
+    static constexpr int64_t kQueries = 48;
+    // Keys of a block of scores; keys packed together.
+    static constexpr int64_t kStrip = 64, kKeys = 64;
+    // The backward pass: queries of a block of scores, and queries and keys whose products are computed together.
+    static constexpr int64_t kRows = 48, kQueriesTogether = 48, kKeysTogether = 256;
+    static constexpr int64_t kRowStep = 2;
+    static constexpr bool kOneLayout = true;  // a block of results is a left and a right operand
+
+    static int64_t width(int64_t D) { return padded<C>(D); }
+
+    // Rows as a left operand, zeros up to padded_rows.
+    static Packed<C> pack_left(Matrix<const T> from, int64_t rows, int64_t D, int64_t padded_rows, C* to) {
+        const int64_t stride = width(D);
+        Packed<C> packed;
+        packed.finite = !pack(from.data, from.row_stride, from.column_stride, rows, D, Block<C>{to, stride});
+        std::fill(to + rows * stride, to + padded_rows * stride, C(0));
+        if constexpr (sizeof(T) == 2) {
+            Vector<C> largest{};
+            for (int64_t i = 0; i < rows; ++i) {
+                Vector<C> squares{};
+                for (int64_t d = 0; d < stride; d += kLanes<C>) {
+                    const Vector<C> v = load(to + i * stride + d);
+                    squares += v * v;
+                    largest = max(largest, v < 0 ? -v : v);
+                }
+                packed.largest_square = std::max(packed.largest_square, sum<C>(squares));
+            }
+            for (int lane = 0; lane < kLanes<C>; ++lane) packed.largest = std::max(packed.largest, largest[lane]);
+        }
+        return packed;
+    }
+
+    static Left left(const C* packed, int64_t D) { return {packed, width(D), 1}; }
+    static Left scores_left(const C* block, int64_t stride) { return {block, stride, 1}; }
+    static Right scores_right(const C* block, int64_t stride) { return {const_cast<C*>(block), stride}; }
+
+    // The transpose (D, rows) of a packed left operand.
+    static int64_t left_transposed_size(int64_t, int64_t) { return 0; }
+    static Left left_transposed(const C* left, int64_t, int64_t D, C*) { return {left, 1, width(D)}; }
+
+    // The transpose (D, keys) of rows: blocks of kKeys columns, one after the other. Packs the rows of the keys from
+    // `first` on, at most kKeys of one block; clean: with 0 for what is not finite.
+    static int64_t right_transposed_size(int64_t keys, int64_t D) { return round_up(keys, kKeys) * D; }
+    static Packed<C> pack_right_transposed(Matrix<const T> from, int64_t rows, int64_t D, int64_t first, C* to) {
+        constexpr int64_t lanes = kLanes<C>;
+        const int64_t stride = width(D);
+        alignas(64) C dense[lanes * 256];
+        Packed<C> packed;
+        for (int64_t i = 0; i < round_up(rows, kStep); i += lanes) {
+            const auto facts = pack_left({from.row(i), from.row_stride, from.column_stride},
+                                         std::clamp<int64_t>(rows - i, 0, lanes), D, lanes, dense);
+            packed.include(facts);
+            for (int64_t d = 0; d < D; d += lanes) {
+                C square[lanes * lanes];
+                transpose_square(dense + d, stride, square, lanes);
+                const int64_t key = first + i;
+                C* place = to + key / kKeys * kKeys * D + key % kKeys;
+                for (int64_t j = 0; j < std::min(lanes, D - d); ++j)
+                    store(place + (d + j) * kKeys, load(square + j * lanes));
+            }
+        }
+        return packed;
+    }
+    static Right right_transposed(const C* packed, int64_t key, int64_t D) {
+        return {const_cast<C*>(packed) + key / kKeys * kKeys * D + key % kKeys, kKeys};
+    }
+
+    // Rows as a right operand (keys, D).
+    static int64_t right_rows_size(int64_t keys, int64_t D) { return round_up(keys, kStep) * width(D); }
+    static Packed<C> pack_right_rows(Matrix<const T> from, int64_t rows, int64_t D, int64_t first, C* to,
+                                     bool clean = false) {
+        C* place = to + first * width(D);
+        const auto packed = pack_left(from, rows, D, round_up(rows, kStep), place);
+        if (clean) clear_left(place, rows, D);
+        return packed;
+    }
+    static Right right_rows(const C* packed, int64_t key, int64_t D) {
+        return {const_cast<C*>(packed) + key * width(D), width(D)};
+    }
+    static Right right_depth(Right right, int64_t k) { return {right.data + k * right.stride, right.stride}; }
+    static Right right_column(Right right, int64_t j) { return {right.data + j, right.stride}; }
+
+    // 0 for what is not finite.
+    static void clear_left(C* left, int64_t rows, int64_t D) {
+        const Block<C> block{left, width(D)};
+        clear_non_finite(block, rows, width(D), block);
+    }
+
+    static void put_left(C* place, Vector<C> a, Vector<C> b) {
+        store(place, a);
+        store(place + kLanes<C>, b);
+    }
+    static void put_right(C* block, int64_t stride, int64_t row, int64_t column, const Vector<C> v[4]) {
+        put_left(block + row * stride + column, v[0], v[1]);
+        put_left(block + (row + 1) * stride + column, v[2], v[3]);
+    }
+    // The key that stands in a column of what put_right wrote.
+    static int64_t key_of_column(int64_t column) { return column; }
+
+    template <bool accumulate>
+    static void product(Left a, Right b, int64_t rows, int64_t columns, int64_t depth, Block<C> c) {
+        lmkern::product<accumulate>(lmkern::Left<C>{a.data, a.row_stride, a.depth_stride}, b, rows, columns, depth,
+                                    c);
+    }
+
+    // What a thread needs while it multiplies.
+    struct Session {
+        Session() {}
+    };
+};
+
+#if defined(__AMX_BF16__)
+
+struct AmxEngine {
+    using T = bfloat16;
+    using C = float;
+    using Operand = bfloat16;
+    using Left = AmxLeft;
+    using Right = AmxRight;
+    using Session = AmxTiles;
+
+    static constexpr int64_t kStep = 32;
+    static constexpr int64_t kQueries = 64;
+    static constexpr int64_t kStrip = 64, kKeys = 128;
+    static constexpr int64_t kRows = 32, kQueriesTogether = 128, kKeysTogether = 512;
+    static constexpr int64_t kRowStep = 32;
+    static constexpr bool kOneLayout = false;
+
+    static int64_t width(int64_t D) { return round_up(D, 32); }
+
+    static Packed<float> pack_left(Matrix<const bfloat16> from, int64_t rows, int64_t D, int64_t padded_rows,
+                                   bfloat16* to) {
+        const int64_t stride = width(D);
+        Facts facts;
+        for (int64_t i = 0; i < padded_rows; i += 16) {
+            alignas(64) float squares[16 * 16];
+            for (int64_t r = 0; r < 16; ++r) {
+                const bfloat16* row = i + r < rows ? from.row(i + r) : nullptr;
+                prefetch_row(from, i + r + kRowsAhead, rows, stride);
+                bfloat16 gathered[256];
+                if (row != nullptr && from.column_stride != 1) {
+                    for (int64_t d = 0; d < D; ++d) gathered[d] = row[d * from.column_stride];
+                    row = gathered;
+                }
+                __m512 sum = _mm512_setzero_ps();
+                for (int64_t d = 0; d < stride; d += 32) {
+                    const __m512i v = amx_load_row(row, d, D);
+                    _mm512_store_si512(to + (i + r) * stride + d, v);
+                    facts.element(v);
+                    sum = _mm512_dpbf16_ps(sum, (__m512bh)v, (__m512bh)v);
+                }
+                _mm512_store_ps(squares + r * 16, sum);
+            }
+            transpose_square(squares, 16, squares, 16);
+            __m512 norms = _mm512_load_ps(squares);
+            for (int r = 1; r < 16; ++r) norms = _mm512_add_ps(norms, _mm512_load_ps(squares + r * 16));
+            facts.square(norms);
+        }
+        return facts.packed();
+    }
+
+    static Left left(const bfloat16* packed, int64_t D) { return {packed, width(D)}; }
+    static Left scores_left(const bfloat16* block, int64_t stride) { return {block, stride}; }
+    // Of put_right's tiles: `stride` columns, tile after tile along the columns.
+    static Right scores_right(const bfloat16* block, int64_t stride) {
+        return {block, stride / 16 * kAmxTile, kAmxTile};
+    }
+
+    static int64_t left_transposed_size(int64_t rows, int64_t D) { return round_up(rows, 32) * width(D); }
+    static Left left_transposed(const bfloat16* left, int64_t rows, int64_t D, bfloat16* to) {
+        const int64_t stride = width(D), depth = round_up(rows, 32);
+        for (int64_t i = 0; i < depth; i += 32)
+            for (int64_t d = 0; d < stride; d += 16) {
+                __m512i block[16];
+                pairs(left + i * stride + d, stride, block);
+                transpose_registers(block);
+                for (int j = 0; j < 16; ++j) _mm512_store_si512(to + (d + j) * depth + i, block[j]);
+            }
+        return {to, depth};
+    }
+
+    static int64_t right_transposed_size(int64_t keys, int64_t D) { return round_up(keys, 32) * width(D); }
+    static Packed<float> pack_right_transposed(Matrix<const bfloat16> from, int64_t rows, int64_t D, int64_t first,
+                                               bfloat16* to) {
+        const int64_t stride = width(D);
+        to += first * stride;
+        Facts facts;
+        alignas(64) bfloat16 scratch[32 * 256];
+        for (int64_t i = 0; i < rows; i += 32) {
+            const AmxLeft source = whole_rows(from, i, rows, D, scratch);
+            for (int64_t half = 0; half < 32; half += 16) {
+                __m512 norms = _mm512_setzero_ps();
+                for (int64_t d = 0; d < stride; d += 32, to += kAmxTile) {
+                    __m512i block[16];
+#pragma GCC unroll 16
+                    for (int j = 0; j < 16; ++j)
+                        block[j] = _mm512_loadu_si512(source.data + (half + j) * source.stride + d);
+                    transpose_registers(block);
+#pragma GCC unroll 16
+                    for (int j = 0; j < 16; ++j) {
+                        _mm512_store_si512(to + j * 32, block[j]);
+                        norms = _mm512_dpbf16_ps(norms, (__m512bh)block[j], (__m512bh)block[j]);
+                    }
+                }
+                facts.square(norms);
+            }
+        }
+        return facts.packed();
+    }
+    static Right right_transposed(const bfloat16* packed, int64_t key, int64_t D) {
+        return {packed + key * width(D), kAmxTile, 16 * width(D)};
+    }
+
+    static int64_t right_rows_size(int64_t keys, int64_t D) { return round_up(keys, 32) * width(D); }
+    static Packed<float> pack_right_rows(Matrix<const bfloat16> from, int64_t rows, int64_t D, int64_t first,
+                                         bfloat16* to, bool clean = false) {
+        const int64_t stride = width(D);
+        to += first * stride;
+        Facts facts;
+        alignas(64) bfloat16 scratch[32 * 256];
+        for (int64_t i = 0; i < rows; i += 32) {
+            const AmxLeft source = whole_rows(from, i, rows, D, scratch, clean);
+            for (int64_t d = 0; d < stride; d += 16, to += kAmxTile) {
+                __m512i block[16];
+                pairs(source.data + d, source.stride, block);
+#pragma GCC unroll 16
+                for (int j = 0; j < 16; ++j) {
+                    _mm512_store_si512(to + j * 32, block[j]);
+                    facts.element(block[j]);
+                }
+            }
+        }
+        return facts.packed();
+    }
+    static Right right_rows(const bfloat16* packed, int64_t key, int64_t D) {
+        return {packed + key * width(D), 32 * width(D), kAmxTile};
+    }
+    static Right right_depth(Right right, int64_t k) { return right.depth(k); }
+    static Right right_column(Right right, int64_t j) { return right.column(j); }
+
+    static void clear_left(bfloat16* left, int64_t rows, int64_t D) {
+        const __m512i infinity = _mm512_set1_epi16(0x7f80);
+        for (int64_t i = 0; i < rows * width(D); i += 32) {
+            const __m512i v = _mm512_load_si512(left + i);
+            const __m512i size = _mm512_and_si512(v, _mm512_set1_epi16(0x7fff));
+            _mm512_store_si512(left + i, _mm512_maskz_mov_epi16(_mm512_cmplt_epu16_mask(size, infinity), v));
+        }
+    }
+
+    static __m512i rounded(Vector<float> a, Vector<float> b) {
+        return (__m512i)_mm512_cvtne2ps_pbh(bit_cast<__m512>(b), bit_cast<__m512>(a));
+    }
+    static void put_left(bfloat16* place, Vector<float> a, Vector<float> b) {
+        _mm512_store_si512(place, rounded(a, b));
+    }
+    static void put_right(bfloat16* block, int64_t stride, int64_t row, int64_t column, const Vector<float> v[4]) {
+        const __m512i even = rounded(v[0], v[1]), odd = rounded(v[2], v[3]);
+        put_pairs(block, stride, row, column, even, odd);
+    }
+    // Unpacking interleaves within 128 bits, so the keys of 32 columns come in the order of key_of_column.
+    static void put_pairs(bfloat16* block, int64_t stride, int64_t row, int64_t column, __m512i even, __m512i odd) {
+        bfloat16* tile = block + row / 32 * (stride / 16 * kAmxTile) + column / 16 * kAmxTile + row % 32 / 2 * 32;
+        _mm512_store_si512(tile, _mm512_unpacklo_epi16(even, odd));
+        _mm512_store_si512(tile + kAmxTile, _mm512_unpackhi_epi16(even, odd));
+    }
+    static int64_t key_of_column(int64_t column) {
+        const int64_t c = column % 32;
+        return column - c + c % 16 / 4 * 8 + c / 16 * 4 + c % 4;
+    }
+
+    template <bool accumulate>
+    static void product(Left a, Right b, int64_t rows, int64_t columns, int64_t depth, Block<float> c) {
+        amx_product<accumulate>(a, b, rows, columns, round_up(depth, 32), c.data, c.stride);
+    }
+
+private:
+    // Rows that are a stride apart come from memory too late if they are only asked for when they are needed.
+    static constexpr int64_t kRowsAhead = 32;
+    static void prefetch_row(Matrix<const bfloat16> from, int64_t row, int64_t rows, int64_t width) {
+        if (row >= rows) return;
+        for (int64_t d = 0; d < width; d += 32) __builtin_prefetch(from.row(row) + d);
+    }
+
+    // Collects what is known of packed elements.
+    class Facts {
+    public:
+        void element(__m512i v) {
+            largest_ = _mm512_max_epu16(largest_, _mm512_and_si512(v, _mm512_set1_epi16(0x7fff)));
+        }
+        // The squared norms of 16 rows.
+        void square(__m512 norms) {
+            square_ = _mm512_max_ps(square_, norms);
+            // NaN and infinity stay, whatever the maximum makes of them.
+            odd_ = _mm512_add_ps(odd_, _mm512_mul_ps(norms, _mm512_setzero_ps()));
+        }
+        Packed<float> packed() const {
+            uint16_t bits[32];
+            float squares[16], odd[16];
+            _mm512_storeu_si512(bits, largest_);
+            _mm512_storeu_ps(squares, square_);
+            _mm512_storeu_ps(odd, odd_);
+            const uint16_t largest = *std::max_element(bits, bits + 32);
+            Packed<float> packed;
+            packed.finite = largest < 0x7f80 && std::all_of(odd, odd + 16, [](float x) { return x == 0; });
+            packed.largest = bit_cast<float>(static_cast<uint32_t>(largest) << 16);
+            packed.largest_square = *std::max_element(squares, squares + 16);
+            return packed;
+        }
+
+    private:
+        __m512i largest_ = _mm512_setzero_si512();
+        __m512 square_ = _mm512_setzero_ps(), odd_ = _mm512_setzero_ps();
+    };
+
+    // 32 rows from row i on that may be read to the full width: the matrix itself where it is whole there, else a copy.
+    static AmxLeft whole_rows(Matrix<const bfloat16> from, int64_t i, int64_t rows, int64_t D, bfloat16* scratch,
+                              bool clean = false) {
+        if (from.column_stride == 1 && D % 32 == 0 && i + 32 <= rows && !clean) {
+            for (int64_t r = i; r < i + 32; ++r) prefetch_row(from, r + kRowsAhead, rows, D);
+            return {from.row(i), from.row_stride};
+        }
+        pack_left({from.row(i), from.row_stride, from.column_stride}, std::min<int64_t>(rows - i, 32), D, 32, scratch);
+        if (clean) clear_left(scratch, 32, D);
+        return {scratch, width(D)};
+    }
+
+    static void pairs(const bfloat16* rows, int64_t stride, __m512i block[16]) {
+        amx_pairs([&](int i) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + i * stride)); },
+                  block);
+    }
+};
+
+#endif
+
+}  // namespace lmkern

@@ -1,0 +1,65 @@
+// How attention's work is shared out: by sequence, key/value head and range of queries, longest first.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "attention/operands.hpp"
+#include "core/parallel_for.hpp"
+
+namespace lmkern {
+
+// body(Type<engine>{}): AMX for bfloat16 where the module has it, vectors for the rest.
+template <class Body>
+void with_engine(Dtype dtype, const Body& body) {
+    with_type(dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+#if defined(__AMX_BF16__)
+        if constexpr (std::is_same_v<T, bfloat16>) return body(Type<AmxEngine>{});
+#endif
+        body(Type<VectorEngine<T>>{});
+    });
+}
+
+// The queries of one sequence for the heads of one key/value head.
+struct QueryTask {
+    int64_t sequence, head_kv;
+    int64_t first_query, end_query;
+    int64_t scores;  // that are seen, about: what the time goes with
+};
+
+inline int64_t seen_scores(const Band& band, int64_t first_query, int64_t end_query) {
+    int64_t seen = 0;
+    for (int64_t query = first_query; query < end_query; ++query)
+        seen += std::max<int64_t>(band.end(query) - band.begin(query), 0);
+    return seen;
+}
+
+// Whole heads where there are enough of them to go round; else heads cut into ranges of about equal work, each a
+// multiple of `step` queries, so that the blocks within are the same however many threads there are.
+inline std::vector<QueryTask> query_tasks(const AttentionParams& p, int64_t step) {
+    std::vector<QueryTask> tasks;
+    const int64_t heads = p.sequences * p.heads_kv;
+    // One task too many on a thread costs a quarter of its time at most.
+    const bool whole = p.threads == 1 || heads % p.threads == 0 || heads >= 4 * p.threads;
+    const int64_t parts = whole ? 1 : ceil_div(4 * p.threads, std::max<int64_t>(heads, 1));
+    for (int64_t index = 0; index < p.sequences; ++index) {
+        const Sequence s = sequence_of(p, index);
+        const Band band(p, s);
+        const int64_t total = seen_scores(band, 0, s.n_q);
+        int64_t first = 0, sum = 0;
+        for (int64_t query = 0; query < s.n_q; query += step) {
+            const int64_t end = std::min(query + step, s.n_q);
+            sum += seen_scores(band, query, end);
+            if (end < s.n_q && sum * parts < total) continue;
+            for (int64_t head = 0; head < p.heads_kv; ++head) tasks.push_back({index, head, first, end, sum});
+            first = end;
+            sum = 0;
+        }
+    }
+    std::stable_sort(tasks.begin(), tasks.end(),
+                     [](const QueryTask& a, const QueryTask& b) { return a.scores > b.scores; });
+    return tasks;
+}
+
+}  // namespace lmkern
