@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lmkern
-from lmkern.kernels.attention import reference
+from lmkern.kernels.attention import Options, reference
 from lmkern.testing.inputs import leaves
 from lmkern.testing.shapes import AttentionShape
 
@@ -70,11 +70,10 @@ def exact_attention(
     """The reference in float64."""
     q, k, v, dout = (x.detach().double() for x in (q, k, v, dout))
     scale = 1 / math.sqrt(shape.D)
-    out, lse = reference.forward(q, k, v, diagonal=shape.diagonal, softmax_scale=scale)
-    dq, dk, dv = reference.backward(
-        dout, q, k, v, out, lse, dlse,
-        diagonal=shape.diagonal, softmax_scale=scale, needs=(True, True, True),
-    )  # fmt: skip
+    options = Options(softmax_scale=scale, right=0 if shape.causal else None)
+    out, lse = reference.forward(q, k, v, options)
+    needs = (True, True, True, False, False, False)
+    dq, dk, dv, *_ = reference.backward(dout, q, k, v, out, lse, dlse, options, needs=needs)
     assert dq is not None
     assert dk is not None
     assert dv is not None

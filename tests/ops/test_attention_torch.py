@@ -19,12 +19,13 @@ from lmkern.testing import (
 
 TARGETS = targets("attention")
 SHAPE = AttentionShape(2, 4, 20, 16, 30, 2, causal=True)
-DIAGONAL, SCALE = SHAPE.diagonal, 0.25
+# softmax_scale, left, right, top_left, softcap, dropout_p and no tensors: causal.
+OPTIONS = (0.25, None, 0, False, 0.0, 0.0, *[None] * 7)
 
 
 def registered(target: Target) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
     def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = torch.ops.lmkern.attention(q, k, v, DIAGONAL, SCALE, target.backend)
+        out, lse = torch.ops.lmkern.attention(q, k, v, *OPTIONS, target.backend)
         return out, lse
 
     return call
@@ -53,10 +54,10 @@ def test_opcheck(target: Target, layout: str) -> None:
     with target.active():
         out, lse = registered(target)(q, k, v)
         torch.library.opcheck(
-            torch.ops.lmkern.attention.default, (*leaves(q, k, v), DIAGONAL, SCALE, target.backend)
+            torch.ops.lmkern.attention.default, (*leaves(q, k, v), *OPTIONS, target.backend)
         )
         for needs in ([True, True, True], [False, True, False]):
-            arguments = (dout, q, k, v, out, lse, None, DIAGONAL, SCALE, target.backend, needs)
+            arguments = (dout, None, q, k, v, out, lse, *OPTIONS, target.backend, needs + [False] * 3)
             torch.library.opcheck(torch.ops.lmkern.attention_backward.default, arguments)
 
 
@@ -137,8 +138,8 @@ def test_no_graph_is_kept_where_none_is_wanted() -> None:
         assert not lmkern.attention(*leaves(q, k, v)).requires_grad
 
 
+# The direct path has a double backward: test_attention_double_backward.py.
 PATHS = {
-    "direct": lambda target: our_attention(SHAPE, target.backend),
     "registered": registered,
     "compiled": lambda target: torch.compile(
         our_attention(SHAPE, target.backend), fullgraph=True, backend="aot_eager"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lmkern.kernels import cpu_call, native
+from lmkern.kernels.attention import Options
 from lmkern.kernels.backends import Call
 from lmkern.kernels.cpu_call import pointer, unavailable
 
@@ -25,16 +26,39 @@ def unsupported(call: Call) -> str | None:
     q = call.tensors["q"]
     if q is not None and q.shape[3] > MAX_HEAD_DIM:
         return f"takes head_dim up to {MAX_HEAD_DIM}; got {q.shape[3]}"
-    return cpu_call.unsupported(call)
+    options: Options | None = call.options.get("options")
+    return cpu_call.unsupported(call) or (None if options is None else _not_taken_yet(options))
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, *, diagonal: int | None, softmax_scale: float
-) -> tuple[Tensor, Tensor]:
+def _not_taken_yet(options: Options) -> str | None:
+    features = {
+        "a sliding window": options.left,
+        "softcap": options.softcap or None,
+        "dropout": options.dropout_p or None,
+        "bias": options.bias,
+        "mask": options.mask,
+        "relative_bias": options.relative_bias,
+        "sinks": options.sinks,
+        "packed documents": options.cu_seqlens_q,
+    }
+    given = [name for name, value in features.items() if value is not None]
+    return f"does not take {' and '.join(given)} yet" if given else None
+
+
+def _diagonal(options: Options, q: Tensor, k: Tensor) -> int | None:
+    """Query i sees the keys j <= i + diagonal; None: all."""
+    if options.right is None:
+        return None
+    return options.right + (0 if options.top_left else k.shape[2] - q.shape[2])
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=cpu_call.statistics_dtype(q))
     native.module().attention_forward(
-        _pack(q, k, v, out, lse, None, None, None, None, None, diagonal, softmax_scale)
+        _pack(
+            q, k, v, out, lse, None, None, None, None, None, _diagonal(options, q, k), options.softmax_scale
+        )
     )
     return out, lse
 
@@ -47,17 +71,29 @@ def backward(
     out: Tensor,
     lse: Tensor,
     dlse: Tensor | None,
+    options: Options,
     *,
-    diagonal: int | None,
-    softmax_scale: float,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    dq, dk, dv = (torch.empty_like(x) if need else None for x, need in zip((q, k, v), needs, strict=True))
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    dq, dk, dv = (torch.empty_like(x) if need else None for x, need in zip((q, k, v), needs[:3], strict=True))
     dlse = None if dlse is None else dlse.contiguous()
     native.module().attention_backward(
-        _pack(q, k, v, out, lse.contiguous(), dout, dlse, dq, dk, dv, diagonal, softmax_scale)
+        _pack(
+            q,
+            k,
+            v,
+            out,
+            lse.contiguous(),
+            dout,
+            dlse,
+            dq,
+            dk,
+            dv,
+            _diagonal(options, q, k),
+            options.softmax_scale,
+        )
     )
-    return dq, dk, dv
+    return dq, dk, dv, None, None, None
 
 
 def _pack(
