@@ -77,7 +77,8 @@ def _sequence(
     q: Array, k: Array, v: Array, dout: Array, dlse: Array | None, options: dict[str, Any], number: int
 ) -> dict[str, Array]:
     """The same for sequences that are not packed, the first one of them having this number."""
-    group, (n_q, n_k) = q.shape[1] // k.shape[1], (q.shape[2], k.shape[2])
+    heads_kv, n_q, n_k = k.shape[1], q.shape[2], k.shape[2]
+    group = q.shape[1] // heads_kv
     k, v = (np.repeat(x, group, axis=1) for x in (k, v))
     scale = 1 / np.sqrt(np.longdouble(q.shape[3]))
     scores = q @ k.swapaxes(2, 3) * scale  # (B, H, N_q, N_k)
@@ -126,7 +127,7 @@ def _sequence(
     dproducts = dscores * slope * scale
 
     def of_groups(x: Array) -> Array:
-        return np.asarray(x.reshape(x.shape[0], -1, group, n_k, x.shape[3]).sum(2))
+        return np.asarray(x.reshape(x.shape[0], heads_kv, group, n_k, x.shape[3]).sum(2))
 
     results = {
         "out": out,
