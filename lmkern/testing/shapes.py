@@ -58,6 +58,8 @@ class AttentionFeatures:
 
     def __str__(self) -> str:
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        if self.documents:
+            given["documents"] = len(self.documents)
         return "-".join(f"{name}{'' if value is True else value}" for name, value in given.items()) or "plain"
 
     def kernel_options(self, dtype: torch.dtype = torch.float32) -> Options:
