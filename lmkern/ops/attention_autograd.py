@@ -1,13 +1,9 @@
-"""Attention as autograd and the compiler see it: the direct path, the registered op, and their gradients.
-
-Arguments travel flat, since a registered op takes no dataclass: q, k, v, the fields of Options in their
-order, backend. Those of the backward pass: dout, dlse, q, k, v, out, lse, the fields, backend, needs.
-"""
+"""Attention as autograd and the compiler see it: the direct path, the registered op, and their gradients."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,12 +16,11 @@ from lmkern.ops.dispatch import direct, statistics_dtype
 
 Gradients = tuple[Tensor | None, ...]
 
+# A registered op takes no dataclass: q, k, v, the fields of Options in their order, backend.
 _FIELDS = [field.name for field in dataclasses.fields(Options)]
-_SCALARS = _FIELDS.index("seed")  # tensors from here on
-# Where q, k, v, bias, relative_bias and sinks stand among the arguments.
-_DIFFERENTIABLE = (0, 1, 2, *(3 + _FIELDS.index(name) for name in ("bias", "relative_bias", "sinks")))
-_ARGUMENTS = 3 + len(_FIELDS) + 1
-
+_SCALARS, _TENSORS = _FIELDS[: _FIELDS.index("seed")], _FIELDS[_FIELDS.index("seed") :]
+_DIFFERENTIABLE = ("bias", "relative_bias", "sinks")
+_POSITIONS = (0, 1, 2, *(3 + _FIELDS.index(name) for name in _DIFFERENTIABLE))
 _OPTIONS = (
     "float softmax_scale, SymInt? left, SymInt? right, bool top_left, float softcap, float dropout_p, "
     "Tensor? seed, Tensor? bias, Tensor? mask, Tensor? relative_bias, Tensor? sinks, Tensor? cu_seqlens_q, "
@@ -35,24 +30,29 @@ _OPTIONS = (
 
 def attend(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str | None) -> tuple[Tensor, Tensor]:
     """out and lse."""
-    fields = [getattr(options, name) for name in _FIELDS]
-    if direct(q, k, v, *fields[_SCALARS:]):
-        return _Attention.apply(q, k, v, *fields, backend)  # type: ignore[no-any-return]
-    return torch.ops.lmkern.attention(q, k, v, *fields, backend)  # type: ignore[no-any-return]
+    if direct(q, k, v, *_of(options, _TENSORS)):
+        arguments = (q, k, v, *_of(options, _DIFFERENTIABLE), options, backend)
+        return _Attention.apply(*arguments)  # type: ignore[no-any-return]
+    return torch.ops.lmkern.attention(q, k, v, *_of(options, _FIELDS), backend)  # type: ignore[no-any-return]
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *fields, backend = rest
-    options = Options(*fields)
+def _forward(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str | None) -> tuple[Tensor, Tensor]:
     check_documents("attention", options, q.shape[2], k.shape[2])
     return _kernel(q, k, v, options, backend).forward(q, k, v, options)  # type: ignore[no-any-return]
 
 
 def _backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    options: Options,
+    backend: str | None,
+    needs: Sequence[bool],
 ) -> Gradients:
-    *fields, backend, needs = rest
-    options = Options(*fields)
     kernel = _kernel(q, k, v, options, backend)
     return kernel.backward(dout, q, k, v, out, lse, dlse, options, needs=tuple(needs))  # type: ignore[no-any-return]
 
@@ -63,43 +63,31 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str | No
 
 
 class _Attention(torch.autograd.Function):
-    """The direct path: the registered op below without the dispatcher in between."""
+    """The direct path: the registered op below without the dispatcher in between.
+
+    bias, relative_bias and sinks are arguments beside the options that hold them, for autograd to see.
+    """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        output = _forward(*arguments)
+        q, k, v, _, _, _, options, backend = arguments
+        output = _forward(q, k, v, options, backend)
         ctx.set_materialize_grads(False)
-        _setup_context(ctx, arguments, output)
+        _save(ctx, q, k, v, output, options, backend)
         return output
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
+        q, k, v, out, lse, options = _saved(ctx)
+        dout = torch.zeros_like(out) if dout is None else dout
+        rest = (options, ctx.backend, ctx.needs_input_grad[:6])
         # Gradients are on in here where the caller asked for a graph of them, and nowhere else.
-        return _gradients(ctx, dout, dlse, _Backward.apply if torch.is_grad_enabled() else _backward)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *fields, ctx.backend = inputs
-    ctx.scalars = fields[:_SCALARS]
-    ctx.save_for_backward(q, k, v, *output, *fields[_SCALARS:])
-
-
-def _gradients(
-    ctx: Any, dout: Tensor | None, dlse: Tensor | None, backward: Callable[..., Gradients]
-) -> Gradients:
-    q, k, v, out, lse, *tensors = ctx.saved_tensors
-    if dout is None:
-        dout = torch.zeros_like(out)
-    needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
-    return _placed(backward(dout, dlse, q, k, v, out, lse, *ctx.scalars, *tensors, ctx.backend, needs))
-
-
-def _placed(gradients: Sequence[Tensor | None]) -> Gradients:
-    """One gradient for each argument of the op, given the six."""
-    placed: list[Tensor | None] = [None] * _ARGUMENTS
-    for position, gradient in zip(_DIFFERENTIABLE, gradients, strict=True):
-        placed[position] = gradient
-    return tuple(placed)
+        if torch.is_grad_enabled():
+            differentiable = _of(options, _DIFFERENTIABLE)
+            gradients = _Backward.apply(dout, dlse, q, k, v, out, lse, *differentiable, *rest)
+        else:
+            gradients = _backward(dout, dlse, q, k, v, out, lse, *rest)
+        return (*gradients, None, None)
 
 
 class _Backward(torch.autograd.Function):
@@ -110,27 +98,50 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Gradients:
-        dout, dlse, q, k, v, _, _, *fields, _, _ = arguments
+        dout, dlse, q, k, v, out, lse, _, _, _, options, backend, needs = arguments
         ctx.set_materialize_grads(False)
-        ctx.scalars = fields[:_SCALARS]
-        ctx.save_for_backward(dout, dlse, q, k, v, *fields[_SCALARS:])
-        return _backward(*arguments)
+        _save(ctx, q, k, v, (dout, dlse), options, backend)
+        return _backward(dout, dlse, q, k, v, out, lse, options, backend, needs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *directions: Tensor | None) -> Gradients:
-        saved: list[Any] = [
-            x if x is None else x.detach().requires_grad_(x.is_floating_point()) for x in ctx.saved_tensors
-        ]
-        dout, dlse, q, k, v, *tensors = saved
-        options = Options(*ctx.scalars, *tensors)
-        inputs = (q, k, v, options.bias, options.relative_bias, options.sinks)
+        *saved, options = _saved(ctx)
+        q, k, v, dout, dlse = (_leaf(x) for x in saved)
+        options = dataclasses.replace(options, **{n: _leaf(getattr(options, n)) for n in _DIFFERENTIABLE})
+        inputs = (q, k, v, *_of(options, _DIFFERENTIABLE))
         with torch.enable_grad():
             first = _vjp(reference.attention(q, k, v, options), (dout, dlse), inputs)
-            ddout, ddlse, *gradients = _vjp(first, directions, (dout, dlse, *inputs))
-        placed = _placed(gradients)
+            ddout, ddlse, dq, dk, dv, *others = _vjp(first, directions, (dout, dlse, *inputs))
         # None for out and lse: what they would hand on is in the gradients of the others already.
-        return (ddout, ddlse, *placed[:3], None, None, *placed[3:], None)
+        return (ddout, ddlse, dq, dk, dv, None, None, *others, None, None, None)
+
+
+def _save(
+    ctx: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    further: tuple[Tensor, Tensor | None],
+    options: Options,
+    backend: str | None,
+) -> None:
+    ctx.scalars, ctx.backend = _of(options, _SCALARS), backend
+    ctx.save_for_backward(q, k, v, *further, *_of(options, _TENSORS))
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """q, k, v, the two further tensors and the options."""
+    q, k, v, first, second, *tensors = ctx.saved_tensors
+    return q, k, v, first, second, Options(*ctx.scalars, *tensors)
+
+
+def _of(options: Options, names: Sequence[str]) -> list[Any]:
+    return [getattr(options, name) for name in names]
+
+
+def _leaf(x: Tensor | None) -> Any:
+    return None if x is None else x.detach().requires_grad_()
 
 
 def _vjp(
@@ -162,8 +173,9 @@ def _vjp(
     mutates_args=(),
     schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
 )
-def _attention_op(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return _forward(*arguments)
+def _attention_op(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *fields, backend = rest
+    return _forward(q, k, v, Options(*fields), backend)
 
 
 @_attention_op.register_fake
@@ -177,30 +189,41 @@ def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_OPTIONS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _attention_backward_op(dout: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _attention_backward_op(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *fields, backend, needs = rest
+    gradients = _backward(dout, dlse, q, k, v, out, lse, Options(*fields), backend, needs)
     # A registered op returns tensors only; a gradient nobody asked for is an empty one.
-    return tuple(dout.new_empty(0) if x is None else x for x in _backward(dout, *rest))
+    return tuple(dout.new_empty(0) if x is None else x for x in gradients)
 
 
 @_attention_backward_op.register_fake
-def _(dout: Tensor, dlse: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    q, k, v, _, _, *fields, _, needs = rest
-    options = Options(*fields)
-    inputs = (q, k, v, options.bias, options.relative_bias, options.sinks)
-    return tuple(
-        torch.empty_like(x) if x is not None and need else dout.new_empty(0)
-        for x, need in zip(inputs, needs, strict=True)
-    )
+def _(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *fields, _, needs = rest
+    inputs = zip((q, k, v, *_of(Options(*fields), _DIFFERENTIABLE)), needs, strict=True)
+    return tuple(torch.empty_like(x) if x is not None and need else dout.new_empty(0) for x, need in inputs)
 
 
-def _registered_backward(*arguments: Any) -> Gradients:
-    gradients = torch.ops.lmkern.attention_backward(*arguments)
-    return tuple(gradient if need else None for gradient, need in zip(gradients, arguments[-1], strict=True))
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *fields, backend = inputs
+    _save(ctx, q, k, v, output, Options(*fields), backend)
 
 
 def _registered_gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
     # Through the registered backward, which has no derivative of its own and says so to a double backward.
-    return _gradients(ctx, dout, dlse, _registered_backward)
+    q, k, v, out, lse, options = _saved(ctx)
+    dout = torch.zeros_like(out) if dout is None else dout
+    needs = [ctx.needs_input_grad[position] for position in _POSITIONS]
+    gradients = torch.ops.lmkern.attention_backward(
+        dout, dlse, q, k, v, out, lse, *_of(options, _FIELDS), ctx.backend, needs
+    )
+    placed: list[Tensor | None] = [None] * (3 + len(_FIELDS) + 1)
+    for position, gradient, need in zip(_POSITIONS, gradients, needs, strict=True):
+        placed[position] = gradient if need else None
+    return tuple(placed)
 
 
 torch.library.register_autograd("lmkern::attention", _registered_gradients, setup_context=_setup_context)
