@@ -2,5 +2,6 @@
 
 from lmkern.ops.attention import attention, scaled_dot_product_attention
 from lmkern.ops.layer_norm import layer_norm
+from lmkern.ops.relative_bias import alibi, bucketed_bias
 
-__all__ = ["attention", "layer_norm", "scaled_dot_product_attention"]
+__all__ = ["alibi", "attention", "bucketed_bias", "layer_norm", "scaled_dot_product_attention"]

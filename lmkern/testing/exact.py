@@ -6,12 +6,14 @@ bits more than a float64; where it has none more, float64 kernels are measured a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lmkern.kernels.philox import keep_mask
 from lmkern.testing.shapes import AttentionShape
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -22,39 +24,132 @@ def long_double(x: Tensor) -> Array:
     return x.detach().cpu().to(torch.float64).numpy().astype(np.longdouble)
 
 
+def _floating(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, shape: AttentionShape, dlse: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    shape: AttentionShape,
+    dlse: Tensor | None = None,
+    options: dict[str, Any] | None = None,
 ) -> dict[str, Array]:
-    """out, lse, dq, dk and dv of `lmkern.attention` with the default scale."""
-    group = shape.H // shape.H_kv
+    """out, lse, dq, dk and dv of `lmkern.attention` with the default scale, and d<name> of floating options.
+
+    options: its keywords; default causal as the shape says.
+    """
+    options = {"causal": shape.causal} if options is None else options
+    floating = {name: long_double(x) for name, x in options.items() if _floating(x)}
+    inputs = {"q": q, "k": k, "v": v, **{name: options[name] for name in floating}}
+    results = {f"d{name}": np.zeros(tuple(x.shape), np.longdouble) for name, x in inputs.items()}
+    results["out"] = np.zeros(tuple(q.shape), np.longdouble)
+    results["lse"] = np.zeros(tuple(q.shape[:3]), np.longdouble)
     q_, k_, v_, dout_ = (long_double(x) for x in (q, k, v, dout))
-    k_, v_ = (np.repeat(x, group, axis=1) for x in (k_, v_))
-    scale = 1 / np.sqrt(np.longdouble(shape.D))
-    scores = q_ @ k_.swapaxes(2, 3) * scale  # (B, H, N_q, N_k)
-    visible = np.ones(scores.shape[2:], bool)
-    if shape.diagonal is not None:
-        visible = np.tril(visible, shape.diagonal)
+    dlse_ = None if dlse is None else long_double(dlse)
+    for number, queries, keys in _sequences(shape, options):
+        part = _sequence(
+            q_[:, :, queries], k_[:, :, keys], v_[:, :, keys], dout_[:, :, queries],
+            None if dlse_ is None else dlse_[:, :, queries], {**options, **floating}, number,
+        )  # fmt: skip
+        for name, value in part.items():
+            if name in ("out", "lse", "dq"):
+                results[name][:, :, queries] = value
+            elif name in ("dk", "dv"):
+                results[name][:, :, keys] = value
+            else:
+                results[name] += value
+    return results
+
+
+def _sequences(shape: AttentionShape, options: dict[str, Any]) -> Iterator[tuple[int, slice, slice]]:
+    if "cu_seqlens" not in options:
+        yield 0, slice(None), slice(None)
+        return
+    queries, keys = options["cu_seqlens"].tolist(), options["cu_seqlens_k"].tolist()
+    for number in range(len(queries) - 1):
+        yield number, slice(*queries[number : number + 2]), slice(*keys[number : number + 2])
+
+
+def _sequence(
+    q: Array, k: Array, v: Array, dout: Array, dlse: Array | None, options: dict[str, Any], number: int
+) -> dict[str, Array]:
+    """The same for sequences that are not packed, the first one of them having this number."""
+    heads_kv, n_q, n_k = k.shape[1], q.shape[2], k.shape[2]
+    group = q.shape[1] // heads_kv
+    k, v = (np.repeat(x, group, axis=1) for x in (k, v))
+    scale = 1 / np.sqrt(np.longdouble(q.shape[3]))
+    scores = q @ k.swapaxes(2, 3) * scale  # (B, H, N_q, N_k)
+    slope = np.ones_like(scores)  # of the soft cap
+    if softcap := options.get("softcap"):
+        tanh = np.tanh(scores / softcap)
+        scores, slope = softcap * tanh, 1 - tanh**2
+    offset = np.arange(n_k) - np.arange(n_q)[:, None] - (n_k - n_q)  # j - p
+    left, right = options.get("window") or (None, None)
+    right = 0 if options.get("causal") else right
+    visible = np.full(scores.shape, True)
+    visible &= True if left is None else offset >= -left
+    visible &= True if right is None else offset <= right
+    if "mask" in options:
+        visible &= options["mask"].cpu().numpy()
+    if "bias" in options:
+        scores = scores + options["bias"]
+    if "relative_bias" in options:
+        scores = scores + options["relative_bias"][:, offset + options["relative_bias"].shape[1] // 2]
+    if "alibi_slopes" in options:
+        scores = scores - options["alibi_slopes"][:, None, None] * abs(offset)
     scores = np.where(visible, scores, -np.inf)
     row_max = scores.max(3, initial=-np.inf, keepdims=True)
+    if "sinks" in options:
+        row_max = np.maximum(row_max, options["sinks"][:, None, None])
     row_max = np.where(np.isinf(row_max), 0, row_max)
     weights = np.exp(scores - row_max)
     row_sum = weights.sum(3, keepdims=True)
+    sink = np.exp(options["sinks"][:, None, None] - row_max) if "sinks" in options else 0 * row_max
+    row_sum = row_sum + sink
     with np.errstate(divide="ignore"):
         lse = (row_max + np.log(row_sum))[..., 0]
-    weights = weights / np.where(row_sum == 0, 1, row_sum)
-    out = weights @ v_
-    dweights = dout_ @ v_.swapaxes(2, 3)
+    row_sum = np.where(row_sum == 0, 1, row_sum)
+    weights, sink = weights / row_sum, sink / row_sum
+    keep = np.ones((), np.longdouble)
+    if p := options.get("dropout_p"):
+        keep = long_double(keep_mask(options["dropout_seed"].cpu(), p, scores.shape, outermost=number))
+        keep = keep * 65536 / (65536 - round(p * 65536))
+    out = (weights * keep) @ v
+    dweights = dout @ v.swapaxes(2, 3) * keep
     # A row of softmax weights sums to 1: its gradient loses its weighted mean.
-    dscores = weights * (dweights - (weights * dweights).sum(3, keepdims=True))
+    mean = (weights * dweights).sum(3, keepdims=True)
     if dlse is not None:
-        dscores = dscores + weights * long_double(dlse)[..., None]
+        mean = mean - dlse[..., None]
+    dscores = weights * (dweights - mean)
+    dproducts = dscores * slope * scale
 
     def of_groups(x: Array) -> Array:
-        return np.asarray(x.reshape(shape.B, shape.H_kv, group, shape.N_k, shape.D).sum(2))
+        return np.asarray(x.reshape(x.shape[0], heads_kv, group, n_k, x.shape[3]).sum(2))
 
-    dk = of_groups(dscores.swapaxes(2, 3) @ q_ * scale)
-    dv = of_groups(weights.swapaxes(2, 3) @ dout_)
-    return {"out": out, "lse": lse, "dq": dscores @ k_ * scale, "dk": dk, "dv": dv}
+    results = {
+        "out": out,
+        "lse": lse,
+        "dq": dproducts @ k,
+        "dk": of_groups(dproducts.swapaxes(2, 3) @ q),
+        "dv": of_groups((weights * keep).swapaxes(2, 3) @ dout),
+    }
+    if "bias" in options:
+        broadcast = tuple(d for d, size in enumerate(options["bias"].shape) if size == 1)
+        results["dbias"] = dscores.sum(broadcast, keepdims=True)
+    if "relative_bias" in options:
+        rows = np.zeros((q.shape[1], options["relative_bias"].shape[1]), np.longdouble)
+        for diagonal in np.unique(offset):
+            along = dscores[:, :, offset == diagonal].sum((0, 2))
+            rows[:, diagonal + rows.shape[1] // 2] = along
+        results["drelative_bias"] = rows if len(options["relative_bias"]) > 1 else rows.sum(0, keepdims=True)
+    if "alibi_slopes" in options:
+        results["dalibi_slopes"] = -(dscores * abs(offset)).sum((0, 2, 3))
+    if "sinks" in options:
+        results["dsinks"] = -(sink * mean).sum((0, 2, 3))
+    return results
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, eps: float) -> dict[str, Array]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lmkern.testing.shapes import AttentionShape, LayerNormShape
+from lmkern.testing.shapes import AttentionFeatures, AttentionShape, LayerNormShape
 
 # randn(*shape) gives a fresh contiguous tensor; a layout makes one and returns a (B, H, N, D) view of it.
 Randn = Callable[..., Tensor]
@@ -60,6 +62,48 @@ def attention_inputs(
     q = make(scaled, shape.B, shape.H, shape.N_q, shape.D)
     k, v = (make(randn, shape.B, shape.H_kv, shape.N_k, shape.D) for _ in range(2))
     return q, k, v, make(randn, shape.B, shape.H, shape.N_q, shape.D)
+
+
+def attention_options(
+    shape: AttentionShape,
+    features: AttentionFeatures,
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: str = "cpu",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The keywords of `lmkern.attention` that say it. A mask hides a fifth, and every key of some query."""
+    randn = seeded_randn(seed + 1, dtype, device)
+    statistics = seeded_randn(seed + 2, torch.promote_types(dtype, torch.float32), device)
+    sizes = {"B": shape.B, "H": shape.H, "q": shape.N_q, "k": shape.N_k}
+    reach = max(shape.N_q, shape.N_k, 1) - 1
+    options: dict[str, Any] = {
+        "causal": shape.causal,
+        "window": features.window,
+        "softcap": features.softcap,
+        "dropout_p": features.dropout_p,
+    }
+    if features.bias is not None:
+        options["bias"] = randn(*(size if name in features.bias else 1 for name, size in sizes.items()))
+    if features.mask is not None:
+        seen = randn(*(size if name in features.mask else 1 for name, size in sizes.items())) > -0.8
+        if "q" in features.mask:
+            seen[..., shape.N_q // 2 : shape.N_q // 2 + 1, :] = False
+        options["mask"] = seen
+    if features.relative_bias is not None:
+        rows = shape.H if features.relative_bias == "H" else 1
+        options["relative_bias"] = statistics(rows, 2 * reach + 1)
+    if features.alibi:
+        options["alibi_slopes"] = statistics(shape.H).abs() / 8
+    if features.sinks:
+        options["sinks"] = statistics(shape.H)
+    if features.dropout_p:
+        options["dropout_seed"] = torch.tensor(seed - 12345678901, device=device)
+    if features.documents:
+        for index, name in enumerate(("cu_seqlens", "cu_seqlens_k")):
+            ends = accumulate((lengths[index] for lengths in features.documents), initial=0)
+            options[name] = torch.tensor(list(ends), dtype=torch.int32, device=device)
+    return options
 
 
 def layer_norm_inputs(

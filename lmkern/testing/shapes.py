@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+import torch
+
+from lmkern.kernels.attention import Options
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,52 @@ class AttentionShape:
     def scores(self) -> int:
         """Elements of the score matrix, which a kernel's time goes with."""
         return self.B * self.H * self.N_q * self.N_k
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionFeatures:
+    """What else a call of `lmkern.attention` says; `attention_options` makes its tensors.
+
+    bias, mask: which of the dimensions "BHqk" they have, the others being 1; None: no such tensor.
+    relative_bias: "H" or "1", its rows. documents: (N_q, N_k) of each packed document.
+    """
+
+    window: tuple[int | None, int | None] | None = None
+    softcap: float | None = None
+    bias: str | None = None
+    mask: str | None = None
+    relative_bias: str | None = None
+    alibi: bool = False
+    sinks: bool = False
+    dropout_p: float = 0.0
+    documents: tuple[tuple[int, int], ...] = ()
+
+    def __str__(self) -> str:
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        if self.documents:
+            given["documents"] = len(self.documents)
+        return "-".join(f"{name}{'' if value is True else value}" for name, value in given.items()) or "plain"
+
+    def kernel_options(self, dtype: torch.dtype = torch.float32) -> Options:
+        """Options that have the same features, of tensors without meaning: for `unsupported`."""
+        x = torch.zeros(1, 1, 1, 1, dtype=dtype)
+        statistics = torch.zeros(1, 1, dtype=torch.promote_types(dtype, torch.float32))
+        ends = torch.zeros(2, dtype=torch.int32) if self.documents else None
+        left, right = self.window or (None, None)
+        return Options(
+            softmax_scale=1.0,
+            left=left,
+            right=right,
+            softcap=self.softcap or 0.0,
+            dropout_p=self.dropout_p,
+            seed=torch.tensor(0) if self.dropout_p else None,
+            bias=None if self.bias is None else x,
+            mask=None if self.mask is None else x.bool(),
+            relative_bias=statistics if self.relative_bias or self.alibi else None,
+            sinks=statistics[0] if self.sinks else None,
+            cu_seqlens_q=ends,
+            cu_seqlens_k=ends,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +121,36 @@ ATTENTION_SHAPES = (
     AttentionShape(4, 4, 40, 16, 1, 4, False, "one key: every weight is 1"),
     _square(1, 1, 600, 8, "one head, longer than two parts of the backward pass", causal=True),
     _square(1, 3, 520, 20, "fewer heads than make whole rounds of two threads"),
-    *(_square(4, 4, 20, D, f"head_dim {D}", causal=D % 2 == 0) for D in (2, 3, 7, 15, 31, 33, 65, 96, 100)),
+    # Few products to a score make peaky rows, whose errors are few and large: more rows, that these are no
+    # accident either.
+    *(_square(4, 4, 60, D, f"head_dim {D}", causal=D % 2 == 0) for D in (2, 3)),
+    *(_square(4, 4, 20, D, f"head_dim {D}", causal=D % 2 == 0) for D in (7, 15, 31, 33, 65, 96, 100)),
     *(_square(4, 4, 20, D, f"head_dim {D}", causal=D % 2 == 0) for D in (127, 129, 160, 192, 255, 256)),
 )
+
+# Alone, and then in company.
+ATTENTION_FEATURES = (
+    AttentionFeatures(window=(20, 9)),
+    AttentionFeatures(window=(13, None)),
+    AttentionFeatures(window=(None, 7)),
+    AttentionFeatures(softcap=1.5),
+    AttentionFeatures(bias="BHqk"),
+    AttentionFeatures(bias="Hk"),
+    AttentionFeatures(bias="q"),
+    AttentionFeatures(mask="BHqk"),
+    AttentionFeatures(mask="Bk"),
+    AttentionFeatures(relative_bias="H"),
+    AttentionFeatures(relative_bias="1"),
+    AttentionFeatures(alibi=True),
+    AttentionFeatures(sinks=True),
+    AttentionFeatures(dropout_p=0.25),
+    AttentionFeatures(window=(30, 0), softcap=2.0, sinks=True),
+    AttentionFeatures(bias="qk", mask="Bk", dropout_p=0.1),
+    AttentionFeatures(
+        window=(40, 3), softcap=3.0, bias="Hqk", mask="BHqk", relative_bias="H", alibi=True, sinks=True,
+        dropout_p=0.5,
+    ),
+)  # fmt: skip
 
 # Rows beside 16 and 64 chunks of 16, and widths beside every vector width, are where an off-by-one hides.
 LAYER_NORM_SHAPES = (

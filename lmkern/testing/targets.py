@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,14 +35,14 @@ class Target:
         """Where its tensors lie."""
         return "cuda" if self.backend in ("cuda", "triton") and not self.interpreted else "cpu"
 
-    def takes(self, dtype: torch.dtype) -> bool:
-        """Whether the backend takes tensors of this dtype; a backend that is missing is said to take all."""
+    def takes(self, dtype: torch.dtype, **options: Any) -> bool:
+        """Whether the backend takes this dtype and these options of the call; a missing one is said to."""
         if backends.load(self.op, self.backend).unavailable():
             return True
         x = torch.empty(1, 1, 1, 1, dtype=dtype, device=self.device)
         tensors = {"q": x, "k": x, "v": x} if self.op == "attention" else {"x": x.view(1, 1)}
         return backends.load(self.op, self.backend).unsupported(
-            backends.Call(self.op, tensors, {}, self.backend)
+            backends.Call(self.op, tensors, options, self.backend)
         ) is None  # fmt: skip
 
     @contextmanager

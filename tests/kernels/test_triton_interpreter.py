@@ -12,6 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from lmkern.kernels import triton_runtime
+from lmkern.kernels.attention import Options
 from lmkern.kernels.attention import reference as attention_reference
 from lmkern.kernels.attention import triton as attention
 from lmkern.kernels.backends import Call
@@ -73,9 +74,11 @@ def attention_inputs(shape: tuple[int, int, int, int, int, int], dtype: torch.dt
 
 def run_attention(backend, q, k, v, dout, dlse, diagonal, needs=ALL) -> tuple[Tensor | None, ...]:
     """(out, lse, dq, dk, dv)."""
-    options = {"diagonal": diagonal, "softmax_scale": 1 / math.sqrt(q.shape[3])}
-    out, lse = backend.forward(q, k, v, **options)
-    return out, lse, *backend.backward(dout, q, k, v, out, lse, dlse, **options, needs=needs)
+    options = Options(softmax_scale=1 / math.sqrt(q.shape[3]), right=diagonal, top_left=True)
+    out, lse = backend.forward(q, k, v, options)
+    needs = (*needs, False, False, False)
+    gradients = backend.backward(dout, q, k, v, out, lse, dlse, options, needs=needs)
+    return out, lse, *gradients[:3]
 
 
 def exact_attention(q, k, v, dout, dlse, diagonal) -> tuple[Tensor | None, ...]:

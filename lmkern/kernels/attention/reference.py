@@ -1,15 +1,22 @@
 """Attention in eager torch: the specification that every other backend is compared with.
 
 Float32 and float64 inputs are computed in their own type, float16 and bfloat16 in float32. It holds the
-(N_q, N_k) scores.
+(N_q, N_k) scores, and packed documents are a loop.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from lmkern.kernels.attention import Options
 from lmkern.kernels.backends import Call
+from lmkern.kernels.philox import keep_mask, keep_scale, threshold
+
+# The sequence's number, as dropout counts (that of the first one of a batch), and its queries and keys.
+Sequence = tuple[int, slice, slice]
 
 
 def unavailable() -> str | None:
@@ -20,35 +27,21 @@ def unsupported(call: Call) -> str | None:
     return None
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, *, diagonal: int | None, softmax_scale: float
-) -> tuple[Tensor, Tensor]:
-    out, lse = attention(q, k, v, diagonal=diagonal, softmax_scale=softmax_scale)
-    return torch.empty_like(q, dtype=out.dtype).copy_(out) if q.shape == out.shape else out, lse
+def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    out, lse = attention(q, k, v, options)
+    return torch.empty_like(q).copy_(out), lse.contiguous()
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    diagonal: int | None,
-    softmax_scale: float,
-    mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """The differentiable formula, which also takes what no kernel takes yet.
+def attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """The differentiable formula: differentiable twice, and in everything that the contract says.
 
-    mask: broadcast against (B, H, N_q, N_k); boolean (True: the key is seen) or added to the scores.
-    dropout_p: probability with which a weight is zeroed; the others are scaled by 1 / (1 - dropout_p).
-    Returns out (B, H, N_q, D_v) in q's dtype and lse (B, H, N_q).
+    v may have a width D_v of its own. Returns out (B, H, N_q, D_v) in q's dtype and lse (B, H, N_q).
     """
-    scores = _scores(q, k, diagonal, softmax_scale, mask)  # (B, H, N_q, N_k)
-    lse = scores.logsumexp(-1)  # (B, H, N_q)
-    weights = _weights(scores, lse)  # (B, H, N_q, N_k)
-    if dropout_p:
-        weights = torch.nn.functional.dropout(weights, dropout_p)
-    out = weights @ _repeat_heads(_wide(v), q.shape[1])  # (B, H, N_q, D_v)
+    results = [
+        _attend(q[:, :, queries], k[:, :, keys], v[:, :, keys], options, number)
+        for number, queries, keys in _sequences(options)
+    ]
+    out, lse = (x[0] if len(x) == 1 else torch.cat(x, 2) for x in zip(*results, strict=True))
     return out.to(q.dtype), lse
 
 
@@ -60,45 +53,148 @@ def backward(
     out: Tensor,
     lse: Tensor,
     dlse: Tensor | None,
+    options: Options,
     *,
-    diagonal: int | None,
-    softmax_scale: float,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    heads, heads_kv = q.shape[1], k.shape[1]
-    dout_wide = _wide(dout)
-    weights = _weights(_scores(q, k, diagonal, softmax_scale, None), lse)  # (B, H, N_q, N_k)
-    dweights = dout_wide @ _repeat_heads(_wide(v), heads).mT  # (B, H, N_q, N_k)
-    delta = (dout_wide * _wide(out)).sum(-1)  # (B, H, N_q)
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    dout = _wide(dout)
+    delta = (dout * _wide(out)).sum(-1)  # (B, H, N_q)
     if dlse is not None:
         delta = delta - dlse
-    dscores = weights * (dweights - delta[..., None]) * softmax_scale  # (B, H, N_q, N_k)
-    dq = dscores @ _repeat_heads(_wide(k), heads) if needs[0] else None
-    dk = _sum_heads(dscores.mT @ _wide(q), heads_kv) if needs[1] else None
-    dv = _sum_heads(weights.mT @ dout_wide, heads_kv) if needs[2] else None
-    wanted = ((dq, q), (dk, k), (dv, v))
-    return tuple(None if g is None else torch.empty_like(x).copy_(g) for g, x in wanted)  # type: ignore[return-value]
+    inputs = (q, k, v, options.bias, options.relative_bias, options.sinks)
+    sums = tuple(
+        torch.zeros_like(x, dtype=dout.dtype) if x is not None and need else None
+        for x, need in zip(inputs, needs, strict=True)
+    )
+    for number, queries, keys in _sequences(options):
+        dq, dk, dv, *others = sums
+        _add_gradients(
+            (_part(dq, queries), _part(dk, keys), _part(dv, keys), *others),
+            dout[:, :, queries], q[:, :, queries], k[:, :, keys], v[:, :, keys],
+            lse[:, :, queries], delta[:, :, queries], options, number,
+        )  # fmt: skip
+    return tuple(
+        None if x is None or g is None else torch.empty_like(x).copy_(g)
+        for x, g in zip(inputs, sums, strict=True)
+    )
 
 
-def _scores(q: Tensor, k: Tensor, diagonal: int | None, softmax_scale: float, mask: Tensor | None) -> Tensor:
-    """(B, H, N_q, N_k); -inf where a query does not see a key."""
-    scores = _wide(q) @ _repeat_heads(_wide(k), q.shape[1]).mT * softmax_scale
-    if diagonal is not None:
-        query = torch.arange(q.shape[2], device=q.device)[:, None]
-        key = torch.arange(k.shape[2], device=q.device)[None, :]
-        scores = scores.masked_fill(key > query + diagonal, -torch.inf)
-    if mask is not None:
-        hidden = ~mask if mask.dtype == torch.bool else mask == -torch.inf
-        if mask.dtype != torch.bool:
-            scores = scores + mask
-        # A fill, because the gradient of logsumexp is NaN where every score is -inf.
-        scores = scores.masked_fill(hidden, -torch.inf)
-    return scores
+def _attend(q: Tensor, k: Tensor, v: Tensor, options: Options, number: int) -> tuple[Tensor, Tensor]:
+    """out and lse of sequences that are not packed."""
+    scores = _scores(_capped(q, k, options), options)  # (B, H, N_q, N_k)
+    beside = scores
+    if options.sinks is not None:
+        sinks = options.sinks[:, None, None].expand(*scores.shape[:3], 1)
+        beside = torch.cat((scores, sinks), -1)
+    # The gradient of logsumexp would be NaN where every score is -inf.
+    blind = (beside == -torch.inf).all(-1)  # (B, H, N_q)
+    lse = beside.masked_fill(blind[..., None], 0.0).logsumexp(-1).masked_fill(blind, -torch.inf)
+    weights = _weights(scores, lse)  # (B, H, N_q, N_k)
+    if (keep := _keep(weights, options, number)) is not None:
+        weights = weights * keep
+    return weights @ _repeat_heads(_wide(v), q.shape[1]), lse
+
+
+def _add_gradients(
+    sums: tuple[Tensor | None, ...],
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    options: Options,
+    number: int,
+) -> None:
+    """Adds what sequences that are not packed give to dq, dk, dv, dbias, drelative_bias and dsinks."""
+    dq, dk, dv, dbias, drelative_bias, dsinks = sums
+    heads, heads_kv = q.shape[1], k.shape[1]
+    if dsinks is not None and options.sinks is not None:
+        weight = _weights(options.sinks[:, None, None], lse)[..., 0]  # (B, H, N_q)
+        dsinks -= (weight * delta).sum((0, 2))
+    capped = _capped(q, k, options)
+    weights = _weights(_scores(capped, options), lse)  # (B, H, N_q, N_k)
+    dweights = dout @ _repeat_heads(_wide(v), heads).mT  # (B, H, N_q, N_k)
+    kept = weights
+    if (keep := _keep(weights, options, number)) is not None:
+        kept, dweights = weights * keep, dweights * keep
+    if dv is not None:
+        dv += _sum_heads(kept.mT @ dout, heads_kv)
+    dscores = weights * (dweights - delta[..., None])  # (B, H, N_q, N_k)
+    if dbias is not None:
+        dbias += dscores.sum_to_size(dbias.shape)
+    if drelative_bias is not None:
+        diagonals = _offsets(dscores, options) + drelative_bias.shape[1] // 2  # (N_q, N_k)
+        rows = dscores.sum(0).flatten(1).sum_to_size(drelative_bias.shape[0], diagonals.numel())
+        drelative_bias.index_add_(1, diagonals.flatten(), rows)
+    if options.softcap:
+        dscores = dscores * (1 - (capped / options.softcap) ** 2)
+    dscores = dscores * options.softmax_scale
+    if dq is not None:
+        dq += dscores @ _repeat_heads(_wide(k), heads)
+    if dk is not None:
+        dk += _sum_heads(dscores.mT @ _wide(q), heads_kv)
+
+
+def _capped(q: Tensor, k: Tensor, options: Options) -> Tensor:
+    """softcap(q . k * softmax_scale), (B, H, N_q, N_k)."""
+    scores = _wide(q) @ _repeat_heads(_wide(k), q.shape[1]).mT * options.softmax_scale
+    return options.softcap * torch.tanh(scores / options.softcap) if options.softcap else scores
+
+
+def _scores(capped: Tensor, options: Options) -> Tensor:
+    """With the biases; -inf where a query does not see a key."""
+    scores, offsets = capped, _offsets(capped, options)
+    hidden = torch.zeros_like(offsets, dtype=torch.bool)
+    if options.left is not None:
+        hidden = hidden | (offsets < -options.left)
+    if options.right is not None:
+        hidden = hidden | (offsets > options.right)
+    if options.mask is not None:
+        hidden = hidden | ~options.mask
+    if options.bias is not None:
+        scores = scores + options.bias
+        hidden = hidden | (options.bias == -torch.inf)
+    if options.relative_bias is not None:
+        scores = scores + options.relative_bias[:, offsets + options.relative_bias.shape[1] // 2]
+    # A fill, because -inf as a sum has NaN for a gradient.
+    return scores.masked_fill(hidden, -torch.inf)
+
+
+def _offsets(scores: Tensor, options: Options) -> Tensor:
+    """j - p, how far each key stands behind each query: (N_q, N_k)."""
+    n_q, n_k = scores.shape[2:]
+    position = torch.arange(n_q, device=scores.device) + (0 if options.top_left else n_k - n_q)
+    return torch.arange(n_k, device=scores.device) - position[:, None]
 
 
 def _weights(scores: Tensor, lse: Tensor) -> Tensor:
-    """softmax(scores); a row without a visible key has lse = -inf and weights 0."""
+    """softmax(scores); a row that sees nothing has lse = -inf and weights 0."""
     return torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+
+
+def _keep(weights: Tensor, options: Options, number: int) -> Tensor | None:
+    """What dropout multiplies the weights by; None without it."""
+    if options.seed is None or not threshold(options.dropout_p):
+        return None
+    mask = keep_mask(options.seed, options.dropout_p, weights.shape, outermost=number)
+    return mask.to(weights.dtype) * keep_scale(options.dropout_p)
+
+
+def _sequences(options: Options) -> Iterator[Sequence]:
+    """Each packed document; a batch of sequences that are not packed is taken at once."""
+    if options.cu_seqlens_q is None or options.cu_seqlens_k is None:
+        yield 0, slice(None), slice(None)
+        return
+    queries, keys = options.cu_seqlens_q.tolist(), options.cu_seqlens_k.tolist()
+    if len(queries) == 1:
+        yield 0, slice(0), slice(0)
+    for number in range(len(queries) - 1):
+        yield number, slice(*queries[number : number + 2]), slice(*keys[number : number + 2])
+
+
+def _part(x: Tensor | None, tokens: slice) -> Tensor | None:
+    return None if x is None else x[:, :, tokens]
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lmkern.kernels import triton_runtime
+from lmkern.kernels.attention import Options
 from lmkern.kernels.backends import Call
 
 MAX_HEAD_DIM = 256
@@ -58,21 +59,36 @@ def unsupported(call: Call) -> str | None:
     q = call.tensors["q"]
     if q is not None and q.shape[3] > MAX_HEAD_DIM:
         return f"takes head_dim up to {MAX_HEAD_DIM}; got {q.shape[3]}"
-    return None
+    options: Options | None = call.options.get("options")
+    return None if options is None else _not_taken_yet(options)
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, *, diagonal: int | None, softmax_scale: float
-) -> tuple[Tensor, Tensor]:
+def _not_taken_yet(options: Options) -> str | None:
+    features = {
+        "a sliding window": options.left,
+        "softcap": options.softcap or None,
+        "dropout": options.dropout_p or None,
+        "bias": options.bias,
+        "mask": options.mask,
+        "relative_bias": options.relative_bias,
+        "sinks": options.sinks,
+        "packed documents": options.cu_seqlens_q,
+    }
+    given = [name for name, value in features.items() if value is not None]
+    return f"does not take {' and '.join(given)} yet" if given else None
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     from lmkern.kernels.attention import triton_kernels
 
+    diagonal = _diagonal(options, q, k)
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    options = constants("forward", q.dtype, q.shape[3], causal=diagonal is not None)
-    if programs := q.shape[0] * q.shape[1] * _blocks(q.shape[2], options["BLOCK_M"]):
+    launch = constants("forward", q.dtype, q.shape[3], causal=diagonal is not None)
+    if programs := q.shape[0] * q.shape[1] * _blocks(q.shape[2], launch["BLOCK_M"]):
         with triton_runtime.device_of(q):
             triton_kernels.forward_kernel[(programs,)](
-                *_strided(q, k, v, out), lse, *_sizes(q, k, diagonal), softmax_scale, **options
+                *_strided(q, k, v, out), lse, *_sizes(q, k, diagonal), options.softmax_scale, **launch
             )
     return out, lse
 
@@ -85,16 +101,16 @@ def backward(
     out: Tensor,
     lse: Tensor,
     dlse: Tensor | None,
+    options: Options,
     *,
-    diagonal: int | None,
-    softmax_scale: float,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
     from lmkern.kernels.attention import triton_kernels
 
     sequences, heads, n_q, head_dim = q.shape
     heads_kv, n_k = k.shape[1:3]
     lse = lse.contiguous()
+    diagonal = _diagonal(options, q, k)
     sizes = _sizes(q, k, diagonal)
     key: dict[str, Any] = {"dtype": q.dtype, "head_dim": head_dim, "causal": diagonal is not None}
     dq = dk = dv = None
@@ -107,20 +123,20 @@ def backward(
             )
         if needs[0]:
             dq = torch.empty_like(q)
-            options = constants("dq", **key)
-            if programs := sequences * heads * _blocks(n_q, options["BLOCK_M"]):
+            launch = constants("dq", **key)
+            if programs := sequences * heads * _blocks(n_q, launch["BLOCK_M"]):
                 triton_kernels.backward_dq_kernel[(programs,)](
-                    *_strided(dq, q, k, v, dout), lse, delta, *sizes, softmax_scale, **options
+                    *_strided(dq, q, k, v, dout), lse, delta, *sizes, options.softmax_scale, **launch
                 )
         # One kernel makes both: a caller who wants only one of them is rare.
         if needs[1] or needs[2]:
             dk, dv = torch.empty_like(k), torch.empty_like(v)
-            options = constants("dk_dv", **key)
-            if programs := sequences * heads_kv * _blocks(n_k, options["BLOCK_N"]):
+            launch = constants("dk_dv", **key)
+            if programs := sequences * heads_kv * _blocks(n_k, launch["BLOCK_N"]):
                 triton_kernels.backward_dk_dv_kernel[(programs,)](
-                    *_strided(dk, dv, q, k, v, dout), lse, delta, *sizes, softmax_scale, **options
+                    *_strided(dk, dv, q, k, v, dout), lse, delta, *sizes, options.softmax_scale, **launch
                 )
-    return dq, dk if needs[1] else None, dv if needs[2] else None
+    return dq, dk if needs[1] else None, dv if needs[2] else None, None, None, None
 
 
 def constants(kernel: str, dtype: torch.dtype, head_dim: int, *, causal: bool) -> dict[str, Any]:
@@ -147,6 +163,13 @@ def delta_constants(head_dim: int) -> dict[str, int]:
 def _block_d(head_dim: int) -> int:
     """The power of two that holds head_dim; a matrix product takes at least 16."""
     return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def _diagonal(options: Options, q: Tensor, k: Tensor) -> int | None:
+    """Query i sees the keys j <= i + diagonal; None: all."""
+    if options.right is None:
+        return None
+    return options.right + (0 if options.top_left else k.shape[2] - q.shape[2])
 
 
 def _sizes(q: Tensor, k: Tensor, diagonal: int | None) -> tuple[int, int, int, int, int]:
