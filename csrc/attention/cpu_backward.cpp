@@ -117,21 +117,22 @@ private:
                                            : static_cast<const C*>(p_.dlse) + (s_.batch * p_.heads + head) * p_.n_q + row;
         C* delta = delta_of(head);
         for (int64_t i = 0; i < queries_; ++i) {
-            const T* a = out.row(i);
-            const T* b = dout.row(i);
-            C total = 0;
-            if (out.column_stride == 1 && dout.column_stride == 1) {
-                Vector<C> sums{};
-                int64_t d = 0;
-                for (; d + lanes <= D_; d += lanes) sums += load(a + d) * load(b + d);
-                if (d < D_) sums += load(a + d, D_ - d) * load(b + d, D_ - d);
-                total = sum<C>(sums);
-            } else {
-                for (int64_t d = 0; d < D_; ++d)
-                    total += load_one(a + d * out.column_stride) * load_one(b + d * dout.column_stride);
-            }
+            T gathered[2][256];
+            const T* a = whole_row(out, i, gathered[0]);
+            const T* b = whole_row(dout, i, gathered[1]);
+            Vector<C> sums{};
+            int64_t d = 0;
+            for (; d + lanes <= D_; d += lanes) sums += load(a + d) * load(b + d);
+            if (d < D_) sums += load(a + d, D_ - d) * load(b + d, D_ - d);
+            const C total = sum<C>(sums);
             delta[i] = total - (dlse == nullptr ? C(0) : dlse[i]);
         }
+    }
+
+    const T* whole_row(Matrix<const T> from, int64_t row, T* gathered) const {
+        if (from.column_stride == 1) return from.row(row);
+        for (int64_t d = 0; d < D_; ++d) gathered[d] = from.row(row)[d * from.column_stride];
+        return gathered;
     }
 
     void pack_keys() {
@@ -329,9 +330,10 @@ private:
                         dweight = dropout.keep(dweight * scale, bits);
                     }
                     Vector<C> dscore = weight * (dweight - delta_[row + r]);
-                    if (masked) dscore = weight == 0 ? Vector<C>{} : dscore;
+                    if (masked || keeps) dscore = weight == 0 ? Vector<C>{} : dscore;
                     if (keeps) store(dweights_.data + place, dscore);
-                    if (keeps && p_.softcap > 0) dscore *= load(slopes_.data + place);
+                    if (keeps && p_.softcap > 0)
+                        dscore = weight == 0 ? Vector<C>{} : dscore * load(slopes_.data + place);
                     weights[n] = kept;
                     dscores[n] = dscore;
                 }
@@ -339,15 +341,11 @@ private:
                 put_dscores(row + i, column + j, dscores);
             }
         }
-        if (!keeps) return;
-        for (int64_t i = 0; i < at.queries; ++i) {
-            const C* dscores = dweights_.data + i * kScoreStride;
-            if (part_.dbias) add_bias_gradient(dscores, head, at.first_query + i, at);
-            if (p_.drelative_bias != nullptr && !part_.dbias)
-                score_rows.add_relative_gradient(dscores, at.first_query + i, at.first_key, at.keys,
-                                                 static_cast<C*>(p_.drelative_bias) +
-                                                     (s_.index * p_.heads + head) * (2 * p_.relative_radius + 1));
-        }
+        if (keeps && part_.dbias) add_bias_gradient(head, at);
+        if (keeps && !part_.dbias && p_.drelative_bias != nullptr)
+            score_rows.add_relative_gradient(dweights_, at,
+                                             static_cast<C*>(p_.drelative_bias) +
+                                                 (s_.index * p_.heads + head) * (2 * p_.relative_radius + 1));
     }
 
     void put_dscores(int64_t row, int64_t column, const Vector<C> dscores[4]) {
@@ -359,11 +357,33 @@ private:
             }
     }
 
-    void add_bias_gradient(const C* dscores, int64_t head, int64_t query, const BlockPlace& at) {
+    // Adds a block of dS to the gradient of the bias, first over what the bias was broadcast to within the block: sums
+    // of sums have smaller errors than long ones.
+    void add_bias_gradient(int64_t head, const BlockPlace& at) {
         const Strides& s = p_.dbias_strides;
-        C* target = static_cast<C*>(p_.dbias) + s_.batch * s.batch + head * s.head + query * s.row + at.first_key * s.column;
+        C* target = static_cast<C*>(p_.dbias) + s_.batch * s.batch + head * s.head + at.first_query * s.row +
+                    at.first_key * s.column;
         const int64_t keys = std::min(at.keys, s_.n_k - at.first_key);
-        for (int64_t j = 0; j < keys; ++j) target[j * s.column] += dscores[j];
+        int64_t rows = at.queries;
+        if (s.row == 0) {
+            for (int64_t i = 1; i < rows; ++i)
+                for (int64_t j = 0; j < at.keys; j += lanes) {
+                    C* first = dweights_.data + j;
+                    store(first, load(first) + load(first + i * kScoreStride));
+                }
+            rows = 1;
+        }
+        for (int64_t i = 0; i < rows; ++i) {
+            const C* row = dweights_.data + i * kScoreStride;
+            C* to = target + i * s.row;
+            if (s.column == 0) {
+                Vector<C> sums{};
+                for (int64_t j = 0; j < at.keys; j += lanes) sums += load(row + j);
+                *to += sum<C>(sums);
+            } else {
+                for (int64_t j = 0; j < keys; ++j) to[j * s.column] += row[j];
+            }
+        }
     }
 
     // Rows of keys out of their transposed sums.

@@ -94,18 +94,19 @@ public:
         return true;
     }
 
-    // Adds a row of the gradient of scores to that of the biases that the row read.
-    void add_relative_gradient(const C* gradient, int64_t query, int64_t first_key, int64_t columns,
-                               C* drelative) const {
-        columns = std::min(columns, band_.n_k - first_key);
-        C* target = drelative + p_.relative_radius + first_key - query - s_.offset;
-        for (int64_t j = 0; j < columns; j += lanes) {
-            const int64_t n = std::min(lanes, columns - j);
-            if (n == lanes)
-                store(target + j, load(target + j) + load(gradient + j));
-            else
-                store(target + j, load(target + j, n) + load(gradient + j, n), n);
-        }
+    // Adds a block of the gradient of scores to that of the relative bias, along its diagonals: first within the block,
+    // since sums of sums have smaller errors than long ones.
+    static constexpr int64_t kDiagonals = 64 + 64;
+    void add_relative_gradient(Block<C> gradient, const BlockPlace& at, C* drelative) const {
+        const int64_t keys = std::min(at.keys, band_.n_k - at.first_key), last = at.queries - 1;
+        C diagonals[kDiagonals + lanes] = {};
+        for (int64_t i = 0; i < at.queries; ++i)
+            for (int64_t j = 0; j < at.keys; j += lanes) {
+                C* place = diagonals + last - i + j;
+                store(place, load(place) + load(gradient.data + i * gradient.stride + j));
+            }
+        C* target = drelative + p_.relative_radius + at.first_key - at.first_query - s_.offset - last;
+        for (int64_t t = 0; t < keys + last; ++t) target[t] += diagonals[t];
     }
 
 private:

@@ -81,7 +81,7 @@ def _sink_gradient(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, 
     if dlse is not None:
         delta = delta - dlse
     weights = torch.exp(sinks[:, None] - lse.masked_fill(lse == -torch.inf, torch.inf))
-    return -(weights * delta).sum((0, 2))
+    return -(weights * delta).double().sum((0, 2)).to(lse.dtype)
 
 
 def _pack(tensors: Mapping[str, Tensor | None], options: Options) -> bytes:
