@@ -56,6 +56,23 @@ inline Vector<C> broadcast(C value) {
     return Vector<C>{} + value;
 }
 
+// The element at p in every lane. Straight from memory: a broadcast between registers takes a port from the
+// products.
+inline Vector<float> load_broadcast(const float* p) {
+#if defined(__AVX512F__)
+    return bit_cast<Vector<float>>(_mm512_broadcastss_ps(_mm_load_ss(p)));
+#else
+    return broadcast(*p);
+#endif
+}
+inline Vector<double> load_broadcast(const double* p) {
+#if defined(__AVX512F__)
+    return bit_cast<Vector<double>>(_mm512_broadcastsd_pd(_mm_load_sd(p)));
+#else
+    return broadcast(*p);
+#endif
+}
+
 // 0, 1, 2, ... in the lanes.
 template <class C>
 inline Integers<C> lane_indices() {
@@ -202,7 +219,6 @@ inline void store_one(double* p, double value) {
     *p = value;
 }
 
-
 // A NaN in b wins, one in a does not: the running maximum is a, and sums carry the NaN on.
 template <class V>
 inline V max(V a, V b) {
@@ -280,11 +296,12 @@ inline Vector<float> exp2(Vector<float> x) {
 #if defined(__AVX512DQ__)
     const __m512 v = bit_cast<__m512>(x);
     // x - floor(x), and at the end times 2^floor(x).
-    const Vector<float> r = bit_cast<Vector<float>>(_mm512_reduce_ps(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+    const Vector<float> r =
+        bit_cast<Vector<float>>(_mm512_reduce_ps(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
     const Vector<float> p = ((((c5 * r + c4) * r + c3) * r + c2) * r + c1) * r + c0;
     return bit_cast<Vector<float>>(_mm512_scalef_ps(bit_cast<__m512>(p), v));
 #else
-    x = max(broadcast(-126.75f), x);  // whose n below is -127, and the scale 0
+    x = max(broadcast(-126.75f), x);                     // whose n below is -127, and the scale 0
     const Vector<float> shifted = x - 0.5f + 0x1.8p23f;  // the nearest integer to x - 1/2 in the last bits
     const Vector<float> r = x - (shifted - 0x1.8p23f);
     const Vector<float> p = ((((c5 * r + c4) * r + c3) * r + c2) * r + c1) * r + c0;
@@ -304,7 +321,8 @@ inline Vector<C> tanh(Vector<C> x) {
         // Up to 0.625 x + x^3 P(x^2), P fitted to the relative error; beyond it 1 - 2 / (e^2x + 1).
         const Vector<float> z = x * x;
         const Vector<float> p =
-            (((-0x1.76ac1ap-8f * z + 0x1.5256d8p-6f) * z - 0x1.b84448p-5f) * z + 0x1.110768p-3f) * z - 0x1.555534p-2f;
+            (((-0x1.76ac1ap-8f * z + 0x1.5256d8p-6f) * z - 0x1.b84448p-5f) * z + 0x1.110768p-3f) * z -
+            0x1.555534p-2f;
         const Vector<float> small = x + x * z * p;
         const Vector<float> bounded = size > 10.0f ? broadcast(10.0f) : size;
         const Vector<float> large = 1.0f - 2.0f / (exp<float>(bounded * 2.0f) + 1.0f);
