@@ -38,7 +38,7 @@ class Case:
     main: its rows stand in README.md.
     kept_memory: the process keeps freed memory as a training run does (lmkern.training.memory). That cannot
         be undone, so these rows run after all others; their names say "kept-memory".
-    peak_memory: the memory that a call takes is measured too.
+    peak_memory: the memory that a call takes is measured too (on a CPU not together with kept_memory).
     """
 
     shape: Any

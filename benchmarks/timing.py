@@ -145,7 +145,8 @@ def peak_bytes(call: Call) -> int | None:
     """The memory that a call holds at its highest point, above what was there before; None where unknown.
 
     On a GPU as torch's allocator counts it; on Linux by the high-water mark of the process, which sees only
-    what the allocator asks the system for: a second call finds workspaces in place.
+    what the allocator asks the system for (a second call finds workspaces in place; kept memory hides all of
+    it) and is exact to a megabyte.
     """
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.reset_peak_memory_stats()

@@ -92,4 +92,5 @@ def test_the_fastest_is_found_and_hopeless_ones_run_once() -> None:
 def test_peak_memory_is_that_of_the_call() -> None:
     size = 64 * 2**20
     peak = timing.peak_bytes(lambda: torch.ones(size, dtype=torch.uint8))
-    assert peak is None or size <= peak < 2 * size
+    # Linux counts pages for each thread and adds them up now and then.
+    assert peak is None or abs(peak - size) < 4 * 2**20
