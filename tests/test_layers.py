@@ -131,12 +131,13 @@ def test_an_op_has_the_same_name_in_every_layer(op: str) -> None:
 def test_listed_backends_are_files_with_the_contract(op: str) -> None:
     folder = PACKAGE / "kernels" / op
     names = backends.backend_names(op)
+    passes = getattr(importlib.import_module(f"lmkern.kernels.{op}"), "PASSES", ("forward", "backward"))
     assert names[-1] == "reference"
     assert len(set(names)) == len(names)
     for backend in names:
         assert (folder / f"{backend}.py").is_file()
         module = backends.load(op, backend)
-        for function in ("forward", "backward", "unsupported", "unavailable"):
+        for function in (*passes, "unsupported", "unavailable"):
             assert callable(getattr(module, function)), f"{op} {backend}: {function}"
 
 

@@ -1,7 +1,8 @@
 """Ops: differentiable functions. They check arguments in words, choose a backend and hold the autograd."""
 
 from lmkern.ops.attention import attention, scaled_dot_product_attention
+from lmkern.ops.cached_attention import cached_attention
 from lmkern.ops.layer_norm import layer_norm
 from lmkern.ops.relative_bias import alibi, bucketed_bias
 
-__all__ = ["alibi", "attention", "bucketed_bias", "layer_norm", "scaled_dot_product_attention"]
+__all__ = ["alibi", "attention", "bucketed_bias", "cached_attention", "layer_norm", "scaled_dot_product_attention"]
