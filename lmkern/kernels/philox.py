@@ -1,7 +1,7 @@
 """The random bits of dropout: Philox4x32-10, a function of a seed and of where an element stands.
 
-Nothing is stored between forward and backward, and every backend draws the same mask. Here in torch's integers,
-as the specification; kernels compute the same in registers.
+Nothing is stored between forward and backward, and every backend draws the same mask. Here in torch's
+integers, as the specification; kernels compute the same in registers.
 
 Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """
@@ -51,7 +51,7 @@ def threshold(dropout_p: float) -> int:
 
 
 def keep_scale(dropout_p: float) -> float:
-    """What a kept element is multiplied by: one over the probability, as rounded, of keeping it; 0 if none is."""
+    """What a kept element is multiplied by: 1 / (1 - p) of p as rounded; 0 where nothing is kept."""
     kept = LEVELS - threshold(dropout_p)
     return LEVELS / kept if kept else 0.0
 
@@ -63,8 +63,8 @@ def keep_mask(seed: Tensor, dropout_p: float, shape: Sequence[int], *, outermost
         weights are (sequence, head, query, key), the rows of a norm (row, column).
     outermost: what the first of four dimensions counts from.
 
-    With the key (low, high 32 bits of seed) and the counter (column // 8, row, head, sequence), column j takes 16
-    of the 128 bits: word (j % 8) // 2, its low half if j is even.
+    With the key (low, high 32 bits of seed) and the counter (column // 8, row, head, sequence), column j
+    takes 16 of the 128 bits: word (j % 8) // 2, its low half if j is even.
     """
     sizes = (1,) * (4 - len(shape)) + tuple(shape)
     sequence, head, row, block = (

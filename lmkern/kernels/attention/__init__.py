@@ -42,10 +42,10 @@ class Options:
     queries cu_seqlens_q[s] to cu_seqlens_q[s + 1] and the keys cu_seqlens_k[s] to cu_seqlens_k[s + 1]. Each
     is a sequence of its own: i, j, N_q and N_k above count within it. A document may be empty on either side.
 
-    Dropout acts on the weights after softmax: out = sum over keys of keep / (1 - p) * weight * v. The bits are
-    Philox4x32-10 (Salmon et al. 2011) with the key (low, high 32 bits of seed) and the counter (j // 8, i,
-    head, sequence), j and i within the sequence, which is the batch element or the document; key j takes 16 of
-    the 128 bits, word (j % 8) // 2, its low half if j is even. It is kept if they are at least
+    Dropout acts on the weights after softmax: out = sum over keys of keep / (1 - p) * weight * v. The bits
+    are Philox4x32-10 (Salmon et al. 2011) with the key (low, high 32 bits of seed) and the counter (j // 8,
+    i, head, sequence), j and i within the sequence, which is the batch element or the document; key j takes
+    16 of the 128 bits, word (j % 8) // 2, its low half if j is even. It is kept if they are at least
     round(dropout_p * 65536), and what is kept is scaled by 65536 / (65536 - round(dropout_p * 65536)).
     """
 
