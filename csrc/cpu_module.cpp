@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "attention/cpu.hpp"
-#include "layer_norm/cpu.hpp"
+#include "norm/cpu.hpp"
 #include "simd/amx.hpp"
 
 namespace py = pybind11;
@@ -47,6 +47,6 @@ PYBIND11_MODULE(LMKERN_MODULE_NAME, m) {
     m.def("supported_instruction_sets", supported_instruction_sets);
     m.def("attention_forward", call<AttentionParams, attention_forward>);
     m.def("attention_backward", call<AttentionParams, attention_backward>);
-    m.def("layer_norm_forward", call<LayerNormParams, layer_norm_forward>);
-    m.def("layer_norm_backward", call<LayerNormParams, layer_norm_backward>);
+    m.def("norm_forward", call<NormParams, norm_forward>);
+    m.def("norm_backward", call<NormParams, norm_backward>);
 }

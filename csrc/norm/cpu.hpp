@@ -1,14 +1,15 @@
-// Layer norm on the CPU. Contract: lmkern/kernels/layer_norm/__init__.py.
+// Layer norm and RMS norm on the CPU, alone or after dropout and the addition of a residual. Contracts:
+// lmkern/kernels/{layer_norm,rms_norm,add_norm}/__init__.py.
 #pragma once
 
-#include "layer_norm/params.hpp"
+#include "norm/params.hpp"
 
 namespace lmkern {
 
-// Reads x, weight, bias; writes y, mean, rstd.
-void layer_norm_forward(const LayerNormParams& p);
+// Reads x, residual, weight, bias; writes y, mean, rstd, and h where there is a residual.
+void norm_forward(const NormParams& p);
 
-// Reads x, weight, mean, rstd, dy; writes those of dx, dweight and dbias that are not null.
-void layer_norm_backward(const LayerNormParams& p);
+// Reads h, weight, mean, rstd, dy, dh; writes those of dx, dresidual, dweight and dbias that are not null.
+void norm_backward(const NormParams& p);
 
 }  // namespace lmkern
