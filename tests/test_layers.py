@@ -26,7 +26,7 @@ COMMON = {"files", "machine"}
 HEAVY = {"matplotlib", "triton", "transformers"}
 
 # Ops that are one kernel family in C++.
-FAMILIES = {"layer_norm": "norm"}
+FAMILIES = {"layer_norm": "norm", "rms_norm": "norm", "add_norm": "norm"}
 
 PYTHON_FILES = sorted(PACKAGE.rglob("*.py"))
 CSRC_FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".cpp", ".hpp", ".cu", ".cuh", ".h"})

@@ -51,12 +51,12 @@ inline void for_row(int64_t columns, const Body& body) {
 }
 
 // The sums over the columns of what body(at, add) adds: add(which, vector). Running sums take turns and start
-// anew every 32 additions: short chains are fast, and their rounding errors small. The order of the additions
-// does not depend on count.
+// anew every 32 additions: short chains are fast, and their rounding errors small; the total of the chains
+// carries its own (Kahan's summation). The order of the additions does not depend on count.
 template <class C, int count, int turns, class Body>
 inline std::array<C, count> sums_over_row(int64_t columns, const Body& body) {
     constexpr int64_t lanes = kLanes<C>, block = 32 * turns * lanes;
-    Vector<C> total[count] = {};
+    Vector<C> total[count] = {}, lost[count] = {};
     for (int64_t column = 0; column < columns;) {
         const int64_t end = std::min(columns, column + block);
         Vector<C> running[turns][count] = {};
@@ -69,7 +69,11 @@ inline std::array<C, count> sums_over_row(int64_t columns, const Body& body) {
         if (column < end) step(Tail<C>{column, end - column}, turns - 1);
         column = end;
         for (int turn = 0; turn < turns; ++turn)
-            for (int which = 0; which < count; ++which) total[which] += running[turn][which];
+            for (int which = 0; which < count; ++which) {
+                const Vector<C> more = running[turn][which] - lost[which], grown = total[which] + more;
+                lost[which] = (grown - total[which]) - more;
+                total[which] = grown;
+            }
     }
     std::array<C, count> sums;
     for (int which = 0; which < count; ++which) sums[which] = sum<C>(total[which]);
