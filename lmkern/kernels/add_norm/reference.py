@@ -65,7 +65,7 @@ def _dropout(x: Tensor, options: Options) -> Tensor:
     if options.dropout_p == 0.0 or options.seed is None:
         return x
     kept = philox.keep_mask(options.seed, options.dropout_p, x.shape)  # (R, E)
-    return x * (kept * philox.keep_scale(options.dropout_p))
+    return x * kept * philox.keep_scale(options.dropout_p)
 
 
 def _shifted(weight: Tensor | None, options: Options) -> Tensor | None:
