@@ -8,7 +8,7 @@
 
 #include "attention/cpu.hpp"
 #include "cached_attention/cpu.hpp"
-#include "layer_norm/cpu.hpp"
+#include "norm/cpu.hpp"
 #include "simd/amx.hpp"
 
 namespace py = pybind11;
@@ -49,6 +49,6 @@ PYBIND11_MODULE(LMKERN_MODULE_NAME, m) {
     m.def("attention_forward", call<AttentionParams, attention_forward>);
     m.def("attention_backward", call<AttentionParams, attention_backward>);
     m.def("cached_attention_forward", call<CachedAttentionParams, cached_attention_forward>);
-    m.def("layer_norm_forward", call<LayerNormParams, layer_norm_forward>);
-    m.def("layer_norm_backward", call<LayerNormParams, layer_norm_backward>);
+    m.def("norm_forward", call<NormParams, norm_forward>);
+    m.def("norm_backward", call<NormParams, norm_backward>);
 }

@@ -1,7 +1,7 @@
 """lmkern: from raw text to an evaluated, writing language model, on its own kernels."""
 
 from lmkern.kernels.backends import UnsupportedBackend
-from lmkern.ops import attention, cached_attention, layer_norm, scaled_dot_product_attention
+from lmkern.ops import (add_norm, attention, cached_attention, layer_norm, rms_norm, scaled_dot_product_attention)
 
 __version__ = "0.1.0"
 
@@ -11,5 +11,7 @@ __all__ = [
     "attention",
     "cached_attention",
     "layer_norm",
+    "add_norm",
+    "rms_norm",
     "scaled_dot_product_attention",
 ]

@@ -1,8 +1,10 @@
 """Ops: differentiable functions. They check arguments in words, choose a backend and hold the autograd."""
 
+from lmkern.ops.add_norm import add_norm
 from lmkern.ops.attention import attention, scaled_dot_product_attention
 from lmkern.ops.cached_attention import cached_attention
 from lmkern.ops.layer_norm import layer_norm
 from lmkern.ops.relative_bias import alibi, bucketed_bias
+from lmkern.ops.rms_norm import rms_norm
 
-__all__ = ["alibi", "attention", "bucketed_bias", "cached_attention", "layer_norm", "scaled_dot_product_attention"]
+__all__ = ["add_norm", "alibi", "attention", "bucketed_bias", "cached_attention", "layer_norm", "rms_norm", "scaled_dot_product_attention"]

@@ -23,6 +23,11 @@ def direct(*tensors: Tensor | None) -> bool:
     )
 
 
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a call on these must be recorded by autograd."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in their device's autocast dtype, as torch's matrix products take them; float64 is left."""
     device_type = tensors[0].device.type

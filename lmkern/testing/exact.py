@@ -1,4 +1,4 @@
-"""Attention and layer norm in numpy's long double, from the formulas alone.
+"""Attention and the norms in numpy's long double, from the formulas alone.
 
 What float64 kernels are measured against, and a second opinion on the reference. On x86 a long double has 11
 bits more than a float64; where it has none more, float64 kernels are measured against their equal.
@@ -161,3 +161,13 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, eps: float) 
     g = dy_ * weight_
     dx = (g - g.mean(1, keepdims=True) - x_hat * (g * x_hat).mean(1, keepdims=True)) * rstd
     return {"y": x_hat * weight_ + bias_, "dx": dx, "dweight": (dy_ * x_hat).sum(0), "dbias": dy_.sum(0)}
+
+
+def rms_norm(x: Tensor, weight: Tensor, dy: Tensor, eps: float, offset: float = 0.0) -> dict[str, Array]:
+    """y, dx and dweight for x (R, E)."""
+    x_, weight_, dy_ = (long_double(t) for t in (x, weight, dy))
+    rstd = 1 / np.sqrt((x_**2).mean(1, keepdims=True) + np.longdouble(eps))
+    x_hat = x_ * rstd
+    g = dy_ * (offset + weight_)
+    dx = (g - x_hat * (g * x_hat).mean(1, keepdims=True)) * rstd
+    return {"y": x_hat * (offset + weight_), "dx": dx, "dweight": (dy_ * x_hat).sum(0)}

@@ -31,7 +31,7 @@ def test_the_cpu_kernels_are_built() -> None:
 
 
 def test_ops_are_the_folders_of_kernels() -> None:
-    assert OPS == ("attention", "cached_attention", "layer_norm")
+    assert OPS == ("add_norm", "attention", "cached_attention", "layer_norm", "rms_norm")
 
 
 @pytest.mark.parametrize("op", OPS)

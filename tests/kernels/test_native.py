@@ -1,9 +1,7 @@
 """The compiled CPU modules: choice of instruction set, the packed call, forks and threads."""
 
-import importlib
 import os
 import signal
-import struct
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +10,13 @@ import pytest
 import torch
 
 import lmkern
-from lmkern.kernels import native
+from lmkern.kernels import native, norm_call
+from lmkern.kernels.attention import cpu as attention_cpu
 from lmkern.testing import AttentionShape, attention_inputs
 
-ENTRY_POINTS = [(op, name) for op in ("attention", "layer_norm") for name in ("forward", "backward")]
+# The entry points in the modules, and the struct in Python that packs their calls.
+PARAMS = {"attention": attention_cpu._PARAMS, "norm": norm_call.PARAMS}
+ENTRY_POINTS = [(family, name) for family in PARAMS for name in ("forward", "backward")]
 
 # Seconds; a hang, not a slow machine.
 PATIENCE = 60
@@ -55,14 +56,13 @@ def test_an_unknown_instruction_set_is_refused(chosen_again: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("name", native.INSTRUCTION_SETS)
-@pytest.mark.parametrize(("op", "entry"), ENTRY_POINTS)
-def test_packed_call_has_the_size_that_was_compiled(op: str, entry: str, name: str) -> None:
+@pytest.mark.parametrize(("family", "entry"), ENTRY_POINTS)
+def test_packed_call_has_the_size_that_was_compiled(family: str, entry: str, name: str) -> None:
     module = native.cpu_modules().get(name)
     if module is None:
         pytest.skip(f"this processor has no {name}")
-    params: struct.Struct = importlib.import_module(f"lmkern.kernels.{op}.cpu")._PARAMS
-    function = getattr(module, f"{op}_{entry}")
-    for size in (0, params.size - 8, params.size + 8):
+    function, size_in_python = getattr(module, f"{family}_{entry}"), PARAMS[family].size
+    for size in (0, size_in_python - 8, size_in_python + 8):
         with pytest.raises(ValueError, match="does not match the compiled module; rebuild it"):
             function(bytes(size))
 
