@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attention/cpu.hpp"
+#include "cross_entropy/cpu.hpp"
 #include "layer_norm/cpu.hpp"
 #include "simd/amx.hpp"
 
@@ -47,6 +48,8 @@ PYBIND11_MODULE(LMKERN_MODULE_NAME, m) {
     m.def("supported_instruction_sets", supported_instruction_sets);
     m.def("attention_forward", call<AttentionParams, attention_forward>);
     m.def("attention_backward", call<AttentionParams, attention_backward>);
+    m.def("cross_entropy_forward", call<CrossEntropyParams, cross_entropy_forward>);
+    m.def("cross_entropy_backward", call<CrossEntropyParams, cross_entropy_backward>);
     m.def("layer_norm_forward", call<LayerNormParams, layer_norm_forward>);
     m.def("layer_norm_backward", call<LayerNormParams, layer_norm_backward>);
 }
