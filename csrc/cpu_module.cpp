@@ -9,6 +9,7 @@
 #include "attention/cpu.hpp"
 #include "cross_entropy/cpu.hpp"
 #include "layer_norm/cpu.hpp"
+#include "linear_cross_entropy/cpu.hpp"
 #include "simd/amx.hpp"
 
 namespace py = pybind11;
@@ -52,4 +53,8 @@ PYBIND11_MODULE(LMKERN_MODULE_NAME, m) {
     m.def("cross_entropy_backward", call<CrossEntropyParams, cross_entropy_backward>);
     m.def("layer_norm_forward", call<LayerNormParams, layer_norm_forward>);
     m.def("layer_norm_backward", call<LayerNormParams, layer_norm_backward>);
+#if defined(__AMX_BF16__)
+    m.def("weight_gradient_add", call<WeightGradientParams, weight_gradient_add>);
+    m.def("weight_gradient_store", call<WeightGradientParams, weight_gradient_store>);
+#endif
 }

@@ -12,9 +12,9 @@ The contract of every backend:
     forward(logits, targets, *, ignore_index, label_smoothing, z_loss, softcap) -> (loss, lse)
     backward(dloss, logits, targets, lse, *, ignore_index, label_smoothing, z_loss, softcap) -> dlogits
 
-    logits, dlogits     (R, V)    any row stride, elements of a row contiguous; dlogits contiguous, logits' dtype
-    targets             (R,)      int64 in [0, V) or ignore_index, contiguous
-    loss, lse, dloss    (R,)      float32; float64 for float64 logits; dloss with any stride
+    logits, dlogits   (R, V)   any row stride, a row's elements contiguous; dlogits contiguous, logits' dtype
+    targets           (R,)     int64 in [0, V) or ignore_index, contiguous
+    loss, lse, dloss  (R,)     float32; float64 for float64 logits; dloss with any stride
 
 Sums are at least float32. lse of an ignored token is 0.
 """
