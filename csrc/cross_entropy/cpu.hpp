@@ -5,10 +5,10 @@
 
 namespace lmkern {
 
-// Reads logits and targets; writes loss and lse, and dlogits too if that is not null.
+// Reads logits and targets; writes loss, row_max and log_sum, and dlogits too if that is not null.
 void cross_entropy_forward(const CrossEntropyParams& p);
 
-// Reads logits, targets, lse and dloss; writes dlogits.
+// Reads logits, targets, row_max, log_sum and dloss; writes dlogits.
 void cross_entropy_backward(const CrossEntropyParams& p);
 
 }  // namespace lmkern

@@ -4,6 +4,9 @@
 //     loss  = lse - (1 - s) z[target] - s mean(z) + z_loss lse^2
 //     dz[j] = dloss ((1 + 2 z_loss lse) exp(z[j] - lse) - s / V - (1 - s) [j = target])
 //
+// lse is kept as row_max + log_sum: rounded to one number it would cost large weights half their digits in
+// common, (z[j] - row_max) - log_sum does not.
+//
 // A row is read from memory once a pass. Where both passes run on it at once, the second finds it in the
 // cache: V 50,304 in bfloat16 is 100 KB.
 #include <algorithm>
@@ -51,17 +54,16 @@ struct Row {
     using C = Compute<T>;
     const T* logits;
     int64_t columns;
-    C softcap, inverse;
+    C softcap;
 
     Row(const CrossEntropyParams& p, int64_t row)
         : logits(static_cast<const T*>(p.logits) + row * p.logits_stride),
           columns(p.columns),
-          softcap(static_cast<C>(p.softcap)),
-          inverse(C(1) / static_cast<C>(p.softcap)) {}
+          softcap(static_cast<C>(p.softcap)) {}
 
     Vector<C> z(Vector<C> logit) const {
         if constexpr (capped)
-            return tanh<C>(logit * inverse) * softcap;
+            return tanh<C>(logit / softcap) * softcap;
         else
             return logit;
     }
@@ -70,10 +72,10 @@ struct Row {
 
 template <class C>
 struct Statistics {
-    C lse, mean;
+    C row_max, log_sum, mean;
 };
 
-// lse, and with `smoothed` the mean of z. A block's exponentials are taken relative to the largest logit so
+// With `smoothed` the mean of z too. A block's exponentials are taken relative to the largest logit so
 // far; sums start anew each block, so that rounding errors grow with the block and not with the row.
 template <bool smoothed, class T, bool capped>
 Statistics<Compute<T>> statistics(const Row<T, capped>& row) {
@@ -126,23 +128,23 @@ Statistics<Compute<T>> statistics(const Row<T, capped>& row) {
         row_sum += sum<C>((sums[0] + sums[1]) + (sums[2] + sums[3]));
         if constexpr (smoothed) total += sum<C>((totals[0] + totals[1]) + (totals[2] + totals[3]));
     }
-    return {reference + std::log(row_sum), total / static_cast<C>(row.columns)};
+    return {reference, std::log(row_sum), total / static_cast<C>(row.columns)};
 }
 
 template <class T, bool capped>
-void gradient(const CrossEntropyParams& p, const Row<T, capped>& row, int64_t target, Compute<T> lse,
-              Compute<T> dloss, T* dlogits) {
+void gradient(const CrossEntropyParams& p, const Row<T, capped>& row, int64_t target, Compute<T> row_max,
+              Compute<T> log_sum, Compute<T> dloss, T* dlogits) {
     using C = Compute<T>;
     constexpr int64_t lanes = kLanes<C>;
     const C smoothing = static_cast<C>(p.label_smoothing);
-    const C factor = dloss * (C(1) + C(2) * static_cast<C>(p.z_loss) * lse);
+    const C factor = dloss * (C(1) + C(2) * static_cast<C>(p.z_loss) * (row_max + log_sum));
     const C uniform = dloss * smoothing / static_cast<C>(row.columns);
     auto at = [&](Vector<C> logit, C less) {
         if constexpr (capped) {
-            const Vector<C> t = tanh<C>(logit * row.inverse);
-            return (exp_for<T>(t * row.softcap - lse) * factor - less) * (C(1) - t * t);
+            const Vector<C> t = tanh<C>(logit / row.softcap);
+            return (exp_for<T>((t * row.softcap - row_max) - log_sum) * factor - less) * (C(1) - t * t);
         } else {
-            return exp_for<T>(logit - lse) * factor - less;
+            return exp_for<T>((logit - row_max) - log_sum) * factor - less;
         }
     };
     // Before the logits are overwritten, if they are.
@@ -160,26 +162,30 @@ void forward_row(const CrossEntropyParams& p, int64_t index) {
     using C = Compute<T>;
     const Row<T, capped> row(p, index);
     C& loss = static_cast<C*>(p.loss)[index];
-    C& lse = static_cast<C*>(p.lse)[index];
+    C& row_max = static_cast<C*>(p.row_max)[index];
+    C& log_sum = static_cast<C*>(p.log_sum)[index];
     T* dlogits = p.dlogits == nullptr ? nullptr : static_cast<T*>(p.dlogits) + index * p.dlogits_stride;
     const int64_t target = p.targets[index];
     if (target == p.ignore_index) {
-        loss = lse = C(0);
+        loss = row_max = log_sum = C(0);
         if (dlogits != nullptr) std::fill_n(dlogits, p.columns, T{});
         return;
     }
-    const auto [row_lse, mean] = statistics<smoothed>(row);
-    const C hit = row.z(load_one(row.logits + target));
-    lse = row_lse;
+    const auto of_row = statistics<smoothed>(row);
+    row_max = of_row.row_max;
+    log_sum = of_row.log_sum;
+    loss = (row_max - row.z(load_one(row.logits + target))) + log_sum;
     if constexpr (smoothed) {
         const C s = static_cast<C>(p.label_smoothing);
-        loss = (C(1) - s) * (lse - hit) + s * (lse - mean);
-    } else {
-        loss = lse - hit;
+        loss = (C(1) - s) * loss + s * ((row_max - of_row.mean) + log_sum);
     }
-    if (p.z_loss != 0) loss += static_cast<C>(p.z_loss) * lse * lse;
+    if (p.z_loss != 0) {
+        const C lse = row_max + log_sum;
+        loss += static_cast<C>(p.z_loss) * lse * lse;
+    }
     if (dlogits == nullptr) return;
-    gradient(p, row, target, lse, static_cast<const C*>(p.dloss)[index * p.dloss_stride], dlogits);
+    gradient(p, row, target, row_max, log_sum, static_cast<const C*>(p.dloss)[index * p.dloss_stride],
+             dlogits);
 }
 
 template <class T, bool capped>
@@ -191,8 +197,9 @@ void backward_row(const CrossEntropyParams& p, int64_t index) {
         std::fill_n(dlogits, p.columns, T{});
         return;
     }
-    gradient(p, Row<T, capped>(p, index), target, static_cast<const C*>(p.lse)[index],
-             static_cast<const C*>(p.dloss)[index * p.dloss_stride], dlogits);
+    gradient(p, Row<T, capped>(p, index), target, static_cast<const C*>(p.row_max)[index],
+             static_cast<const C*>(p.log_sum)[index], static_cast<const C*>(p.dloss)[index * p.dloss_stride],
+             dlogits);
 }
 
 // body(type, std::bool_constant<capped>{}).

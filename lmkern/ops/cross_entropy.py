@@ -82,7 +82,7 @@ def _forward(
     z_loss: float,
     softcap: float,
     backend: str | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     check_range(NAME, targets, logits.shape[1], ignore_index)
     options = _named(ignore_index, label_smoothing, z_loss, softcap)
     kernel = _kernel(logits, backend)
@@ -93,7 +93,8 @@ def _backward(
     dloss: Tensor,
     logits: Tensor,
     targets: Tensor,
-    lse: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -102,7 +103,7 @@ def _backward(
 ) -> Tensor:
     options = _named(ignore_index, label_smoothing, z_loss, softcap)
     kernel = _kernel(logits, backend)
-    return kernel.backward(dloss, _rows(logits), targets.contiguous(), lse, **options)  # type: ignore[no-any-return]
+    return kernel.backward(dloss, _rows(logits), targets.contiguous(), row_max, log_sum, **options)  # type: ignore[no-any-return]
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -120,9 +121,9 @@ class _CrossEntropy(torch.autograd.Function):
         return _gradients(ctx, dloss, _backward)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     logits, targets, *ctx.options = inputs
-    ctx.save_for_backward(logits, targets, output[1])
+    ctx.save_for_backward(logits, targets, *output[1:])
 
 
 def _gradients(ctx: Any, dloss: Tensor, backward: Callable[..., Tensor]) -> tuple[Tensor | None, ...]:
@@ -138,7 +139,7 @@ def _cross_entropy_op(
     z_loss: float,
     softcap: float,
     backend: str | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     return _forward(logits, targets, ignore_index, label_smoothing, z_loss, softcap, backend)
 
 
@@ -151,9 +152,9 @@ def _(
     z_loss: float,
     softcap: float,
     backend: str | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     loss = logits.new_empty(logits.shape[:1], dtype=statistics_dtype(logits))
-    return loss, torch.empty_like(loss)
+    return loss, torch.empty_like(loss), torch.empty_like(loss)
 
 
 @torch.library.custom_op("lmkern::cross_entropy_backward", mutates_args=())
@@ -161,7 +162,8 @@ def _cross_entropy_backward_op(
     dloss: Tensor,
     logits: Tensor,
     targets: Tensor,
-    lse: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -169,7 +171,7 @@ def _cross_entropy_backward_op(
     backend: str | None,
 ) -> Tensor:
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    return _backward(dloss, logits, targets, lse, *options, backend)
+    return _backward(dloss, logits, targets, row_max, log_sum, *options, backend)
 
 
 @_cross_entropy_backward_op.register_fake
@@ -177,7 +179,8 @@ def _(
     dloss: Tensor,
     logits: Tensor,
     targets: Tensor,
-    lse: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -187,7 +190,7 @@ def _(
     return logits.new_empty(logits.shape)
 
 
-def _registered_gradients(ctx: Any, dloss: Tensor, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _registered_gradients(ctx: Any, dloss: Tensor, *_statistics: Tensor | None) -> tuple[Tensor | None, ...]:
     # Through the registered backward, which has no derivative of its own and says so to a double backward.
     return _gradients(ctx, dloss, torch.ops.lmkern.cross_entropy_backward)
 

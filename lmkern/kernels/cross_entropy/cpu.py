@@ -12,9 +12,9 @@ from lmkern.kernels.cpu_call import pointer, unavailable
 
 __all__ = ["backward", "forward", "forward_in_place", "unavailable", "unsupported"]
 
-# CrossEntropyParams: 6 pointers; logits_stride, dloss_stride, dlogits_stride, rows, columns, ignore_index;
+# CrossEntropyParams: 7 pointers; logits_stride, dloss_stride, dlogits_stride, rows, columns, ignore_index;
 # label_smoothing, z_loss, softcap; dtype, threads.
-_PARAMS = struct.Struct("=6q 6q 3d 2q")
+_PARAMS = struct.Struct("=7q 6q 3d 2q")
 
 
 def unsupported(call: Call) -> str | None:
@@ -29,11 +29,13 @@ def forward(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
-) -> tuple[Tensor, Tensor]:
-    loss, lse = _statistics(logits)
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss, row_max, log_sum = _statistics(logits)
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    native.module().cross_entropy_forward(_pack(logits, targets, loss, lse, None, None, *options))
-    return loss, lse
+    native.module().cross_entropy_forward(
+        _pack(logits, targets, loss, row_max, log_sum, None, None, *options)
+    )
+    return loss, row_max, log_sum
 
 
 def forward_in_place(
@@ -47,9 +49,11 @@ def forward_in_place(
     softcap: float,
 ) -> Tensor:
     """The loss; the gradient for dloss takes the place of the logits."""
-    loss, lse = _statistics(logits)
+    loss, row_max, log_sum = _statistics(logits)
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    native.module().cross_entropy_forward(_pack(logits, targets, loss, lse, dloss, logits, *options))
+    native.module().cross_entropy_forward(
+        _pack(logits, targets, loss, row_max, log_sum, dloss, logits, *options)
+    )
     return loss
 
 
@@ -57,7 +61,8 @@ def backward(
     dloss: Tensor,
     logits: Tensor,
     targets: Tensor,
-    lse: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
     *,
     ignore_index: int,
     label_smoothing: float,
@@ -66,21 +71,24 @@ def backward(
 ) -> Tensor:
     dlogits = logits.new_empty(logits.shape)
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    native.module().cross_entropy_backward(_pack(logits, targets, None, lse, dloss, dlogits, *options))
+    native.module().cross_entropy_backward(
+        _pack(logits, targets, None, row_max, log_sum, dloss, dlogits, *options)
+    )
     return dlogits
 
 
-def _statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for loss and lse."""
-    dtype = cpu_call.statistics_dtype(logits)
-    return logits.new_empty(logits.shape[0], dtype=dtype), logits.new_empty(logits.shape[0], dtype=dtype)
+def _statistics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for loss, row_max and log_sum."""
+    loss, row_max, log_sum = logits.new_empty(3, logits.shape[0], dtype=cpu_call.statistics_dtype(logits))
+    return loss, row_max, log_sum
 
 
 def _pack(
     logits: Tensor,
     targets: Tensor,
     loss: Tensor | None,
-    lse: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
     dloss: Tensor | None,
     dlogits: Tensor | None,
     ignore_index: int,
@@ -89,7 +97,7 @@ def _pack(
     softcap: float,
 ) -> bytes:
     return _PARAMS.pack(
-        *(pointer(tensor) for tensor in (logits, targets, loss, lse, dloss, dlogits)),
+        *(pointer(tensor) for tensor in (logits, targets, loss, row_max, log_sum, dloss, dlogits)),
         logits.stride(0),
         0 if dloss is None else dloss.stride(0),
         0 if dlogits is None else dlogits.stride(0),

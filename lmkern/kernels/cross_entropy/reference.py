@@ -24,24 +24,27 @@ def forward(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     ignored = targets == ignore_index  # (R,)
     z = _capped(_wide(logits), softcap)  # (R, V)
-    lse = z.logsumexp(1)  # (R,)
-    hit = z.gather(1, targets.where(~ignored, 0)[:, None])[:, 0] if z.shape[1] else lse  # (R,)
-    loss = (1 - label_smoothing) * (lse - hit)
+    row_max = z.amax(1) if z.shape[1] else z.new_zeros(z.shape[0])  # (R,)
+    log_sum = (z - row_max[:, None]).exp().sum(1).log()  # (R,)
+    hit = z.gather(1, targets.where(~ignored, 0)[:, None])[:, 0] if z.shape[1] else row_max  # (R,)
+    loss = (1 - label_smoothing) * (row_max - hit + log_sum)
     if label_smoothing:
-        loss = loss + label_smoothing * (lse - z.mean(1))
+        loss = loss + label_smoothing * (row_max - z.mean(1) + log_sum)
     if z_loss:
-        loss = loss + z_loss * lse.square()
-    return loss.masked_fill(ignored, 0), lse.masked_fill(ignored, 0)
+        loss = loss + z_loss * (row_max + log_sum).square()
+    statistics = (loss, row_max, log_sum)
+    return tuple(statistic.masked_fill(ignored, 0) for statistic in statistics)  # type: ignore[return-value]
 
 
 def backward(
     dloss: Tensor,
     logits: Tensor,
     targets: Tensor,
-    lse: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
     *,
     ignore_index: int,
     label_smoothing: float,
@@ -51,7 +54,9 @@ def backward(
     ignored = targets == ignore_index  # (R,)
     wide = _wide(logits)
     z = _capped(wide, softcap)  # (R, V)
-    dz = (z - lse[:, None]).exp() * (1 + 2 * z_loss * lse[:, None])  # (R, V)
+    dz = (z - row_max[:, None] - log_sum[:, None]).exp()  # (R, V)
+    if z_loss:
+        dz = dz * (1 + 2 * z_loss * (row_max + log_sum))[:, None]
     if z.shape[1]:
         dz = dz - label_smoothing / z.shape[1]
         hit = targets.where(~ignored, 0)[:, None]

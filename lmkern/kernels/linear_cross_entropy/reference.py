@@ -31,10 +31,10 @@ def forward(
     logits = x_wide @ weight_wide.T  # (R, V)
     if bias is not None:
         logits = logits + bias
-    loss, lse = cross_entropy.forward(logits, targets, **options)  # type: ignore[arg-type]
+    loss, *statistics = cross_entropy.forward(logits, targets, **options)  # type: ignore[arg-type]
     dx = dweight = dbias = None
     if any(needs):
-        dlogits = cross_entropy.backward(dloss, logits, targets, lse, **options)  # type: ignore[arg-type]
+        dlogits = cross_entropy.backward(dloss, logits, targets, *statistics, **options)  # type: ignore[arg-type]
         dx = (dlogits @ weight_wide).to(x.dtype) if needs[0] else None  # (R, E)
         dweight = (dlogits.T @ x_wide).to(weight.dtype) if needs[1] else None  # (V, E)
         dbias = dlogits.sum(0).to(x.dtype) if needs[2] else None  # (V,)
