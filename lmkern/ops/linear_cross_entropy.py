@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,33 +71,20 @@ def linear_cross_entropy(
     return loss.view(targets.shape) if reduction == "none" else loss  # type: ignore[no-any-return]
 
 
-def _run(
-    dloss: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    needs: list[bool],
-    backend: str | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The kernel: loss (R,), and the gradients of sum(dloss * loss)."""
-    call = backends.Call(NAME, {"x": x, "weight": weight, "bias": bias}, {}, backend)
-    return backends.select(call).forward(  # type: ignore[no-any-return]
-        x,
-        weight,
-        bias,
-        targets.contiguous(),
-        dloss.expand(targets.shape),
-        needs=tuple(needs),
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-    )
+def _kernel(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> Any:
+    return backends.select(backends.Call(NAME, {"x": x, "weight": weight, "bias": bias}, {}, backend))
+
+
+def _named(
+    needs: list[bool], ignore_index: int, label_smoothing: float, z_loss: float, softcap: float
+) -> dict[str, Any]:
+    return {
+        "needs": tuple(needs),
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "softcap": softcap,
+    }
 
 
 def _shares(x: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor]:
@@ -126,15 +114,20 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     check_range(NAME, targets, weight.shape[0], ignore_index)
     share, _ = _shares(x, targets, ignore_index, reduction)
-    options = (ignore_index, label_smoothing, z_loss, softcap)
-    loss, *gradients = _run(share, x, weight, bias, targets, *options, needs, backend)
-    dx, dweight, dbias = gradients
+    loss, dx, dweight, dbias = _kernel(x, weight, bias, backend).forward(
+        x,
+        weight,
+        bias,
+        targets.contiguous(),
+        share.expand(targets.shape),
+        **_named(needs, ignore_index, label_smoothing, z_loss, softcap),
+    )
     return reduce(loss, targets, ignore_index, reduction), dx, dweight, dbias
 
 
 def _backward(
     dloss: Tensor,
-    gradients: list[Tensor | None],
+    gradients: Sequence[Tensor | None],
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -150,9 +143,14 @@ def _backward(
     """The gradients of forward times dloss, in place; computed anew where forward left none."""
     share, later = _shares(x, targets, ignore_index, reduction)
     if any(need and gradient is None for need, gradient in zip(needs, gradients, strict=True)):
-        options = (ignore_index, label_smoothing, z_loss, softcap)
-        scale = dloss if reduction == "none" else share
-        gradients = list(_run(scale, x, weight, bias, targets, *options, needs, backend)[1:])
+        gradients = _kernel(x, weight, bias, backend).backward(
+            dloss if reduction == "none" else share.expand(targets.shape),
+            x,
+            weight,
+            bias,
+            targets.contiguous(),
+            **_named(needs, ignore_index, label_smoothing, z_loss, softcap),
+        )
     factor = later if reduction == "none" else dloss * later
     if factor.device.type != "cpu" or factor != 1:
         gradients = [None if gradient is None else gradient.mul_(factor) for gradient in gradients]

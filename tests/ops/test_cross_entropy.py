@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import hypothesis
 import pytest
@@ -70,13 +71,20 @@ def torchs(logits: Tensor, y: Tensor, **options: float) -> Tensor:
 
 
 @functools.cache
+def expected(dtype: torch.dtype, shape: CrossEntropyShape, name: str) -> tuple[Results, dict[str, Any]]:
+    """Torch's results and the exact ones."""
+    inputs, options = cross_entropy_inputs(shape, dtype), OPTIONS[name]
+    right = long_double.cross_entropy(*inputs, **options)
+    return results(functools.partial(torchs, **options), *inputs), right
+
+
+@functools.cache
 def errors(target: Target, dtype: torch.dtype, shape: CrossEntropyShape, name: str) -> dict[str, Errors]:
     options = OPTIONS[name]
     logits, y, dloss = cross_entropy_inputs(shape, dtype)
     with poisoned_memory(), target.active():
         mine = results(ours(target.backend, **options), logits, y, dloss)
-    theirs = results(functools.partial(torchs, **options), logits, y, dloss)
-    right = long_double.cross_entropy(logits, y, dloss, **options)
+    theirs, right = expected(dtype, shape, name)
     # A gradient is the difference of terms as large as dloss times the weight of a class.
     size = float(dloss.abs().max()) if shape.V <= 2 else 0.0
     at_least = {"dlogits": size, "loss": float(logits.abs().max())}

@@ -4,6 +4,8 @@ A token's loss as in lmkern.kernels.cross_entropy. The contract of every backend
 
     forward(x, weight, bias, targets, dloss, *, needs, ignore_index, label_smoothing, z_loss, softcap)
         -> (loss, dx, dweight, dbias)
+    backward(dloss, x, weight, bias, targets, *, needs, ignore_index, label_smoothing, z_loss, softcap)
+        -> (dx, dweight, dbias)
 
     x, dx             (R, E)    any strides; dx contiguous, x's dtype
     weight, dweight   (V, E)    likewise, x's dtype
@@ -12,8 +14,8 @@ A token's loss as in lmkern.kernels.cross_entropy. The contract of every backend
     loss, dloss       (R,)      float32 (float64 for float64); dloss with any stride
     needs             three booleans: which of dx, dweight, dbias are wanted; the others come back as None
 
-There is no backward: once a part of the logits is gone its gradient would need a second product, so the
-gradients of sum(dloss * loss) are computed where the logits are at hand. dweight and dbias are summed over
+Both give the gradients of sum(dloss * loss): forward has a part of the logits at hand when it has computed
+their loss, and backward has to compute them a second time. dweight and dbias are summed over
 the tokens in at least float32, whatever the dtype.
 Hsu et al. 2024, "Liger Kernel", arXiv:2410.10989, section 3.2.
 """

@@ -18,7 +18,7 @@ from lmkern.kernels.backends import Call
 from lmkern.kernels.cpu_call import pointer, unavailable
 from lmkern.kernels.cross_entropy import cpu as cross_entropy
 
-__all__ = ["forward", "unavailable", "unsupported"]
+__all__ = ["backward", "forward", "unavailable", "unsupported"]
 
 # WeightGradientParams: 5 pointers; x_stride, dlogits_stride, tokens, vocabulary, width, first, threads.
 _PARAMS = struct.Struct("=5q 7q")
@@ -87,6 +87,19 @@ def forward(
         None if dweight is None else dweight.result(),
         None if dbias is None else dbias.to(x.dtype),
     )
+
+
+def backward(
+    dloss: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    needs: tuple[bool, bool, bool],
+    **options: Any,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return forward(x, weight, bias, targets, dloss, needs=needs, **options)[1:]
 
 
 def _chunk_tokens(R: int, row_bytes: int) -> int:
