@@ -54,6 +54,7 @@ PYBIND11_MODULE(LMKERN_MODULE_NAME, m) {
     m.def("layer_norm_forward", call<LayerNormParams, layer_norm_forward>);
     m.def("layer_norm_backward", call<LayerNormParams, layer_norm_backward>);
 #if defined(__AMX_BF16__)
+    m.def("input_gradient", call<InputGradientParams, input_gradient>);
     m.def("weight_gradient_add", call<WeightGradientParams, weight_gradient_add>);
     m.def("weight_gradient_store", call<WeightGradientParams, weight_gradient_store>);
 #endif

@@ -12,4 +12,7 @@ void weight_gradient_add(const WeightGradientParams& p);
 // dweight = sums, rounded to bfloat16.
 void weight_gradient_store(const WeightGradientParams& p);
 
+// dx = dlogits weight. Reads dlogits and weight.
+void input_gradient(const InputGradientParams& p);
+
 }  // namespace lmkern

@@ -1,5 +1,5 @@
-// What one call of the weight's gradient passes: filled by lmkern/kernels/linear_cross_entropy/cpu.py, field
-// for field, 8 bytes each.
+// What the products under linear + cross-entropy pass: filled by lmkern/kernels/linear_cross_entropy/cpu.py,
+// field for field, 8 bytes each.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +14,14 @@ struct WeightGradientParams {
     void* dweight;        // (V, E) bfloat16, contiguous
     int64_t x_stride, dlogits_stride, tokens, vocabulary, width;
     int64_t first;  // 1: there is nothing in sums yet
+    int64_t threads;
+};
+
+struct InputGradientParams {
+    const void* dlogits;  // (T, V) bfloat16, rows dlogits_stride elements apart
+    const void* weight;   // (V, E) bfloat16, rows weight_stride elements apart
+    void* dx;             // (T, E) bfloat16, contiguous
+    int64_t dlogits_stride, weight_stride, tokens, vocabulary, width;
     int64_t threads;
 };
 

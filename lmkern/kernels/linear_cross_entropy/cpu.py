@@ -21,13 +21,18 @@ from lmkern.kernels.cross_entropy import cpu as cross_entropy
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
 # WeightGradientParams: 5 pointers; x_stride, dlogits_stride, tokens, vocabulary, width, first, threads.
-_PARAMS = struct.Struct("=5q 7q")
+_WEIGHT_PARAMS = struct.Struct("=5q 7q")
+# InputGradientParams: 3 pointers; dlogits_stride, weight_stride, tokens, vocabulary, width, threads.
+_INPUT_PARAMS = struct.Struct("=3q 6q")
 
 # A chunk's logits take at most so many bytes, unless it has this few tokens.
 _CHUNK_BYTES = 2**27
 _CHUNK_TOKENS = 256
 # What the tokens of a chunk, V and E are rounded up to in csrc/linear_cross_entropy.
 _SIDE = 32
+
+# Tokens from which on our own product gives dx: it shares them out among the threads by 256.
+_AMX_TOKENS = 512
 
 # Rows of dweight that a product in float32 of 16-bit factors makes at once.
 _WIDENED_ROWS = 4096
@@ -76,7 +81,7 @@ def forward(
             continue
         loss[part] = cross_entropy.forward_in_place(logits, targets[part], dloss[part], **options)
         if dx is not None:
-            torch.mm(logits, weight, out=dx[part])
+            _input_gradient(logits, weight, dx[part])
         if dweight is not None:
             dweight.add(logits, x[part])
         if dbias is not None:
@@ -111,6 +116,28 @@ def _chunk_tokens(R: int, row_bytes: int) -> int:
 
 def _rounded_up(n: int) -> int:
     return max(_SIDE, -(-n // _SIDE) * _SIDE)
+
+
+def _amx(x: Tensor) -> bool:
+    """Whether the products of our own take tensors of x's dtype."""
+    return x.dtype == torch.bfloat16 and hasattr(native.module(), "weight_gradient_add")
+
+
+def _input_gradient(dlogits: Tensor, weight: Tensor, dx: Tensor) -> None:
+    """dx (T, E) = dlogits (T, V) @ weight (V, E)."""
+    if not _amx(dx) or dx.shape[0] < _AMX_TOKENS or weight.stride(1) != 1:
+        torch.mm(dlogits, weight, out=dx)
+        return
+    native.module().input_gradient(
+        _INPUT_PARAMS.pack(
+            *(pointer(tensor) for tensor in (dlogits, weight, dx)),
+            dlogits.stride(0),
+            weight.stride(0),
+            dx.shape[0],
+            *weight.shape,
+            native.threads(),
+        )
+    )
 
 
 class _WeightSum:
@@ -164,7 +191,7 @@ class _AmxWeightSum:
         dweight: Tensor | None,
         tokens: int,
     ) -> bytes:
-        return _PARAMS.pack(
+        return _WEIGHT_PARAMS.pack(
             *(pointer(tensor) for tensor in (x, dlogits, packed_x, self.sums, dweight)),
             0 if x is None else x.stride(0),
             0 if dlogits is None else dlogits.stride(0),
@@ -176,5 +203,4 @@ class _AmxWeightSum:
 
 
 def _weight_sum(x: Tensor, weight: Tensor) -> _WeightSum | _AmxWeightSum:
-    amx = x.dtype == torch.bfloat16 and hasattr(native.module(), "weight_gradient_add")
-    return _AmxWeightSum(x, weight) if amx else _WeightSum(x, weight)
+    return _AmxWeightSum(x, weight) if _amx(x) else _WeightSum(x, weight)
