@@ -9,6 +9,9 @@
 #include "attention/cpu.hpp"
 #include "cached_attention/cpu.hpp"
 #include "norm/cpu.hpp"
+#include "cross_entropy/cpu.hpp"
+#include "layer_norm/cpu.hpp"
+#include "linear_cross_entropy/cpu.hpp"
 #include "simd/amx.hpp"
 
 namespace py = pybind11;
@@ -51,4 +54,13 @@ PYBIND11_MODULE(LMKERN_MODULE_NAME, m) {
     m.def("cached_attention_forward", call<CachedAttentionParams, cached_attention_forward>);
     m.def("norm_forward", call<NormParams, norm_forward>);
     m.def("norm_backward", call<NormParams, norm_backward>);
+    m.def("cross_entropy_forward", call<CrossEntropyParams, cross_entropy_forward>);
+    m.def("cross_entropy_backward", call<CrossEntropyParams, cross_entropy_backward>);
+    m.def("layer_norm_forward", call<LayerNormParams, layer_norm_forward>);
+    m.def("layer_norm_backward", call<LayerNormParams, layer_norm_backward>);
+#if defined(__AMX_BF16__)
+    m.def("input_gradient", call<InputGradientParams, input_gradient>);
+    m.def("weight_gradient_add", call<WeightGradientParams, weight_gradient_add>);
+    m.def("weight_gradient_store", call<WeightGradientParams, weight_gradient_store>);
+#endif
 }

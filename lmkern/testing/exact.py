@@ -1,4 +1,4 @@
-"""Attention and the norms in numpy's long double, from the formulas alone.
+"""Attention, norms and cross-entropy in numpy's long double, from the formulas alone.
 
 What float64 kernels are measured against, and a second opinion on the reference. On x86 a long double has 11
 bits more than a float64; where it has none more, float64 kernels are measured against their equal.
@@ -171,3 +171,27 @@ def rms_norm(x: Tensor, weight: Tensor, dy: Tensor, eps: float, offset: float = 
     g = dy_ * (offset + weight_)
     dx = (g - x_hat * (g * x_hat).mean(1, keepdims=True)) * rstd
     return {"y": x_hat * (offset + weight_), "dx": dx, "dweight": (dy_ * x_hat).sum(0)}
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    dloss: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> dict[str, Array]:
+    """loss and dlogits for logits (R, V), none of them ignored."""
+    logits_, dloss_ = long_double(logits), long_double(dloss)
+    rows, hit = np.arange(len(logits_)), targets.numpy()
+    smoothing, z_share = np.longdouble(label_smoothing), np.longdouble(z_loss)
+    t = np.tanh(logits_ / softcap) if softcap else logits_
+    z = t * softcap if softcap else logits_
+    row_max = z.max(1, keepdims=True)
+    lse = row_max + np.log(np.exp(z - row_max).sum(1, keepdims=True))
+    wanted = np.full(z.shape, smoothing / z.shape[1])
+    wanted[rows, hit] += 1 - smoothing
+    loss = lse[:, 0] - (wanted * z).sum(1) + z_share * lse[:, 0] ** 2
+    dz = np.exp(z - lse) * (1 + 2 * z_share * lse) - wanted
+    return {"loss": loss, "dlogits": dz * (1 - t * t if softcap else 1) * dloss_[:, None]}

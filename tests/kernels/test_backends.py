@@ -31,7 +31,7 @@ def test_the_cpu_kernels_are_built() -> None:
 
 
 def test_ops_are_the_folders_of_kernels() -> None:
-    assert OPS == ("add_norm", "attention", "cached_attention", "layer_norm", "rms_norm")
+    assert OPS == ("add_norm", "attention", "cached_attention", "cross_entropy", "layer_norm", "linear_cross_entropy", "rms_norm")
 
 
 @pytest.mark.parametrize("op", OPS)
