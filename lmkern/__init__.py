@@ -1,8 +1,26 @@
 """lmkern: from raw text to an evaluated, writing language model, on its own kernels."""
 
 from lmkern.kernels.backends import UnsupportedBackend
-from lmkern.ops import attention, layer_norm, scaled_dot_product_attention
+from lmkern.ops import (
+    activation,
+    attention,
+    geglu,
+    gelu,
+    layer_norm,
+    scaled_dot_product_attention,
+    swiglu,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["UnsupportedBackend", "__version__", "attention", "layer_norm", "scaled_dot_product_attention"]
+__all__ = [
+    "UnsupportedBackend",
+    "__version__",
+    "activation",
+    "attention",
+    "geglu",
+    "gelu",
+    "layer_norm",
+    "scaled_dot_product_attention",
+    "swiglu",
+]

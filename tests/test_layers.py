@@ -122,21 +122,25 @@ def test_an_op_has_the_same_name_in_every_layer(op: str) -> None:
     assert (PACKAGE / "ops" / f"{op}.py").is_file()
     assert (CSRC / op / "params.hpp").is_file()
     assert (ROOT / "tests" / "ops" / f"test_{op}.py").is_file()
-    public = importlib.import_module("lmkern")
-    assert getattr(public, op) is getattr(importlib.import_module("lmkern.ops"), op)
-    assert op in public.__all__
+    public, ops = importlib.import_module("lmkern"), importlib.import_module("lmkern.ops")
+    names = getattr(importlib.import_module(f"lmkern.kernels.{op}"), "PUBLIC", (op,))
+    assert names
+    for name in names:
+        assert getattr(public, name) is getattr(ops, name)
+        assert name in public.__all__
 
 
 @pytest.mark.parametrize("op", backends.op_names())
 def test_listed_backends_are_files_with_the_contract(op: str) -> None:
     folder = PACKAGE / "kernels" / op
     names = backends.backend_names(op)
+    passes = getattr(importlib.import_module(f"lmkern.kernels.{op}"), "PASSES", ("forward", "backward"))
     assert names[-1] == "reference"
     assert len(set(names)) == len(names)
     for backend in names:
         assert (folder / f"{backend}.py").is_file()
         module = backends.load(op, backend)
-        for function in ("forward", "backward", "unsupported", "unavailable"):
+        for function in (*passes, "unsupported", "unavailable"):
             assert callable(getattr(module, function)), f"{op} {backend}: {function}"
 
 

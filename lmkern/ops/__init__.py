@@ -1,6 +1,15 @@
 """Ops: differentiable functions. They check arguments in words, choose a backend and hold the autograd."""
 
+from lmkern.ops.activation import activation, geglu, gelu, swiglu
 from lmkern.ops.attention import attention, scaled_dot_product_attention
 from lmkern.ops.layer_norm import layer_norm
 
-__all__ = ["attention", "layer_norm", "scaled_dot_product_attention"]
+__all__ = [
+    "activation",
+    "attention",
+    "geglu",
+    "gelu",
+    "layer_norm",
+    "scaled_dot_product_attention",
+    "swiglu",
+]

@@ -1,4 +1,4 @@
-"""Attention and layer norm in numpy's long double, from the formulas alone.
+"""Attention, layer norm and activations in numpy's long double, from the formulas alone.
 
 What float64 kernels are measured against, and a second opinion on the reference. On x86 a long double has 11
 bits more than a float64; where it has none more, float64 kernels are measured against their equal.
@@ -6,6 +6,7 @@ bits more than a float64; where it has none more, float64 kernels are measured a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -66,3 +67,45 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, eps: float) 
     g = dy_ * weight_
     dx = (g - g.mean(1, keepdims=True) - x_hat * (g * x_hat).mean(1, keepdims=True)) * rstd
     return {"y": x_hat * weight_ + bias_, "dx": dx, "dweight": (dy_ * x_hat).sum(0), "dbias": dy_.sum(0)}
+
+
+def activation(x: Tensor, bias: Tensor, dy: Tensor, function: str, *, gated: bool) -> dict[str, Array]:
+    """y, dx and dbias for x (R, W)."""
+    z, dy_ = long_double(x) + long_double(bias), long_double(dy)
+    gate, value = np.split(z, 2, axis=1) if gated else (z, np.ones_like(z))
+    f, slope = _FUNCTIONS[function](gate)
+    halves = (dy_ * value * slope, dy_ * f) if gated else (dy_ * slope,)
+    dx = np.concatenate(halves, axis=1)
+    return {"y": f * value, "dx": dx, "dbias": dx.sum(0)}
+
+
+def _gelu(x: Array) -> tuple[Array, Array]:
+    # P(X <= x) = 1 / 2 + density (x + x^3 / 3 + x^5 / (3 5) + ...), whose terms have one sign.
+    density = np.exp(-x * x / 2) / np.sqrt(2 * np.longdouble(np.pi))
+    term = total = x
+    for odd in range(3, 600, 2):
+        term = term * x * x / odd
+        total = total + term
+    below = 0.5 + density * total
+    return x * below, below + x * density
+
+
+def _gelu_tanh(x: Array) -> tuple[Array, Array]:
+    scale, cube = np.sqrt(2 / np.longdouble(np.pi)), np.longdouble("0.044715")
+    tanh = np.tanh(scale * (x + cube * x**3))
+    return x * (1 + tanh) / 2, (1 + tanh) / 2 + x * (1 - tanh**2) / 2 * scale * (1 + 3 * cube * x**2)
+
+
+def _silu(x: Array) -> tuple[Array, Array]:
+    s = 1 / (1 + np.exp(-x))
+    return x * s, s + x * s * (1 - s)
+
+
+# Of x: the function and its derivative.
+_FUNCTIONS: dict[str, Callable[[Array], tuple[Array, Array]]] = {
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "silu": _silu,
+    "relu": lambda x: (np.maximum(x, 0), (x > 0) + np.longdouble(0)),
+    "relu_squared": lambda x: (np.maximum(x, 0) ** 2, 2 * np.maximum(x, 0)),
+}
