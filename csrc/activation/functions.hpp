@@ -15,26 +15,17 @@ struct ValueAndSlope {
     Vector<C> value, slope;
 };
 
-// Results of 16 bits need no more of exp than this; its error there is 3e-6.
-template <class T>
-constexpr int kExpDegree = sizeof(T) == 2 ? 5 : ExpConstants<Compute<T>>::degree;
-
-// x P(X <= x), X standard normal. Hendrycks and Gimpel 2016, arXiv:1606.08415.
+// x P(X <= x), X standard normal. Hendrycks and Gimpel 2016, arXiv:1606.08415. Of x > 0 it is x less what
+// the tail takes, of x < 0 the tail alone: small values keep their digits.
 struct Gelu {
     template <class T, class C = Compute<T>>
     static ValueAndSlope<C> at(Vector<C> x) {
         constexpr C density = C(0.39894228040143267794);  // 1 / sqrt(2 pi)
-        const Normal<C> n = normal_for<T>(x);
-        return {x * n.below, n.below + x * n.kernel * density};
-    }
-
-private:
-    template <class T>
-    static Normal<Compute<T>> normal_for(Vector<Compute<T>> x) {
-        if constexpr (sizeof(T) == 8)
-            return normal(x);
-        else
-            return normal<std::conditional_t<sizeof(T) == 2, ShortTail, LongTail>>(x);
+        const NormalTail<C> n = normal_tail<T>(x);
+        const Vector<C> below = x < C(0) ? n.tail : C(1) - n.tail;
+        // The tail of an infinity is 0, and the product with it is NaN where the limit is 0.
+        const Vector<C> lost = min(broadcast(C(40)), abs<C>(x)) * n.tail;
+        return {(x < C(0) ? Vector<C>{} : x) - lost, below + x * n.kernel * density};
     }
 };
 
@@ -44,7 +35,7 @@ struct GeluTanh {
     static ValueAndSlope<C> at(Vector<C> x) {
         constexpr C scale = C(1.59576912160573071176), cube = C(0.044715);  // 2 sqrt(2 / pi)
         const Vector<C> square = x * x;
-        const Sigmoid<C> s = sigmoid<C, kExpDegree<T>>(x * (square * (scale * cube) + scale));
+        const Sigmoid<C> s = sigmoid<T>(x * (square * (scale * cube) + scale));
         const Vector<C> inner = square * (3 * scale * cube) + scale;  // d(2 u) / dx
         return {x * s.value, s.value + x * inner * s.slope};
     }
@@ -54,7 +45,7 @@ struct GeluTanh {
 struct Silu {
     template <class T, class C = Compute<T>>
     static ValueAndSlope<C> at(Vector<C> x) {
-        const Sigmoid<C> s = sigmoid<C, kExpDegree<T>>(x);
+        const Sigmoid<C> s = sigmoid<T>(x);
         return {x * s.value, s.value + x * s.slope};
     }
 };

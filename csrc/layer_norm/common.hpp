@@ -1,4 +1,4 @@
-// What the passes of layer norm share: sums over a row, and the types of x and its parameters.
+// What the passes of layer norm share: a row in vectors, and the types of x and its parameters.
 #pragma once
 
 #include <algorithm>
@@ -6,7 +6,7 @@
 
 #include "core/parallel_for.hpp"
 #include "layer_norm/params.hpp"
-#include "simd/row.hpp"
+#include "simd/vector.hpp"
 
 namespace lmkern {
 
@@ -21,6 +21,48 @@ void with_types(const LayerNormParams& p, const Body& body) {
             if (p.parameter_dtype == static_cast<int64_t>(Dtype::float32)) return body(type, Type<float>{});
         body(type, type);
     });
+}
+
+// A whole vector of a row: at(p) loads from there, at.store(p, v) stores.
+template <class C>
+struct Whole {
+    int64_t column;
+
+    template <class T>
+    Vector<C> operator()(const T* p) const {
+        return load(p + column);
+    }
+    template <class T>
+    void store(T* p, Vector<C> v) const {
+        lmkern::store(p + column, v);
+    }
+    Vector<C> inside(Vector<C> v) const { return v; }
+};
+
+// The last columns of a row, fewer than a vector; lanes beyond them load zero and are not stored.
+template <class C>
+struct Tail {
+    int64_t column, count;
+
+    template <class T>
+    Vector<C> operator()(const T* p) const {
+        return load(p + column, count);
+    }
+    template <class T>
+    void store(T* p, Vector<C> v) const {
+        lmkern::store(p + column, v, count);
+    }
+    // v with zero in the lanes beyond the row.
+    Vector<C> inside(Vector<C> v) const {
+        return lane_indices<C>() < static_cast<typename IntegerOf<C>::type>(count) ? v : Vector<C>{};
+    }
+};
+
+template <class C, class Body>
+inline void for_row(int64_t columns, const Body& body) {
+    int64_t column = 0;
+    for (; column + kLanes<C> <= columns; column += kLanes<C>) body(Whole<C>{column});
+    if (column < columns) body(Tail<C>{column, columns - column});
 }
 
 // The sums over a row of what body(at, add) adds: add(which, vector). Running sums take turns, four each, and

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "core/types.hpp"
 
@@ -76,21 +77,42 @@ inline Vector<double> load(const double* p) {
     return v;
 }
 
+// 16-bit integers as 32-bit ones. GCC 12 takes twice the instructions for its own conversion.
+inline Vector<uint32_t> widen(const HalfBits& bits) {
+#if defined(__AVX512F__)
+    return bit_cast<Vector<uint32_t>>(_mm512_maskz_cvtepu16_epi32(0xffff, bit_cast<__m256i>(bits)));
+#elif defined(__AVX2__)
+    return bit_cast<Vector<uint32_t>>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(bits)));
+#else
+    return __builtin_convertvector(bits, Vector<uint32_t>);
+#endif
+}
+
+// The lower halves of 32-bit integers.
+inline HalfBits narrow(Vector<uint32_t> bits) {
+#if defined(__AVX512F__)
+    return bit_cast<HalfBits>(_mm512_maskz_cvtepi32_epi16(0xffff, bit_cast<__m512i>(bits)));
+#else
+    return __builtin_convertvector(bits, HalfBits);
+#endif
+}
+
 inline Vector<float> load(const bfloat16* p) {
     HalfBits bits;
     std::memcpy(&bits, p, sizeof bits);
-    return bit_cast<Vector<float>>(__builtin_convertvector(bits, Vector<uint32_t>) << 16);
+    return bit_cast<Vector<float>>(widen(bits) << 16);
 }
 
 inline Vector<float> load(const float16* p) {
 #if defined(__AVX512F__)
-    return bit_cast<Vector<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+    return bit_cast<Vector<float>>(
+        _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__F16C__)
     return bit_cast<Vector<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
     HalfBits bits;
     std::memcpy(&bits, p, sizeof bits);
-    Vector<uint32_t> wide = __builtin_convertvector(bits, Vector<uint32_t>);
+    Vector<uint32_t> wide = widen(bits);
     Vector<uint32_t> sign = (wide & 0x8000u) << 16;
     const Vector<uint32_t> magnitude = (wide & 0x7fffu) << 13;
     // Rebias the exponent from 15 to 127; infinity and NaN go to the largest one.
@@ -111,19 +133,24 @@ inline void store(double* p, Vector<double> v) {
     std::memcpy(p, &v, sizeof v);
 }
 
-// Rounds to nearest, ties to even; a NaN stays one.
+// Rounds to nearest, ties to even; a NaN stays one. The processor's own conversion takes float32's subnormals
+// for zero, as all arithmetic in a kernel does (FlushDenormals in core/parallel_for.hpp).
 inline void store(bfloat16* p, Vector<float> v) {
+#if defined(__AVX512BF16__)
+    const auto half = _mm512_maskz_cvtneps_pbh(0xffff, bit_cast<__m512>(v));
+#else
     Vector<uint32_t> bits = bit_cast<Vector<uint32_t>>(v);
     Vector<uint32_t> rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
     rounded = v == v ? rounded : (bits | 0x400000u);
-    HalfBits half = __builtin_convertvector(rounded >> 16, HalfBits);
+    const HalfBits half = narrow(rounded >> 16);
+#endif
     std::memcpy(p, &half, sizeof half);
 }
 
 inline void store(float16* p, Vector<float> v) {
 #if defined(__AVX512F__)
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                        _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+                        _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
@@ -141,7 +168,7 @@ inline void store(float16* p, Vector<float> v) {
     half =
         magnitude >= 0x477ff000u ? 0x7c00u + Vector<uint32_t>{} : half;  // 65520 and above round to infinity
     half = magnitude > 0x7f800000u ? 0x7e00u + Vector<uint32_t>{} : half;  // NaN
-    HalfBits packed = __builtin_convertvector(half | sign, HalfBits);
+    HalfBits packed = narrow(half | sign);
     std::memcpy(p, &packed, sizeof packed);
 #endif
 }
@@ -208,12 +235,23 @@ inline V max(V a, V b) {
     return a > b ? a : b;
 }
 
-template <class C>
+template <int distance, class V, int... lane>
+inline V rotate(V v, std::integer_sequence<int, lane...>) {
+    constexpr int lanes = sizeof...(lane);
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(v, v, (lane + distance) % lanes...);
+#else
+    return V{v[(lane + distance) % lanes]...};
+#endif
+}
+
+template <class C, int half = kLanes<C> / 2>
 inline C sum(Vector<C> v) {
     // Halves added together: the order is fixed, and errors grow with the logarithm of the lanes.
-    for (int half = kLanes<C> / 2; half > 0; half /= 2)
-        for (int lane = 0; lane < half; ++lane) v[lane] += v[lane + half];
-    return v[0];
+    if constexpr (half == 0)
+        return v[0];
+    else
+        return sum<C, half / 2>(v + rotate<half>(v, std::make_integer_sequence<int, kLanes<C>>{}));
 }
 
 // Constants of exp, by type. e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2, e^r by its Taylor
