@@ -16,7 +16,7 @@ namespace {
 
 // Writes the row's dx if that is wanted, and adds it to dbias if that is.
 template <class T, class F, bool gated>
-void backward_row(const ActivationParams& p, int64_t row, Compute<T>* dbias) {
+[[gnu::flatten]] void backward_row(const ActivationParams& p, int64_t row, Compute<T>* dbias) {
     using C = Compute<T>;
     const int64_t width = gated ? 2 * p.columns : p.columns;
     const T* x = static_cast<const T*>(p.x) + row * p.x_stride;

@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kElementsPerTask = 16384;
 
 template <class T, class F, bool gated>
-void forward_row(const ActivationParams& p, int64_t row) {
+[[gnu::flatten]] void forward_row(const ActivationParams& p, int64_t row) {
     using C = Compute<T>;
     const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
     const C* bias = static_cast<const C*>(p.bias);

@@ -37,6 +37,8 @@ inline Vector<double> sqrt(Vector<double> x) {
 #endif
 }
 
+// always_inline below: GCC calls a function of this size out of line, and its vectors go through memory.
+
 template <class V>
 inline V min(V a, V b) {
     return a < b ? a : b;
@@ -69,7 +71,7 @@ using Series = std::conditional_t<sizeof(T) == 2, ShortSeries, LongSeries>;
 
 // coefficients[0] + coefficients[1] x + ...
 template <int terms>
-inline Vector<float> polynomial(const float (&coefficients)[terms], Vector<float> x) {
+[[gnu::always_inline]] inline Vector<float> polynomial(const float (&coefficients)[terms], Vector<float> x) {
     Vector<float> value = broadcast(coefficients[terms - 1]);
     for (int term = terms - 2; term >= 0; --term) value = value * x + coefficients[term];
     return value;
@@ -77,7 +79,7 @@ inline Vector<float> polynomial(const float (&coefficients)[terms], Vector<float
 
 // 2^x for x <= 0; under 2^-126 it is 0.
 template <class Series>
-inline Vector<float> exp2(Vector<float> x) {
+[[gnu::always_inline]] inline Vector<float> exp2(Vector<float> x) {
 #if defined(__AVX512F__)
     const __m512 z = bit_cast<__m512>(x);
     const __m512 n = _mm512_maskz_roundscale_ps(0xffff, z, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -110,7 +112,7 @@ inline Vector<double> reciprocal(Vector<double> x) {
 
 // e^(-x) for x >= 0, as good as T can hold.
 template <class T>
-inline Vector<Compute<T>> exp_of_negative(Vector<Compute<T>> x) {
+[[gnu::always_inline]] inline Vector<Compute<T>> exp_of_negative(Vector<Compute<T>> x) {
     if constexpr (sizeof(T) == 8)
         return exp<double>(-x);
     else
@@ -125,7 +127,7 @@ struct Sigmoid {
 
 // With the exponential of -|x| nothing overflows, and the slope has no difference that cancels.
 template <class T, class C = Compute<T>>
-inline Sigmoid<C> sigmoid(Vector<C> x) {
+[[gnu::always_inline]] inline Sigmoid<C> sigmoid(Vector<C> x) {
     const Vector<C> e = exp_of_negative<T>(abs<C>(x));
     const Vector<C> r = reciprocal(e + C(1));
     return {x < C(0) ? e * r : r, e * r * r};
@@ -144,7 +146,7 @@ struct NormalTail {
 //
 // (the form of Abramowitz and Stegun 7.1.26). It keeps the tail's relative accuracy, which 1 - erf(x) loses.
 template <class T, class C = Compute<T>>
-inline NormalTail<C> normal_tail(Vector<C> x) {
+[[gnu::always_inline]] inline NormalTail<C> normal_tail(Vector<C> x) {
     // Beyond 40 both are 0 in float64 too; an infinity would make 0 * infinity.
     const Vector<C> size = min(broadcast(C(40)), abs<C>(x));
     const Vector<C> kernel = exp_of_negative<T>(size * size * C(0.5));
