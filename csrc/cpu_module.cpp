@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "activation/cpu.hpp"
+#include "adamw/cpu.hpp"
 #include "attention/cpu.hpp"
 #include "layer_norm/cpu.hpp"
 #include "simd/amx.hpp"
@@ -48,6 +49,7 @@ PYBIND11_MODULE(LMKERN_MODULE_NAME, m) {
     m.def("supported_instruction_sets", supported_instruction_sets);
     m.def("activation_forward", call<ActivationParams, activation_forward>);
     m.def("activation_backward", call<ActivationParams, activation_backward>);
+    m.def("adamw_step", call<AdamwParams, adamw_step>);
     m.def("attention_forward", call<AttentionParams, attention_forward>);
     m.def("attention_backward", call<AttentionParams, attention_backward>);
     m.def("layer_norm_forward", call<LayerNormParams, layer_norm_forward>);

@@ -3,6 +3,7 @@
 from lmkern.kernels.backends import UnsupportedBackend
 from lmkern.ops import (
     activation,
+    adamw_,
     attention,
     geglu,
     gelu,
@@ -17,6 +18,7 @@ __all__ = [
     "UnsupportedBackend",
     "__version__",
     "activation",
+    "adamw_",
     "attention",
     "geglu",
     "gelu",

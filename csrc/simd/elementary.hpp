@@ -17,7 +17,7 @@ inline Vector<C> abs(Vector<C> x) {
 
 inline Vector<float> sqrt(Vector<float> x) {
 #if defined(__AVX512F__)
-    return bit_cast<Vector<float>>(_mm512_sqrt_ps(bit_cast<__m512>(x)));
+    return bit_cast<Vector<float>>(_mm512_maskz_sqrt_ps(0xffff, bit_cast<__m512>(x)));
 #elif defined(__AVX2__)
     return bit_cast<Vector<float>>(_mm256_sqrt_ps(bit_cast<__m256>(x)));
 #else
@@ -28,7 +28,7 @@ inline Vector<float> sqrt(Vector<float> x) {
 
 inline Vector<double> sqrt(Vector<double> x) {
 #if defined(__AVX512F__)
-    return bit_cast<Vector<double>>(_mm512_sqrt_pd(bit_cast<__m512d>(x)));
+    return bit_cast<Vector<double>>(_mm512_maskz_sqrt_pd(0xff, bit_cast<__m512d>(x)));
 #elif defined(__AVX2__)
     return bit_cast<Vector<double>>(_mm256_sqrt_pd(bit_cast<__m256d>(x)));
 #else

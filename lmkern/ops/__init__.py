@@ -1,11 +1,13 @@
 """Ops: differentiable functions. They check arguments in words, choose a backend and hold the autograd."""
 
 from lmkern.ops.activation import activation, geglu, gelu, swiglu
+from lmkern.ops.adamw import adamw_
 from lmkern.ops.attention import attention, scaled_dot_product_attention
 from lmkern.ops.layer_norm import layer_norm
 
 __all__ = [
     "activation",
+    "adamw_",
     "attention",
     "geglu",
     "gelu",

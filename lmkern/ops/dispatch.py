@@ -46,6 +46,18 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
+def dense(x: Tensor) -> bool:
+    """Whether x fills its memory without gaps or overlaps, in whatever order of dimensions."""
+    if x.is_contiguous() or not x.numel():
+        return True
+    expected = 1
+    for stride, size in sorted((d, n) for d, n in zip(x.stride(), x.shape, strict=True) if n > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def as_tensors(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     """What a registered op returns, which is tensors only: an empty one for a gradient nobody asked for."""
     return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
