@@ -10,6 +10,7 @@
 #include "adamw/cpu.hpp"
 #include "attention/cpu.hpp"
 #include "layer_norm/cpu.hpp"
+#include "rotary/cpu.hpp"
 #include "simd/amx.hpp"
 
 namespace py = pybind11;
@@ -54,4 +55,5 @@ PYBIND11_MODULE(LMKERN_MODULE_NAME, m) {
     m.def("attention_backward", call<AttentionParams, attention_backward>);
     m.def("layer_norm_forward", call<LayerNormParams, layer_norm_forward>);
     m.def("layer_norm_backward", call<LayerNormParams, layer_norm_backward>);
+    m.def("rotary_forward", call<RotaryParams, rotary_forward>);
 }

@@ -8,6 +8,7 @@ from lmkern.ops import (
     geglu,
     gelu,
     layer_norm,
+    rotary,
     scaled_dot_product_attention,
     swiglu,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "geglu",
     "gelu",
     "layer_norm",
+    "rotary",
     "scaled_dot_product_attention",
     "swiglu",
 ]

@@ -4,6 +4,7 @@ from lmkern.ops.activation import activation, geglu, gelu, swiglu
 from lmkern.ops.adamw import adamw_
 from lmkern.ops.attention import attention, scaled_dot_product_attention
 from lmkern.ops.layer_norm import layer_norm
+from lmkern.ops.rotary import rotary
 
 __all__ = [
     "activation",
@@ -12,6 +13,7 @@ __all__ = [
     "geglu",
     "gelu",
     "layer_norm",
+    "rotary",
     "scaled_dot_product_attention",
     "swiglu",
 ]
