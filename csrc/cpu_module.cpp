@@ -9,6 +9,7 @@
 #include "activation/cpu.hpp"
 #include "adamw/cpu.hpp"
 #include "attention/cpu.hpp"
+#include "embedding/cpu.hpp"
 #include "layer_norm/cpu.hpp"
 #include "rotary/cpu.hpp"
 #include "simd/amx.hpp"
@@ -53,6 +54,8 @@ PYBIND11_MODULE(LMKERN_MODULE_NAME, m) {
     m.def("adamw_step", call<AdamwParams, adamw_step>);
     m.def("attention_forward", call<AttentionParams, attention_forward>);
     m.def("attention_backward", call<AttentionParams, attention_backward>);
+    m.def("embedding_forward", call<EmbeddingParams, embedding_forward>);
+    m.def("embedding_backward", call<EmbeddingParams, embedding_backward>);
     m.def("layer_norm_forward", call<LayerNormParams, layer_norm_forward>);
     m.def("layer_norm_backward", call<LayerNormParams, layer_norm_backward>);
     m.def("rotary_forward", call<RotaryParams, rotary_forward>);

@@ -3,6 +3,7 @@
 from lmkern.ops.activation import activation, geglu, gelu, swiglu
 from lmkern.ops.adamw import adamw_
 from lmkern.ops.attention import attention, scaled_dot_product_attention
+from lmkern.ops.embedding import embedding
 from lmkern.ops.layer_norm import layer_norm
 from lmkern.ops.rotary import rotary
 
@@ -10,6 +11,7 @@ __all__ = [
     "activation",
     "adamw_",
     "attention",
+    "embedding",
     "geglu",
     "gelu",
     "layer_norm",

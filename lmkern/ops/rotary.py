@@ -47,7 +47,7 @@ def rotary(
     if direct(x, cos, sin, positions):
         return _Rotary.apply(x, *arguments, inplace, backend)  # type: ignore[no-any-return]
     y = torch.ops.lmkern.rotary(x, *arguments, backend)
-    return x.copy_(y) if inplace else y  # type: ignore[no-any-return]
+    return x.copy_(y) if inplace else y
 
 
 def _forward(
