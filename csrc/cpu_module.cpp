@@ -9,6 +9,7 @@
 #include "activation/cpu.hpp"
 #include "adamw/cpu.hpp"
 #include "attention/cpu.hpp"
+#include "copy/cpu.hpp"
 #include "embedding/cpu.hpp"
 #include "layer_norm/cpu.hpp"
 #include "rotary/cpu.hpp"
@@ -54,6 +55,7 @@ PYBIND11_MODULE(LMKERN_MODULE_NAME, m) {
     m.def("adamw_step", call<AdamwParams, adamw_step>);
     m.def("attention_forward", call<AttentionParams, attention_forward>);
     m.def("attention_backward", call<AttentionParams, attention_backward>);
+    m.def("copy_forward", call<CopyParams, copy_forward>);
     m.def("embedding_forward", call<EmbeddingParams, embedding_forward>);
     m.def("embedding_backward", call<EmbeddingParams, embedding_backward>);
     m.def("layer_norm_forward", call<LayerNormParams, layer_norm_forward>);

@@ -5,6 +5,7 @@ from lmkern.ops import (
     activation,
     adamw_,
     attention,
+    cast,
     embedding,
     geglu,
     gelu,
@@ -12,6 +13,7 @@ from lmkern.ops import (
     rotary,
     scaled_dot_product_attention,
     swiglu,
+    transposed_copy,
 )
 
 __version__ = "0.1.0"
@@ -22,6 +24,7 @@ __all__ = [
     "activation",
     "adamw_",
     "attention",
+    "cast",
     "embedding",
     "geglu",
     "gelu",
@@ -29,4 +32,5 @@ __all__ = [
     "rotary",
     "scaled_dot_product_attention",
     "swiglu",
+    "transposed_copy",
 ]

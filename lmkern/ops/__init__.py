@@ -3,6 +3,7 @@
 from lmkern.ops.activation import activation, geglu, gelu, swiglu
 from lmkern.ops.adamw import adamw_
 from lmkern.ops.attention import attention, scaled_dot_product_attention
+from lmkern.ops.copy import cast, transposed_copy
 from lmkern.ops.embedding import embedding
 from lmkern.ops.layer_norm import layer_norm
 from lmkern.ops.rotary import rotary
@@ -11,6 +12,7 @@ __all__ = [
     "activation",
     "adamw_",
     "attention",
+    "cast",
     "embedding",
     "geglu",
     "gelu",
@@ -18,4 +20,5 @@ __all__ = [
     "rotary",
     "scaled_dot_product_attention",
     "swiglu",
+    "transposed_copy",
 ]
