@@ -1,14 +1,16 @@
 """lmkern: from raw text to an evaluated, writing language model, on its own kernels."""
 
 from lmkern.kernels.backends import UnsupportedBackend
-from lmkern.ops import (add_norm, attention, cached_attention, cross_entropy, layer_norm, linear_cross_entropy, rms_norm, scaled_dot_product_attention)
+from lmkern.ops import (activation, adamw_, add_norm, alibi, attention, bucketed_bias, cached_attention, cast, cross_entropy, embedding, geglu, gelu, layer_norm, linear_cross_entropy, rms_norm, rotary, scaled_dot_product_attention, swiglu, transposed_copy)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "UnsupportedBackend",
     "__version__",
+    "alibi",
     "attention",
+    "bucketed_bias",
     "cached_attention",
     "layer_norm",
     "add_norm",
@@ -16,4 +18,13 @@ __all__ = [
     "cross_entropy",
     "linear_cross_entropy",
     "scaled_dot_product_attention",
+    "activation",
+    "adamw_",
+    "cast",
+    "embedding",
+    "geglu",
+    "gelu",
+    "rotary",
+    "swiglu",
+    "transposed_copy",
 ]

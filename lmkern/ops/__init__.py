@@ -8,5 +8,10 @@ from lmkern.ops.relative_bias import alibi, bucketed_bias
 from lmkern.ops.rms_norm import rms_norm
 from lmkern.ops.cross_entropy import cross_entropy
 from lmkern.ops.linear_cross_entropy import linear_cross_entropy
+from lmkern.ops.activation import activation, geglu, gelu, swiglu
+from lmkern.ops.adamw import adamw_
+from lmkern.ops.copy import cast, transposed_copy
+from lmkern.ops.embedding import embedding
+from lmkern.ops.rotary import rotary
 
-__all__ = ["add_norm", "alibi", "attention", "bucketed_bias", "cached_attention", "cross_entropy", "layer_norm", "linear_cross_entropy", "rms_norm", "scaled_dot_product_attention"]
+__all__ = ["activation", "adamw_", "add_norm", "alibi", "attention", "bucketed_bias", "cached_attention", "cast", "cross_entropy", "embedding", "geglu", "gelu", "layer_norm", "linear_cross_entropy", "rms_norm", "rotary", "scaled_dot_product_attention", "swiglu", "transposed_copy"]

@@ -6,7 +6,7 @@ bits more than a float64; where it has none more, float64 kernels are measured a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import (Callable, Iterator)
 from typing import Any
 
 import numpy as np
@@ -195,3 +195,45 @@ def cross_entropy(
     loss = lse[:, 0] - (wanted * z).sum(1) + z_share * lse[:, 0] ** 2
     dz = np.exp(z - lse) * (1 + 2 * z_share * lse) - wanted
     return {"loss": loss, "dlogits": dz * (1 - t * t if softcap else 1) * dloss_[:, None]}
+
+
+def activation(x: Tensor, bias: Tensor, dy: Tensor, function: str, *, gated: bool) -> dict[str, Array]:
+    """y, dx and dbias for x (R, W)."""
+    z, dy_ = long_double(x) + long_double(bias), long_double(dy)
+    gate, value = np.split(z, 2, axis=1) if gated else (z, np.ones_like(z))
+    f, slope = _FUNCTIONS[function](gate)
+    halves = (dy_ * value * slope, dy_ * f) if gated else (dy_ * slope,)
+    dx = np.concatenate(halves, axis=1)
+    return {"y": f * value, "dx": dx, "dbias": dx.sum(0)}
+
+
+def _gelu(x: Array) -> tuple[Array, Array]:
+    # P(X <= x) = 1 / 2 + density (x + x^3 / 3 + x^5 / (3 5) + ...), whose terms have one sign.
+    density = np.exp(-x * x / 2) / np.sqrt(2 * np.longdouble(np.pi))
+    term = total = x
+    for odd in range(3, 600, 2):
+        term = term * x * x / odd
+        total = total + term
+    below = 0.5 + density * total
+    return x * below, below + x * density
+
+
+def _gelu_tanh(x: Array) -> tuple[Array, Array]:
+    scale, cube = np.sqrt(2 / np.longdouble(np.pi)), np.longdouble("0.044715")
+    tanh = np.tanh(scale * (x + cube * x**3))
+    return x * (1 + tanh) / 2, (1 + tanh) / 2 + x * (1 - tanh**2) / 2 * scale * (1 + 3 * cube * x**2)
+
+
+def _silu(x: Array) -> tuple[Array, Array]:
+    s = 1 / (1 + np.exp(-x))
+    return x * s, s + x * s * (1 - s)
+
+
+# Of x: the function and its derivative.
+_FUNCTIONS: dict[str, Callable[[Array], tuple[Array, Array]]] = {
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "silu": _silu,
+    "relu": lambda x: (np.maximum(x, 0), (x > 0) + np.longdouble(0)),
+    "relu_squared": lambda x: (np.maximum(x, 0) ** 2, 2 * np.maximum(x, 0)),
+}
