@@ -64,12 +64,12 @@ PYBIND11_MODULE(LMKERN_MODULE_NAME, m) {
     m.def("cross_entropy_forward", call<CrossEntropyParams, cross_entropy_forward>);
     m.def("embedding_backward", call<EmbeddingParams, embedding_backward>);
     m.def("embedding_forward", call<EmbeddingParams, embedding_forward>);
-    m.def("input_gradient", call<InputGradientParams, input_gradient>);
     m.def("norm_backward", call<NormParams, norm_backward>);
     m.def("norm_forward", call<NormParams, norm_forward>);
     m.def("rotary_forward", call<RotaryParams, rotary_forward>);
+#if defined(__AMX_BF16__)
+    m.def("input_gradient", call<InputGradientParams, input_gradient>);
     m.def("weight_gradient_add", call<WeightGradientParams, weight_gradient_add>);
     m.def("weight_gradient_store", call<WeightGradientParams, weight_gradient_store>);
-#if defined(__AMX_BF16__)
 #endif
 }

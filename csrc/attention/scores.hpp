@@ -6,6 +6,7 @@
 
 #include "attention/operands.hpp"
 #include "simd/philox.hpp"
+#include "simd/tanh.hpp"
 
 namespace lmkern {
 

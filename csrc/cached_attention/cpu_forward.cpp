@@ -42,12 +42,12 @@ template <class T>
 constexpr int kDegree = sizeof(T) == 2 ? 5 : ExpConstants<Compute<T>>::degree;
 
 // The sequence of one batch element, as its queries see it.
-struct Sequence {
+struct CachedKeys {
     int64_t length;
     int64_t first_position;  // of query 0; below zero it sees no key
     int64_t first_key;       // the first that any query sees
 
-    Sequence(const CachedAttentionParams& p, int64_t batch)
+    CachedKeys(const CachedAttentionParams& p, int64_t batch)
         : length(p.lengths == nullptr ? p.n_max : p.lengths[batch]),
           first_position(length - p.n_q),
           first_key(p.left < 0 ? 0 : std::min(length, std::max<int64_t>(0, first_position - p.left))) {}
@@ -219,7 +219,7 @@ void softmax_row(const CachedAttentionParams& p, C* scores, int64_t first_key, i
 template <class T, class Order>
 void forward_split(const CachedAttentionParams& p, int64_t batch, int64_t head_kv, int64_t split) {
     using C = Compute<T>;
-    const Sequence sequence(p, batch);
+    const CachedKeys sequence(p, batch);
     const int64_t begin = std::max(sequence.first_key, split * p.split);
     const int64_t end = std::min(sequence.length, (split + 1) * p.split), keys = end - begin;
     const int64_t group = p.heads / p.heads_kv, rows = group * p.n_q, D = p.head_dim, width = padded<C>(D);
@@ -275,7 +275,7 @@ void forward_split(const CachedAttentionParams& p, int64_t batch, int64_t head_k
 template <class T, class Order>
 void join_splits(const CachedAttentionParams& p, int64_t batch, int64_t head_kv) {
     using C = Compute<T>;
-    const Sequence sequence(p, batch);
+    const CachedKeys sequence(p, batch);
     const int64_t first_split = sequence.first_split(p), end_split = first_split + sequence.splits(p);
     const int64_t group = p.heads / p.heads_kv, width = padded<C>(p.head_dim);
     Workspace& workspace = Workspace::of_this_thread();
@@ -326,7 +326,7 @@ void cached_attention_forward(const CachedAttentionParams& p) {
     // Of each sequence, the number of ranges in it and in those before it.
     std::vector<int64_t> ends(static_cast<size_t>(p.batch) + 1, 0);
     for (int64_t batch = 0; batch < p.batch; ++batch)
-        ends[batch + 1] = ends[batch] + Sequence(p, batch).splits(p) * p.heads_kv;
+        ends[batch + 1] = ends[batch] + CachedKeys(p, batch).splits(p) * p.heads_kv;
     const int64_t total = ends.back();
     // Neighbouring ranges go to one thread, whose reads then run on through memory.
     const int64_t tasks = std::min(total, p.threads * 8);
@@ -337,7 +337,7 @@ void cached_attention_forward(const CachedAttentionParams& p) {
             int64_t batch = 0;
             for (int64_t index = task * total / tasks; index < (task + 1) * total / tasks; ++index) {
                 while (index >= ends[batch + 1]) ++batch;
-                const Sequence sequence(p, batch);
+                const CachedKeys sequence(p, batch);
                 const int64_t place = index - ends[batch], splits = sequence.splits(p);
                 forward_split<T, Order>(p, batch, place / splits, sequence.first_split(p) + place % splits);
             }

@@ -348,27 +348,6 @@ inline Vector<float> exp2(Vector<float> x) {
 #endif
 }
 
-// tanh to the last place or two.
-template <class C>
-inline Vector<C> tanh(Vector<C> x) {
-    if constexpr (sizeof(C) == 8) {
-        for (int lane = 0; lane < kLanes<C>; ++lane) x[lane] = std::tanh(x[lane]);
-        return x;
-    } else {
-        const Vector<float> size = x < 0 ? -x : x;
-        // Up to 0.625 x + x^3 P(x^2), P fitted to the relative error; beyond it 1 - 2 / (e^2x + 1).
-        const Vector<float> z = x * x;
-        const Vector<float> p =
-            (((-0x1.76ac1ap-8f * z + 0x1.5256d8p-6f) * z - 0x1.b84448p-5f) * z + 0x1.110768p-3f) * z -
-            0x1.555534p-2f;
-        const Vector<float> small = x + x * z * p;
-        const Vector<float> bounded = size > 10.0f ? broadcast(10.0f) : size;
-        const Vector<float> large = 1.0f - 2.0f / (exp<float>(bounded * 2.0f) + 1.0f);
-        const Vector<float> signed_large = x < 0 ? -large : large;
-        return size > 0.625f ? signed_large : small;
-    }
-}
-
 // The natural logarithm of x >= 0: -inf of 0, NaN of NaN, to a unit or two in the last place.
 template <class C>
 inline Vector<C> log(Vector<C> x) {

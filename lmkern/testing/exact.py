@@ -6,7 +6,7 @@ bits more than a float64; where it has none more, float64 kernels are measured a
 
 from __future__ import annotations
 
-from collections.abc import (Callable, Iterator)
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmkern.testing.shapes import (AttentionFeatures, AttentionShape, CrossEntropyShape, LayerNormShape, LinearCrossEntropyShape)
+from lmkern.testing.shapes import (
+    AttentionFeatures,
+    AttentionShape,
+    CrossEntropyShape,
+    LayerNormShape,
+    LinearCrossEntropyShape,
+)
 
 # randn(*shape) gives a fresh contiguous tensor; a layout makes one and returns a (B, H, N, D) view of it.
 Randn = Callable[..., Tensor]

@@ -1,4 +1,4 @@
-"""`lmkern.linear_cross_entropy` on every backend: values and gradients against the exact ones, edges, errors."""
+"""`lmkern.linear_cross_entropy` on every backend: values, gradients, edges, errors."""
 
 import functools
 from collections.abc import Callable
