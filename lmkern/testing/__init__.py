@@ -11,6 +11,7 @@ from lmkern.testing.inputs import (
 )
 from lmkern.testing.poison import poisoned_memory
 from lmkern.testing.results import (
+    attention_errors,
     attention_results,
     exact_attention,
     layer_norm_results,
@@ -42,6 +43,7 @@ __all__ = [
     "Errors",
     "LayerNormShape",
     "Target",
+    "attention_errors",
     "attention_inputs",
     "attention_options",
     "attention_results",

@@ -13,6 +13,8 @@ from torch import Tensor
 
 import lmkern
 from lmkern.kernels.philox import keep_mask, keep_scale
+from lmkern.testing import exact as long_double
+from lmkern.testing.error_budget import Errors, measure
 from lmkern.testing.inputs import leaves
 from lmkern.testing.shapes import AttentionShape
 
@@ -84,6 +86,34 @@ def torchs_attention(
         return out, lse
 
     return attention_results(call, q, k, v, dout)
+
+
+def attention_errors(
+    ours: dict[str, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    shape: AttentionShape,
+    options: dict[str, Any],
+) -> dict[str, Errors]:
+    """Errors of our results with options, and torch's, from long double.
+
+    Those of the gradients of options are counted in units of the inputs' dtype, and of the sum of their
+    terms' sizes: the terms hold out, which is rounded to that dtype; and such a gradient has few elements,
+    each a sum of thousands, and how well the last bits of those cancel is chance.
+    """
+    torchs = torchs_attention(q, k, v, dout, shape, options)
+    exact = long_double.attention(q, k, v, dout, shape, options=options)
+    sizes = long_double.attention(q, k, v, dout, shape, options=options, absolute=True)
+    errors = {}
+    for name, value in ours.items():
+        at_least = 0.0
+        if name not in ("out", "lse", "dq", "dk", "dv"):
+            units = torch.finfo(q.dtype).eps / torch.finfo(value.dtype).eps
+            at_least = float(abs(sizes[name]).max(initial=0)) * units
+        errors[name] = measure(value.cpu(), torchs[name], exact[name], at_least=at_least)
+    return errors
 
 
 def torchs_formula(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
