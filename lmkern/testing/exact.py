@@ -142,7 +142,8 @@ def _sequence(
     }
     terms, sink_terms = dscores, -sink * mean
     if absolute:
-        terms, sink_terms = abs(terms), abs(sink_terms)
+        # A term of a row that one key has to itself is a difference of two that are as large as this.
+        terms, sink_terms = weights * (abs(dweights) + abs(mean)), abs(sink_terms)
     if "bias" in options:
         broadcast = tuple(d for d, size in enumerate(options["bias"].shape) if size == 1)
         results["dbias"] = terms.sum(broadcast, keepdims=True)
