@@ -13,6 +13,7 @@ from lmkern.testing.inputs import (
 )
 from lmkern.testing.poison import poisoned_memory
 from lmkern.testing.results import (
+    attention_errors,
     attention_results,
     exact_attention,
     layer_norm_results,
@@ -54,6 +55,7 @@ __all__ = [
     "LayerNormShape",
     "LinearCrossEntropyShape",
     "Target",
+    "attention_errors",
     "attention_inputs",
     "attention_options",
     "attention_results",

@@ -36,10 +36,13 @@ def attention(
     shape: AttentionShape,
     dlse: Tensor | None = None,
     options: dict[str, Any] | None = None,
+    *,
+    absolute: bool = False,
 ) -> dict[str, Array]:
     """out, lse, dq, dk and dv of `lmkern.attention` with the default scale, and d<name> of floating options.
 
-    options: its keywords; default causal as the shape says.
+    options: its keywords; default causal as the shape says. absolute: in d<name> the absolute values of the
+        terms are added up, which is what their rounding errors are to be compared with.
     """
     options = {"causal": shape.causal} if options is None else options
     floating = {name: long_double(x) for name, x in options.items() if _floating(x)}
@@ -52,7 +55,7 @@ def attention(
     for number, queries, keys in _sequences(shape, options):
         part = _sequence(
             q_[:, :, queries], k_[:, :, keys], v_[:, :, keys], dout_[:, :, queries],
-            None if dlse_ is None else dlse_[:, :, queries], {**options, **floating}, number,
+            None if dlse_ is None else dlse_[:, :, queries], {**options, **floating}, number, absolute,
         )  # fmt: skip
         for name, value in part.items():
             if name in ("out", "lse", "dq"):
@@ -74,8 +77,9 @@ def _sequences(shape: AttentionShape, options: dict[str, Any]) -> Iterator[tuple
 
 
 def _sequence(
-    q: Array, k: Array, v: Array, dout: Array, dlse: Array | None, options: dict[str, Any], number: int
-) -> dict[str, Array]:
+    q: Array, k: Array, v: Array, dout: Array, dlse: Array | None, options: dict[str, Any], number: int,
+    absolute: bool,
+) -> dict[str, Array]:  # fmt: skip
     """The same for sequences that are not packed, the first one of them having this number."""
     heads_kv, n_q, n_k = k.shape[1], q.shape[2], k.shape[2]
     group = q.shape[1] // heads_kv
@@ -136,19 +140,23 @@ def _sequence(
         "dk": of_groups(dproducts.swapaxes(2, 3) @ q),
         "dv": of_groups((weights * keep).swapaxes(2, 3) @ dout),
     }
+    terms, sink_terms = dscores, -sink * mean
+    if absolute:
+        # A term of a row that one key has to itself is a difference of two that are as large as this.
+        terms, sink_terms = weights * (abs(dweights) + abs(mean)), abs(sink_terms)
     if "bias" in options:
         broadcast = tuple(d for d, size in enumerate(options["bias"].shape) if size == 1)
-        results["dbias"] = dscores.sum(broadcast, keepdims=True)
+        results["dbias"] = terms.sum(broadcast, keepdims=True)
     if "relative_bias" in options:
         rows = np.zeros((q.shape[1], options["relative_bias"].shape[1]), np.longdouble)
         for diagonal in np.unique(offset):
-            along = dscores[:, :, offset == diagonal].sum((0, 2))
+            along = terms[:, :, offset == diagonal].sum((0, 2))
             rows[:, diagonal + rows.shape[1] // 2] = along
         results["drelative_bias"] = rows if len(options["relative_bias"]) > 1 else rows.sum(0, keepdims=True)
     if "alibi_slopes" in options:
-        results["dalibi_slopes"] = -(dscores * abs(offset)).sum((0, 2, 3))
+        results["dalibi_slopes"] = -(terms * abs(offset)).sum((0, 2, 3))
     if "sinks" in options:
-        results["dsinks"] = -(sink * mean).sum((0, 2, 3))
+        results["dsinks"] = sink_terms.sum((0, 2, 3))
     return results
 
 
