@@ -5,8 +5,8 @@
 #include <string>
 
 #include "core/parallel_for.hpp"
+#include "core/types.hpp"
 #include "embedding/cpu.hpp"
-#include "simd/vector.hpp"
 
 namespace lmkern {
 namespace {
@@ -23,15 +23,6 @@ void check_range(const EmbeddingParams& p) {
                                 " to " + std::to_string(*std::max_element(p.tokens, p.tokens + p.count)));
 }
 
-// Rows are short: a call of memcpy for each costs a fifth more.
-template <class T>
-void copy_row(const T* x, T* y, int64_t columns) {
-    constexpr int64_t step = kVectorBytes / sizeof(T);
-    int64_t column = 0;
-    for (; column + step <= columns; column += step) std::memcpy(y + column, x + column, kVectorBytes);
-    for (; column < columns; ++column) y[column] = x[column];
-}
-
 }  // namespace
 
 void embedding_forward(const EmbeddingParams& p) {
@@ -42,11 +33,12 @@ void embedding_forward(const EmbeddingParams& p) {
         constexpr int64_t elements_per_task = 32768;
         const int64_t tasks = std::min(p.threads, ceil_div(p.count * p.columns, elements_per_task));
         const int64_t rows_per_task = ceil_div(p.count, std::max<int64_t>(tasks, 1));
+        const size_t row_bytes = static_cast<size_t>(p.columns) * sizeof(T);
         parallel_for(tasks, p.threads, [&](int64_t task) {
             const int64_t end = std::min(p.count, (task + 1) * rows_per_task);
             for (int64_t row = task * rows_per_task; row < end; ++row)
-                copy_row(static_cast<const T*>(p.weight) + p.tokens[row] * p.columns,
-                         static_cast<T*>(p.y) + row * p.columns, p.columns);
+                std::memcpy(static_cast<T*>(p.y) + row * p.columns,
+                            static_cast<const T*>(p.weight) + p.tokens[row] * p.columns, row_bytes);
         });
     });
 }
