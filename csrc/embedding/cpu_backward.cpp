@@ -56,15 +56,18 @@ void sum_strip(const EmbeddingParams& p, int64_t v, int64_t column) {
 template <class T>
 void sum_tokens(const EmbeddingParams& p, int64_t first, int64_t end) {
     constexpr int64_t lanes = kLanes<Compute<T>>, strip = 8 * lanes;
-    for (int64_t v = first; v < end; ++v) {
-        if (p.starts[v] == p.starts[v + 1]) {
-            std::memset(static_cast<T*>(p.dweight) + v * p.columns, 0,
-                        static_cast<size_t>(p.columns) * sizeof(T));
-            continue;
-        }
+    for (int64_t v = first; v < end;) {
+        // Most of a large vocabulary is not in a batch: one fill for each run of tokens that are not.
+        int64_t seen = v;
+        while (seen < end && p.starts[seen] == p.starts[seen + 1]) ++seen;
+        std::memset(static_cast<T*>(p.dweight) + v * p.columns, 0,
+                    static_cast<size_t>((seen - v) * p.columns) * sizeof(T));
+        v = seen;
+        if (v == end) return;
         int64_t column = 0;
         for (; column + strip <= p.columns; column += strip) sum_strip<T, 8>(p, v, column);
         for (; column < p.columns; column += lanes) sum_strip<T, 1>(p, v, column);
+        ++v;
     }
 }
 

@@ -1,14 +1,32 @@
 // Embedding forward on the CPU: rows of the weight, copied.
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "core/parallel_for.hpp"
 #include "core/types.hpp"
 #include "embedding/cpu.hpp"
 
 namespace lmkern {
+namespace {
+
+void check_range(const EmbeddingParams& p) {
+    int64_t low = 0, high = -1;
+    for (int64_t i = 0; i < p.count; ++i) {
+        low = std::min(low, p.tokens[i]);
+        high = std::max(high, p.tokens[i]);
+    }
+    if (low < 0 || high >= p.vocabulary)
+        throw std::out_of_range("embedding: tokens must lie in [0, " + std::to_string(p.vocabulary) +
+                                "); got " + std::to_string(*std::min_element(p.tokens, p.tokens + p.count)) +
+                                " to " + std::to_string(*std::max_element(p.tokens, p.tokens + p.count)));
+}
+
+}  // namespace
 
 void embedding_forward(const EmbeddingParams& p) {
+    check_range(p);
     with_type(static_cast<Dtype>(p.dtype), [&](auto type) {
         using T = typename decltype(type)::type;
         // Fewer elements than this are not worth another thread.

@@ -7,7 +7,7 @@ The contract of every backend.
     forward(tokens, weight) -> y
     backward(dy, tokens, *, vocabulary, padding_idx) -> dweight
 
-    tokens      (N,)      int64, contiguous, each in [0, V): ops checks it
+    tokens      (N,)      int64, contiguous; forward raises IndexError unless each lies in [0, V)
     weight      (V, E)    contiguous
     y           (N, E)    contiguous, weight's dtype
     dy          (N, E)    any row stride, elements of a row contiguous; weight's dtype

@@ -17,6 +17,10 @@ def unsupported(call: Call) -> str | None:
 
 
 def forward(tokens: Tensor, weight: Tensor) -> Tensor:
+    if tokens.device.type == "cpu" and tokens.numel():
+        low, high = (int(token) for token in tokens.aminmax())
+        if low < 0 or high >= weight.shape[0]:
+            raise IndexError(f"embedding: tokens must lie in [0, {weight.shape[0]}); got {low} to {high}")
     return weight.index_select(0, tokens)
 
 
