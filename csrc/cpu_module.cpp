@@ -8,6 +8,7 @@
 
 #include "attention/cpu.hpp"
 #include "cached_attention/cpu.hpp"
+#include "core/workspace.hpp"
 #include "layer_norm/cpu.hpp"
 #include "simd/amx.hpp"
 
@@ -46,6 +47,7 @@ std::vector<std::string> supported_instruction_sets() {
 PYBIND11_MODULE(LMKERN_MODULE_NAME, m) {
     using namespace lmkern;
     m.def("supported_instruction_sets", supported_instruction_sets);
+    m.def("workspace_bytes", Workspace::bytes_of_all_threads);
     m.def("attention_forward", call<AttentionParams, attention_forward>);
     m.def("attention_backward", call<AttentionParams, attention_backward>);
     m.def("cached_attention_forward", call<CachedAttentionParams, cached_attention_forward>);

@@ -4,18 +4,28 @@ import importlib
 import os
 import signal
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
 import lmkern
-from lmkern.kernels import native
+from lmkern.kernels import backends, native
 from lmkern.testing import AttentionShape, attention_inputs
 
-ENTRY_POINTS = [(op, name) for op in ("attention", "layer_norm") for name in ("forward", "backward")]
+OPS = [op for op in backends.op_names() if "cpu" in backends.backend_names(op)]
+
+
+def passes(op: str) -> tuple[str, ...]:
+    return getattr(importlib.import_module(f"lmkern.kernels.{op}"), "PASSES", ("forward", "backward"))
+
+
+ENTRY_POINTS = [(op, name) for op in OPS for name in passes(op)]
 
 # Seconds; a hang, not a slow machine.
 PATIENCE = 60
@@ -67,17 +77,53 @@ def test_packed_call_has_the_size_that_was_compiled(op: str, entry: str, name: s
             function(bytes(size))
 
 
-def results() -> tuple[torch.Tensor, ...]:
-    """Forward and backward of both ops, on two threads."""
-    shape = AttentionShape(2, 4, 150, 16, 150, 4, causal=True)
-    q, k, v, dout = attention_inputs(shape)
+def attention_call() -> tuple[torch.Tensor, ...]:
+    q, k, v, dout = attention_inputs(AttentionShape(2, 4, 150, 16, 150, 4, causal=True))
     q.requires_grad_()
     out = lmkern.attention(q, k, v, causal=True, backend="cpu")
-    (dq,) = torch.autograd.grad(out, q, dout)
+    return out.detach(), *torch.autograd.grad(out, q, dout)
+
+
+def cached_attention_call() -> tuple[torch.Tensor, ...]:
+    q, k, v, _ = attention_inputs(AttentionShape(2, 4, 1, 16, 1500, 4, causal=True))
+    return tuple(lmkern.cached_attention(q, k, v, return_lse=True, backend="cpu"))
+
+
+def layer_norm_call() -> tuple[torch.Tensor, ...]:
+    _, _, _, x = attention_inputs(AttentionShape(2, 4, 150, 16, 150, 4, causal=True))
     weight = torch.ones(16, requires_grad=True)
-    y = lmkern.layer_norm(dout, (16,), weight, backend="cpu")
-    (dweight,) = torch.autograd.grad(y, weight, dout)
-    return out.detach(), dq, y.detach(), dweight
+    y = lmkern.layer_norm(x, (16,), weight, backend="cpu")
+    return y.detach(), *torch.autograd.grad(y, weight, x)
+
+
+# Of each op a call with work for two threads, forward and backward; every op has one.
+CALLS = {
+    "attention": attention_call,
+    "cached_attention": cached_attention_call,
+    "layer_norm": layer_norm_call,
+}
+
+
+def results() -> tuple[torch.Tensor, ...]:
+    return tuple(result for call in CALLS.values() for result in call())
+
+
+def test_every_op_is_called_here() -> None:
+    assert list(CALLS) == OPS, "give the new op a line in CALLS"
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux lists them")
+def test_one_thread_means_one_thread() -> None:
+    code = (
+        "import os, torch; torch.set_num_threads(1)\n"
+        "from tests.kernels.test_native import results\n"
+        "before = len(os.listdir('/proc/self/task')); results()\n"
+        "raise SystemExit(len(os.listdir('/proc/self/task')) - before)"
+    )
+    # The autograd engine has a thread of its own only for other devices than the CPU.
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ | {"PYTHONPATH": str(root)})
+    assert done.returncode == 0, f"{done.returncode} threads were started"
 
 
 # Python 3.12 warns of what is tried here.
