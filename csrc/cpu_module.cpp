@@ -11,6 +11,7 @@
 #include "attention/cpu.hpp"
 #include "cached_attention/cpu.hpp"
 #include "copy/cpu.hpp"
+#include "core/workspace.hpp"
 #include "cross_entropy/cpu.hpp"
 #include "embedding/cpu.hpp"
 #include "linear_cross_entropy/cpu.hpp"
@@ -53,6 +54,7 @@ std::vector<std::string> supported_instruction_sets() {
 PYBIND11_MODULE(LMKERN_MODULE_NAME, m) {
     using namespace lmkern;
     m.def("supported_instruction_sets", supported_instruction_sets);
+    m.def("workspace_bytes", Workspace::bytes_of_all_threads);
     m.def("activation_backward", call<ActivationParams, activation_backward>);
     m.def("activation_forward", call<ActivationParams, activation_forward>);
     m.def("adamw_step", call<AdamwParams, adamw_step>);

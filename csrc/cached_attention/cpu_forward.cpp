@@ -6,6 +6,7 @@
 // and sum of its weights and the values under them; then the ranges of a query join in order. So the bits
 // depend neither on the threads nor on what else is in the batch.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -30,9 +31,6 @@ constexpr int kValueVectors = 4;
 constexpr int64_t kAheadBytes = 3072;
 // A multiple of every vector width, in the layout of partials.
 constexpr int64_t kWidthStep = 16;
-
-// Fewer ranges than this are joined faster by one thread than a second one starts.
-constexpr int64_t kWorthSharing = 64;
 
 template <class C>
 constexpr C kInfinity = std::numeric_limits<C>::infinity();
@@ -323,27 +321,36 @@ void with_order(const CachedAttentionParams& p, const Body& body) {
 
 void cached_attention_forward(const CachedAttentionParams& p) {
     if (p.heads == 0 || p.n_q == 0) return;
-    // Of each sequence, the number of ranges in it and in those before it.
+    // Of each sequence, the number of ranges in it and in those before it; of each head, those still to come.
     std::vector<int64_t> ends(static_cast<size_t>(p.batch) + 1, 0);
-    for (int64_t batch = 0; batch < p.batch; ++batch)
-        ends[batch + 1] = ends[batch] + CachedKeys(p, batch).splits(p) * p.heads_kv;
+    std::vector<std::atomic<int64_t>> to_come(static_cast<size_t>(p.batch * p.heads_kv));
+    for (int64_t batch = 0; batch < p.batch; ++batch) {
+        const int64_t splits = CachedKeys(p, batch).splits(p);
+        ends[batch + 1] = ends[batch] + splits * p.heads_kv;
+        for (int64_t head_kv = 0; head_kv < p.heads_kv; ++head_kv)
+            to_come[batch * p.heads_kv + head_kv] = splits;
+    }
     const int64_t total = ends.back();
     // Neighbouring ranges go to one thread, whose reads then run on through memory.
     const int64_t tasks = std::min(total, p.threads * 8);
     with_order(p, [&](auto type, auto order) {
         using T = typename decltype(type)::type;
         using Order = decltype(order);
+        for (int64_t head = 0; head < p.batch * p.heads_kv; ++head)
+            if (to_come[head] == 0) join_splits<T, Order>(p, head / p.heads_kv, head % p.heads_kv);
         parallel_for(tasks, p.threads, [&](int64_t task) {
             int64_t batch = 0;
             for (int64_t index = task * total / tasks; index < (task + 1) * total / tasks; ++index) {
                 while (index >= ends[batch + 1]) ++batch;
                 const CachedKeys sequence(p, batch);
-                const int64_t place = index - ends[batch], splits = sequence.splits(p);
-                forward_split<T, Order>(p, batch, place / splits, sequence.first_split(p) + place % splits);
+                const int64_t place = index - ends[batch], splits = sequence.splits(p),
+                              head_kv = place / splits;
+                forward_split<T, Order>(p, batch, head_kv, sequence.first_split(p) + place % splits);
+                // Whoever comes last joins them, in their order.
+                if (to_come[batch * p.heads_kv + head_kv].fetch_sub(1, std::memory_order_acq_rel) == 1)
+                    join_splits<T, Order>(p, batch, head_kv);
             }
         });
-        parallel_for(p.batch * p.heads_kv, total < kWorthSharing ? 1 : p.threads,
-                     [&](int64_t task) { join_splits<T, Order>(p, task / p.heads_kv, task % p.heads_kv); });
     });
 }
 

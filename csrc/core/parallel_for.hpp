@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <exception>
 
+#include "core/workspace.hpp"
+
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -43,6 +45,7 @@ template <class Body>
 void parallel_for(int64_t tasks, int64_t threads, const Body& body) {
     if (threads <= 1 || tasks <= 1 || in_forked_child()) {
         FlushDenormals flush;
+        Workspace::Use workspace;
         for (int64_t task = 0; task < tasks; ++task) body(task);
         return;
     }
@@ -59,6 +62,7 @@ void parallel_for(int64_t tasks, int64_t threads, const Body& body) {
 #pragma omp parallel num_threads(static_cast<int>(tasks))
         {
             FlushDenormals flush;
+        Workspace::Use workspace;
 #pragma omp for schedule(static, 1)
             for (int64_t task = 0; task < tasks; ++task) guarded(task);
         }
@@ -66,6 +70,7 @@ void parallel_for(int64_t tasks, int64_t threads, const Body& body) {
 #pragma omp parallel num_threads(static_cast<int>(threads))
         {
             FlushDenormals flush;
+        Workspace::Use workspace;
 #pragma omp for schedule(dynamic, 1)
             for (int64_t task = 0; task < tasks; ++task) guarded(task);
         }
