@@ -57,25 +57,40 @@ void widen_parameter(const NormParams& p, const void* parameter, C shift, C abse
     });
 }
 
+// Columns whose random bits are drawn at once.
+constexpr int kDrawnTogether = 8 * kLanes<uint32_t>;
+
+// A row's place in scratch memory: whole vectors, and whole draws.
+inline int64_t scratch_width(const NormParams& p) {
+    return ceil_div(p.columns, kDrawnTogether) * kDrawnTogether;
+}
+
 // factors[e] = keep_scale for the elements of this row that dropout keeps, 0 for the others: column e takes
 // 16 bits of the counter (e / 8, row, 0, 0).
 template <class C>
 void dropout_factors(const NormParams& p, int64_t row, C* factors) {
-    constexpr int counters = kLanes<uint32_t>, columns = 8 * counters;
-    const auto threshold = static_cast<uint32_t>(p.keep_threshold);
+    constexpr int counters = kLanes<uint32_t>;
+    const Words threshold = Words{} + static_cast<uint32_t>(p.keep_threshold);
+    const Vector<float> ones = broadcast(1.0f);
     const auto key = static_cast<uint64_t>(p.seed);
     const C scale = static_cast<C>(p.keep_scale);
     const auto lanes = bit_cast<Words>(lane_indices<float>());
-    for (int64_t column = 0; column < p.columns; column += columns) {
+    for (int64_t column = 0; column < p.columns; column += kDrawnTogether) {
         Words words[4] = {lanes + static_cast<uint32_t>(column / 8), Words{} + static_cast<uint32_t>(row)};
         philox(words, static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32));
         uint32_t bits[counters][4];
         for (int counter = 0; counter < counters; ++counter)
             for (int word = 0; word < 4; ++word) bits[counter][word] = words[word][counter];
-        uint16_t draws[columns];
+        HalfBits draws[8 * counters / kLanes<float>];
         std::memcpy(draws, bits, sizeof draws);
-        const int64_t count = std::min<int64_t>(columns, p.columns - column);
-        for (int64_t i = 0; i < count; ++i) factors[column + i] = draws[i] >= threshold ? scale : C(0);
+        for (int part = 0; part < 8 * counters / kLanes<float>; ++part) {
+            const Vector<float> kept = widen(draws[part]) >= threshold ? ones : Vector<float>{};
+            C* place = factors + column + part * kLanes<float>;
+            if constexpr (sizeof(C) == sizeof(float))
+                store(place, kept * scale);
+            else
+                for (int lane = 0; lane < kLanes<float>; ++lane) place[lane] = kept[lane] * scale;
+        }
     }
 }
 

@@ -25,7 +25,7 @@ struct Scratch {
 
     explicit Scratch(const NormParams& p) {
         Workspace& workspace = Workspace::of_this_thread();
-        const int64_t width = ceil_div(p.columns, kLanes<C>) * kLanes<C>;
+        const int64_t width = scratch_width(p);
         workspace.reserve(static_cast<size_t>((1 + 3 * kRowsTogether) * width) * sizeof(C));
         weight = workspace.take<C>(width);
         for (C*& row : x_hat) row = workspace.take<C>(width);
@@ -105,15 +105,16 @@ void backward_rows(const NormParams& p, int64_t first, const Scratch<Compute<T>>
     });
 }
 
-// out[e] = the sum over chunks of partials[chunk][which][e].
+// out[e] = the sum over chunks of partials[chunk][which][e]: chunk after chunk, as they lie in memory, while
+// out stays in the first cache.
 template <class C>
 void sum_chunks(const NormParams& p, int64_t which, void* out) {
-    const C* partials = static_cast<const C*>(p.partials) + which * p.columns;
-    for_row<C>(p.columns, [&](auto at) {
-        Vector<C> total{};
-        for (int64_t chunk = 0; chunk < p.chunks; ++chunk) total += at(partials + chunk * 2 * p.columns);
-        at.store(static_cast<C*>(out), total);
-    });
+    C* total = static_cast<C*>(out);
+    std::fill_n(total, p.columns, C(0));
+    for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
+        const C* partial = static_cast<const C*>(p.partials) + (2 * chunk + which) * p.columns;
+        for_row<C>(p.columns, [&](auto at) { at.store(total, at(total) + at(partial)); });
+    }
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ struct Scratch {
 
     explicit Scratch(const NormParams& p) {
         Workspace& workspace = Workspace::of_this_thread();
-        const int64_t width = ceil_div(p.columns, kLanes<C>) * kLanes<C>;
+        const int64_t width = scratch_width(p);
         workspace.reserve(static_cast<size_t>((2 + 2 * kRowsTogether) * width) * sizeof(C));
         weight = workspace.take<C>(width);
         bias = workspace.take<C>(width);
