@@ -156,7 +156,9 @@ def test_best_weights_are_those_of_the_best_validation(
 def test_bfloat16_keeps_parameters_and_gradients_in_float32(make_config: Make, dataset: Any) -> None:
     run = trainer(make_config(), dataset, torch.bfloat16)
     dtypes = []
-    run.model.head.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
+    run.model.blocks[-1].feed_forward.down.register_forward_hook(
+        lambda module, args, out: dtypes.append(out.dtype)
+    )
     run.step(0)
     assert set(dtypes) == {torch.bfloat16}
     assert {p.dtype for p in run.model.parameters()} == {torch.float32}

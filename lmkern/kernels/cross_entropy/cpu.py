@@ -79,8 +79,12 @@ def backward(
 
 def _statistics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Room for loss, row_max and log_sum."""
-    loss, row_max, log_sum = logits.new_empty(3, logits.shape[0], dtype=cpu_call.statistics_dtype(logits))
-    return loss, row_max, log_sum
+    dtype, R = cpu_call.statistics_dtype(logits), logits.shape[0]
+    return (
+        logits.new_empty(R, dtype=dtype),
+        logits.new_empty(R, dtype=dtype),
+        logits.new_empty(R, dtype=dtype),
+    )
 
 
 def _pack(

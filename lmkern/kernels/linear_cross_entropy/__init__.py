@@ -15,8 +15,8 @@ A token's loss as in lmkern.kernels.cross_entropy. The contract of every backend
     needs             three booleans: which of dx, dweight, dbias are wanted; the others come back as None
 
 Both give the gradients of sum(dloss * loss): forward has a part of the logits at hand when it has computed
-their loss, and backward has to compute them a second time. dweight and dbias are summed over
-the tokens in at least float32, whatever the dtype.
+their loss, and backward has to compute them a second time. The logits and their gradient are in x's dtype;
+every product is summed in at least float32.
 Hsu et al. 2024, "Liger Kernel", arXiv:2410.10989, section 3.2.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lmkern.kernels.backends import Call
@@ -29,17 +29,14 @@ def forward(
     needs: tuple[bool, bool, bool],
     **options: Any,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    x_wide, weight_wide = _wide(x), _wide(weight)
-    logits = x_wide @ weight_wide.T  # (R, V)
-    if bias is not None:
-        logits = logits + bias
+    logits = F.linear(x, weight, bias)  # (R, V)
     loss, *statistics = cross_entropy.forward(logits, targets, **options)
     dx = dweight = dbias = None
     if any(needs):
         dlogits = cross_entropy.backward(dloss, logits, targets, *statistics, **options)
-        dx = (dlogits @ weight_wide).to(x.dtype) if needs[0] else None  # (R, E)
-        dweight = (dlogits.T @ x_wide).to(weight.dtype) if needs[1] else None  # (V, E)
-        dbias = dlogits.sum(0).to(x.dtype) if needs[2] else None  # (V,)
+        dx = dlogits @ weight if needs[0] else None  # (R, E)
+        dweight = dlogits.T @ x if needs[1] else None  # (V, E)
+        dbias = dlogits.sum(0) if needs[2] else None  # (V,)
     return loss, dx, dweight, dbias
 
 
@@ -54,7 +51,3 @@ def backward(
     **options: Any,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     return forward(x, weight, bias, targets, dloss, needs=needs, **options)[1:]
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
