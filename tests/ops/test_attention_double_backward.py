@@ -122,6 +122,21 @@ def test_gradient_penalty_of_one_input(wanted: int) -> None:
     torch.testing.assert_close(*second, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["bias", "sinks"])
+def test_rows_that_see_nothing_leave_the_rest_finite(name: str) -> None:
+    shape = SHAPES[1]
+    q, k, v = leaves(*attention_inputs(shape, torch.float64)[:3])
+    option = torch.zeros(5, 4, dtype=torch.float64) if name == "bias" else torch.zeros(2, dtype=torch.float64)
+    (option,) = leaves(option.index_fill(0, torch.tensor([1]), -torch.inf))
+    out, lse = our_attention(shape)(q, k, v, **{name: option})
+    loss = out.square().sum() + lse.masked_fill(lse == -torch.inf, 0.0).sum()
+    first = torch.autograd.grad(loss, (q, k, v, option), create_graph=True)
+    second = torch.autograd.grad(sum(x.square().sum() for x in first), (q, k, v, option))
+    for gradient in (*first, *second):
+        assert gradient.isfinite().all()
+        assert gradient.any()
+
+
 def test_gradient_of_lse_alone_twice() -> None:
     shape, second = SHAPES[0], []
     for call in (our_attention(shape), torchs_formula):

@@ -381,7 +381,11 @@ def test_sink_of_minus_infinity_is_none(target: Target, name: str) -> None:
 @pytest.mark.parametrize(
     ("target", "name"),
     taking(
-        {"mask": AttentionFeatures(mask="qk"), "window": AttentionFeatures(window=(10, 0))},
+        {
+            "mask": AttentionFeatures(mask="qk"),
+            "bias": AttentionFeatures(bias="qk"),
+            "window": AttentionFeatures(window=(10, 0)),
+        },
         [target for target in KERNELS if not target.interpreted],
     ),
     ids=str,
@@ -390,8 +394,9 @@ def test_nan_in_a_key_reaches_exactly_the_queries_that_see_it(target: Target, na
     shape = AttentionShape(1, 2, 150, 16, 150, 2)
     seen = torch.ones(150, 150, dtype=torch.bool, device=target.device)
     seen[:, 60] = False
-    options = {"mask": seen} if name == "mask" else {"window": (10, 0)}
-    reached = range(0) if name == "mask" else range(60, 71)
+    hidden = torch.zeros(150, 150, device=target.device).masked_fill(~seen, -math.inf)
+    options = {name: {"mask": seen, "bias": hidden, "window": (10, 0)}[name]}
+    reached = range(60, 71) if name == "window" else range(0)
     inputs = attention_inputs(shape, device=target.device)
     with poisoned_memory(), target.active():
         clean = attention_results(our_attention(shape, target.backend), *inputs, options=options)
@@ -401,6 +406,28 @@ def test_nan_in_a_key_reaches_exactly_the_queries_that_see_it(target: Target, na
         for query in range(150):
             after, before = ill[result][0, 1, query], clean[result][0, 1, query]
             assert after.isnan().all() if query in reached else torch.equal(after, before), (result, query)
+
+
+@pytest.mark.parametrize("name", ["mask", "bias"])
+def test_nan_in_a_key_that_nobody_sees_reaches_nothing_in_the_reference(name: str) -> None:
+    q, k, v, _ = attention_inputs(SHAPES[0])
+    seen = torch.ones(70, 90, dtype=torch.bool)
+    seen[:, 60] = False
+    options = {name: seen if name == "mask" else torch.zeros(70, 90).masked_fill(~seen, -math.inf)}
+    clean = lmkern.attention(q, k, v, **options, backend="reference")
+    k[:, :, 60] = torch.nan
+    assert torch.equal(lmkern.attention(q, k, v, **options, backend="reference"), clean)
+
+
+@pytest.mark.parametrize("name", ["bias", "sinks"])
+def test_option_changed_before_the_backward_pass_is_an_error(name: str) -> None:
+    q, k, v = leaves(*attention_inputs(SHAPES[0])[:3])
+    option = torch.zeros(70, 90) if name == "bias" else torch.zeros(4)
+    out = lmkern.attention(q, k, v, **{name: option})
+    assert isinstance(out, Tensor)
+    option += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 def test_window_is_a_band_of_keys() -> None:

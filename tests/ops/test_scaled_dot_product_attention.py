@@ -68,6 +68,21 @@ def test_masks_of_every_shape(kind: str, shape: tuple[int, ...]) -> None:
     assert_same_as_torch(*inputs(), numbers > -2 if kind == "bool" else numbers)
 
 
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_expanded_mask(kind: str) -> None:
+    numbers = seeded_randn(2, torch.float64)(B, 1, 1, N_k).expand(B, H, N_q, N_k)
+    if kind == "bool":
+        assert_same_as_torch(*inputs(), numbers > -1)
+        return
+    (mask,) = leaves(numbers)
+    assert mask.stride()[1:3] == (0, 0)
+    gradients = []
+    for function in (lmkern.scaled_dot_product_attention, F.scaled_dot_product_attention):
+        out = function(*inputs(), attn_mask=mask)
+        gradients.append(torch.autograd.grad(out.square().sum(), mask)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("shape", [(N_q + 1, N_k), (7, 1, 1, N_q, N_k), (4, N_q, N_k)], ids=str)
 def test_mask_that_does_not_broadcast(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"attn_mask must broadcast to \(2, 3, 10, 14\); got \("):
