@@ -347,7 +347,10 @@ private:
 #pragma GCC unroll 4
                 for (int n = 0; n < 4; ++n) {
                     const int64_t r = i + n / 2, place = r * kScoreStride + j + n % 2 * lanes;
-                    Vector<C> weight = Exp::of(load(scores_.data + place) * factor - lse_[row + r]);
+                    const Vector<C> score = load(scores_.data + place);
+                    Vector<C> weight = Exp::of(score * factor - lse_[row + r]);
+                    // Also in a row whose lse is NaN.
+                    if (masked) weight = score == -infinity ? Vector<C>{} : weight;
                     Vector<C> dweight = load(dweights_.data + place);
                     Vector<C> kept = weight;
                     if (drops) {

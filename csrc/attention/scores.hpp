@@ -110,12 +110,13 @@ public:
     }
 
 private:
-    // row[j] += from[j * stride], stride 0, 1 or any.
+    // row[j] += from[j * stride], stride 0, 1 or any. -inf hides a key whatever its score is, NaN too.
     template <class B>
     static void add(C* row, int64_t columns, const B* from, int64_t stride) {
         for (int64_t j = 0; j < columns; j += lanes) {
             const int64_t n = std::min(lanes, columns - j);
-            store(row + j, load(row + j) + gathered(from + j * stride, stride, n));
+            const Vector<C> added = gathered(from + j * stride, stride, n);
+            store(row + j, added == -std::numeric_limits<C>::infinity() ? added : load(row + j) + added);
         }
     }
 
