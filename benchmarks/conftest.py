@@ -4,8 +4,9 @@
     python -m pytest benchmarks -p no:logging --benchmark-enable --quick
 
 The first runs the tests of the kernels and then every row; a run is recorded whole or not at all: the tests
-passed before it and every benchmark passed in it. The second asks only whether the benchmarks run.
-(`-p no:logging`: torch.compile logs much that pytest would otherwise keep.)
+passed before it and every benchmark passed in it. With `-k attention` it times a part, whose rows join those
+on file if they are of the same commit and environment; else the file is written anew. The second asks only
+whether the benchmarks run. (`-p no:logging`: torch.compile logs much that pytest would otherwise keep.)
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import datetime
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, machine, timing
+from benchmarks import machine, timing
+from benchmarks.contest import COMPILED, DIRECTIONS, EAGER, FORMAT, Compete, Contest, dtype_name
+from benchmarks.record import joined
 from lmkern.kernels import backends
+from lmkern.training.memory import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 # The tests that a number may not be reported without.
@@ -81,16 +84,42 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    quick = metafunc.config.getoption("quick")
-    choices = {
-        "attention_case": cases.QUICK_ATTENTION if quick else cases.ATTENTION,
-        "layer_norm_case": cases.QUICK_LAYER_NORM if quick else cases.LAYER_NORM,
-    }
-    for name, chosen in choices.items():
-        if name in metafunc.fixturenames:
-            metafunc.parametrize(name, chosen, ids=str)
-    if "dtype" in metafunc.fixturenames:
-        metafunc.parametrize("dtype", cases.DTYPES, ids=cases.dtype_name)
+    """Every case, direction and dtype of the file, on every backend of its op that can run here."""
+    if "case" not in metafunc.fixturenames:
+        return
+    module = metafunc.module
+    cases = module.QUICK_CASES if metafunc.config.getoption("quick") else module.CASES
+    rows = [
+        (case, direction, dtype)
+        for direction in DIRECTIONS
+        for case in cases
+        if direction in case.directions
+        for dtype in case.dtypes
+    ]
+    names = [f"{direction}-{case}-{dtype_name(dtype)}" for case, direction, dtype in rows]
+    metafunc.parametrize(("case", "direction", "dtype"), rows, ids=names)
+    supports = [row for row in backends.describe() if row.op == module.OP and row.backend != "reference"]
+    metafunc.parametrize("backend", [backend_parameter(row) for row in supports])
+
+
+def backend_parameter(support: backends.Support) -> Any:
+    """A backend's name, with the reason to skip its rows where it gives no number worth reading."""
+    reason = "" if support.usable else support.reason
+    if support.backend == "triton" and not torch.cuda.is_available():
+        reason = "triton runs on a CPU only in its interpreter, which is no speed to report"
+    return pytest.param(support.backend, marks=pytest.mark.skipif(bool(reason), reason=reason))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Rows with kept memory last: what they ask of the allocator holds for the rest of the process."""
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=timing.clock))
+    items.sort(key=keeps_memory)
+
+
+def keeps_memory(item: pytest.Item) -> bool:
+    parameters = getattr(item, "callspec", None)
+    return parameters is not None and getattr(parameters.params.get("case"), "kept_memory", False)
 
 
 @pytest.fixture(scope="session")
@@ -100,38 +129,40 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def ceilings(request: pytest.FixtureRequest, device: torch.device) -> dict[str, float]:
-    """The two ceilings of this machine, measured once in this run."""
+    """The ceilings of this machine, measured once in this run."""
     return request.config.stash.setdefault(ceilings_key, machine.measure_ceilings(device))
 
 
 @pytest.fixture
-def contest(
-    request: pytest.FixtureRequest, benchmark: Any, ceilings: dict[str, float]
-) -> Callable[..., None]:
-    """contest(work, backend, ours, competitors, eager): time one row, check it against eager and keep it.
+def compete(request: pytest.FixtureRequest, benchmark: Any, ceilings: dict[str, float]) -> Compete:
+    """compete(contest): time one row, check it against torch and keep it."""
+    parameters = request.node.callspec.params
+    case, direction, dtype = parameters["case"], parameters["direction"], dtype_name(parameters["dtype"])
+    name = {"op": request.module.OP, "direction": direction, "shape": str(case), "dtype": dtype}
+    if case.kept_memory:
+        keep_freed_memory()
 
-    work: cases.Work. ours: a call. competitors: calls by name, "torch eager" among them.
-    eager: which of torch's kernels "torch eager" is here, in words.
-    reference: what to check against instead of eager, where torch's own result is far off.
-    """
-
-    def run(
-        work: cases.Work,
-        backend: str,
-        ours: timing.Call,
-        competitors: dict[str, timing.Call],
-        eager: str,
-        reference: timing.Call | None = None,
-    ) -> None:
-        timing.check_agreement(ours(), (reference or competitors["torch eager"])())
-        benchmark.group = f"{work.op} {work.direction}"
-        quick = request.config.getoption("quick")
-        times = timing.compare(benchmark, ours, competitors, rounds=3 if quick else 0)
+    def run(contest: Contest) -> None:
+        work, beside, peaks = contest.work, contest.baseline, {}
+        benchmark.group = f"{name['op']} {direction}"
+        rounds = 3 if request.config.getoption("quick") else 0
+        with contest.within, timing.kept_graphs():
+            ours = checked(contest, direction)
+            others = competitors(contest, direction)
+            more = {} if beside is None else {beside[0]: timing.call_of(contest.ours, beside[1], direction)}
+            times = timing.compare(benchmark, ours, others | more, rounds=rounds)
+            if case.peak_memory and times:
+                peaks = {who: timing.peak_bytes(call) for who, call in ({"ours": ours} | others).items()}
         if not times:
             return
+        row = name | asdict(work) | {"main": case.main, "backend": parameters["backend"]}
+        row |= {"eager": contest.eager} | times
+        if beside is not None:
+            row["baseline"] = {"name": beside[0]} | times["competitors"].pop(beside[0])
+        if peaks:
+            row["peak_bytes"] = peaks
         median = times["ours"]["median"]
-        row = asdict(work) | {"backend": backend, "eager": eager} | times
-        row["share_of_matmul"] = work.flops / median / ceilings[work.dtype]
+        row["share_of_matmul"] = work.flops / median / ceilings[dtype]
         row["share_of_copy"] = work.bytes / median / ceilings["copy"]
         benchmark.extra_info.update(row, machine=machine.environment(), ceilings=ceilings)
         request.config.stash[rows_key].append(row)
@@ -139,17 +170,23 @@ def contest(
     return run
 
 
-@pytest.fixture
-def usable(device: torch.device) -> Callable[[str, str, dict[str, torch.Tensor]], None]:
-    """usable(op, backend, tensors): skip, with the reason, where the backend cannot take the call."""
+def checked(contest: Contest, direction: str) -> timing.Call:
+    """The call of ours, once its results are known to be torch's."""
+    try:
+        ours = timing.call_of(contest.ours, contest.inputs, direction)
+        results = ours()
+    except backends.UnsupportedBackend as error:
+        pytest.skip(str(error))
+    reference = contest.reference or contest.competitors[EAGER]
+    timing.check_agreement(results, timing.call_of(reference, contest.inputs, direction)())
+    return ours
 
-    def check(op: str, backend: str, tensors: dict[str, torch.Tensor]) -> None:
-        if backend == "triton" and device.type == "cpu":
-            pytest.skip("triton runs on a CPU only in its interpreter, which is no speed to report")
-        if reason := backends.load(op, backend).unsupported(backends.Call(op, tensors)):
-            pytest.skip(f"{op}: backend {backend!r} {reason}")
 
-    return check
+def competitors(contest: Contest, direction: str) -> dict[str, timing.Call]:
+    functions = dict(contest.competitors)
+    if contest.compiles:
+        functions[COMPILED] = timing.compiled(functions[EAGER])
+    return {name: timing.call_of(function, contest.inputs, direction) for name, function in functions.items()}
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -172,7 +209,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         return
     name = machine.machine_name(machine.choose_device())
     record = {
-        "format": cases.FORMAT,
+        "format": FORMAT,
         "machine": name,
         "tests": "passed",
         "gate": " ".join(GATE),
@@ -185,5 +222,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     }
     path = Path(folder) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        record = joined(json.loads(path.read_text(encoding="utf-8")), record)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"\nbenchmarks: {len(rows)} rows in {path}")
+    print(f"\nbenchmarks: {len(rows)} rows, {len(record['rows'])} in all in {path}")

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import DTYPES, dtype_name
+from benchmarks.contest import DTYPES, dtype_name
 from lmkern.kernels import backends, native
 from lmkern.machine import hardware, versions
 from lmkern.training.ceiling import measure_ceiling, synchronize
 
 ROOT = Path(__file__).parents[1]
+# What benchmarks write themselves.
+WRITTEN = (":!benchmarks/results", ":!docs/benchmarks", ":!README.md")
 # More than any last-level cache holds, so that the copy runs at the speed of memory.
 COPY_BYTES = 256 * 2**20
 
@@ -71,10 +73,13 @@ def copy_bandwidth(device: torch.device, tries: int = 10) -> float:
 
 
 def commit() -> str:
-    """The commit of this checkout, with a note when tracked files differ from it; "unknown" outside git."""
+    """The commit of this checkout, with a note when files that a number depends on differ from it.
+
+    "unknown" outside git.
+    """
     try:
         head = _git("rev-parse", "--short", "HEAD")
-        changed = _git("status", "--porcelain", "--untracked-files=no")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *WRITTEN)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{head} with local changes" if changed else head

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "lmkern", "font.family": "sans-serif", "font.size": 9.5}
 COLOURS = {"float32": TRAIN, "bfloat16": VALIDATION}
-MARKERS = {"attention": "o", "layer_norm": "s"}
+# One an op, in the order of the rows; from the start again when they run out.
+MARKERS = "os^Dv<>pPX*hd8H"
 AHEAD, BEHIND = TRAIN, VALIDATION
 
 
@@ -75,12 +76,13 @@ def _points(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         point = (row["flops"] / row["bytes"], row["flops"] / row["ours"]["median"] / 1e9)
         kinds.setdefault((row["op"], row["direction"], row["dtype"]), []).append(point)
+    ops = list(dict.fromkeys(op for op, _, _ in kinds))
     for (op, direction, dtype), points in kinds.items():
         colour = COLOURS.get(dtype, INK)
         axes.plot(
             *np.array(points).T,
             linestyle="none",
-            marker=MARKERS.get(op, "^"),
+            marker=MARKERS[ops.index(op) % len(MARKERS)],
             markersize=5,
             color=colour,
             markerfacecolor=colour if direction == "forward" else "none",

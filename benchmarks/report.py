@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import pictures
-from benchmarks.cases import FORMAT
+from benchmarks.contest import COMPILED, EAGER, FORMAT
 from benchmarks.pictures import best
 
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
-COMPETITORS = ("torch eager", "torch.compile")
 
 METHOD = """\
 Ours and torch run in turn within one run. Times are medians over the rounds. The ratio is the median over
 the rounds of the time of the better of torch eager and torch.compile / our time, beside its range: above 1,
-ours is faster. Forward is timed without gradients, backward alone. The ceiling of attention is a matrix
-product in its dtype, that of layer norm a copy of 256 MiB, both measured in this run; what fits in a cache
-may pass the copy."""
+ours is faster. Forward is timed without gradients, backward alone, "both" one after the other. The ceiling of
+a row in GFLOP/s is a matrix product in its dtype, that of a row in GB/s a copy of 256 MiB, both measured in
+this run; what fits in a cache may pass the copy. In rows of "kept-memory" the process keeps freed memory, as
+`lmkern train` does; in all others large results get fresh pages from the system, whose page faults count."""
 
 Record = dict[str, Any]
 Row = dict[str, Any]
@@ -73,6 +73,7 @@ def milliseconds(seconds: float) -> str:
 def cells(row: Row) -> dict[str, str]:
     """A row of a table, by column."""
     times = {name: milliseconds(theirs["median"]) for name, theirs in row["competitors"].items()}
+    others = [name for name in times if name not in (EAGER, COMPILED)]
     theirs = best(row)
     return {
         "op": row["op"],
@@ -81,7 +82,8 @@ def cells(row: Row) -> dict[str, str]:
         "dtype": row["dtype"],
         "backend": row["backend"],
         "ours, ms": milliseconds(row["ours"]["median"]),
-        **{f"{name}, ms": times.get(name, "-") for name in COMPETITORS},
+        **{f"{name}, ms": times.get(name, "-") for name in (EAGER, COMPILED)},
+        "others, ms": ", ".join(f"{name} {times[name]}" for name in others) or "-",
         "ratio": f"{theirs['ratio']:.2f}",
         "range": f"{theirs['ratio_min']:.2f} to {theirs['ratio_max']:.2f}",
         "rate": rate(row),
@@ -91,11 +93,39 @@ def cells(row: Row) -> dict[str, str]:
 
 def row_table(rows: Sequence[Row], without: Sequence[str] = ()) -> str:
     """The rows as a Markdown table, numbers set to the right."""
-    lines = [{name: cell for name, cell in cells(row).items() if name not in without} for row in rows]
+    filled = [cells(row) for row in rows]
+    if all(line["others, ms"] == "-" for line in filled):
+        without = (*without, "others, ms")
+    lines = [{name: cell for name, cell in line.items() if name not in without} for line in filled]
     words = {"op", "pass", "shape", "dtype", "backend"}
     return table(
         list(lines[0]), [list(line.values()) for line in lines], [name in words for name in lines[0]]
     )
+
+
+def baseline_table(rows: Sequence[Row]) -> str:
+    """Ours beside ours on other inputs of the same shape: above 1, faster than there."""
+    header = ("op", "pass", "shape", "dtype", "beside ours on", "ratio", "range")
+    lines = []
+    for row in rows:
+        beside = row["baseline"]
+        name = (row["op"], row["direction"], row["shape"], row["dtype"], beside["name"])
+        lines.append(
+            (*name, f"{beside['ratio']:.2f}", f"{beside['ratio_min']:.2f} to {beside['ratio_max']:.2f}")
+        )
+    return table(header, lines, [place < 5 for place in range(len(header))])
+
+
+def peak_table(rows: Sequence[Row]) -> str:
+    """Memory that a call takes at its highest point."""
+    names = list(dict.fromkeys(name for row in rows for name in row["peak_bytes"]))
+    header = ("op", "pass", "shape", "dtype", *(f"{name}, MiB" for name in names))
+    lines = []
+    for row in rows:
+        peaks = (row["peak_bytes"].get(name) for name in names)
+        name = (row["op"], row["direction"], row["shape"], row["dtype"])
+        lines.append((*name, *("-" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks)))
+    return table(header, lines, [place < 4 for place in range(len(header))])
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[bool]) -> str:
@@ -106,7 +136,7 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[
 
 def page(record: Record) -> str:
     """docs/benchmarks/<machine>.md."""
-    name, rows, ceilings = record["machine"], record["rows"], record["ceilings"]
+    name, rows, ceilings = record["machine"], by_op(record["rows"]), record["ceilings"]
     ahead = sum(best(row)["ratio"] >= 1 for row in rows)
     eager = Counter(row["eager"] for row in rows)
     products = {f"matrix product, {dtype}": f"{ceilings[dtype] / 1e9:.0f} GFLOP/s" for dtype in dtypes(rows)}
@@ -122,13 +152,22 @@ def page(record: Record) -> str:
         row_table(rows),
         f"![Ratio of each row]({name}-ratios.svg)",
         f"![Rate over arithmetic intensity, under the ceilings]({name}-roofline.svg)",
-        "## Machine",
-        table(("what", "value"), list(facts.items()), (True, True)),
     ]
+    if beside := [row for row in rows if "baseline" in row]:
+        parts += ["## Ours on other inputs", baseline_table(beside)]
+    if peaks := [row for row in rows if "peak_bytes" in row]:
+        parts += ["## Peak memory of a call", peak_table(peaks)]
+    parts += ["## Machine", table(("what", "value"), list(facts.items()), (True, True))]
     if record["gaps"]:
         gaps = "\n".join(f"* {backend}: {reason}" for backend, reason in record["gaps"].items())
         parts += ["Backends without rows here:", gaps]
     return "\n\n".join(parts) + "\n"
+
+
+def by_op(rows: Sequence[Row]) -> list[Row]:
+    """The rows of an op together, ops in the order in which they first appear."""
+    ops = list(dict.fromkeys(row["op"] for row in rows))
+    return sorted(rows, key=lambda row: ops.index(row["op"]))
 
 
 def dtypes(rows: Sequence[Row]) -> list[str]:
@@ -143,7 +182,7 @@ def summary(records: Sequence[Record]) -> str:
         where = f"{record['machine']}, {facts['threads']}, torch {facts['torch']}"
         link = f"[Every row, and how it was measured](docs/benchmarks/{record['machine']}.md)"
         parts.append(f"{where}. Ratio: time of the better torch / ours, above 1 ours is faster. {link}.")
-        main = [row for row in record["rows"] if row["main"]]
+        main = [row for row in by_op(record["rows"]) if row["main"]]
         parts.append(row_table(main, without=("backend", "range", "rate")))
     return "\n\n".join(parts)
 
@@ -169,7 +208,7 @@ def write(results: Path, docs: Path, readme: Path) -> list[Path]:
     for record in records:
         stem = docs / record["machine"]
         files[stem.with_name(f"{stem.name}.md")] = page(record)
-        files[stem.with_name(f"{stem.name}-ratios.svg")] = pictures.ratios(record["rows"])
+        files[stem.with_name(f"{stem.name}-ratios.svg")] = pictures.ratios(by_op(record["rows"]))
         files[stem.with_name(f"{stem.name}-roofline.svg")] = pictures.roofline(
             record["rows"], record["ceilings"]
         )

@@ -7,7 +7,8 @@ own statistics are ours. What is reported is the median of each, and the median 
 time / our time: above 1, ours is faster. Warm-up, and with it compilation, comes before the first round.
 
 Forward is timed without gradients. Backward is timed alone: `torch.autograd.grad` over one graph that is
-kept, so torch.compile may not write over the tensors in it (`donated_buffer` off).
+kept, so torch.compile may not write over the tensors in it (`donated_buffer` off). "both" is one after the
+other, each time on a new graph.
 
 On a GPU the clock waits for the queue to empty, so a time includes one launch.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -24,15 +26,19 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor
 
+from benchmarks.contest import Inputs
+
 Call = Callable[[], Any]
 
 MIN_ROUNDS, MAX_ROUNDS = 7, 101
 WARM_UPS = 2
 # The rounds of one row together, in seconds, unless MIN_ROUNDS needs more.
-BUDGET = 2.0
+BUDGET = 1.0
+# A candidate this many times slower than another at first sight is not timed on.
+HOPELESS = 3.0
 # Norm of the difference / norm of torch's result. The tests hold the fine bound; this one catches a kernel
 # that is wrong at a shape that only the benchmark has.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
 def clock() -> float:
@@ -94,25 +100,74 @@ def spread(times: list[float]) -> dict[str, float]:
 
 def fastest(candidates: Mapping[Any, Call]) -> Any:
     """The name of the call with the lowest median of three, timed in turn after a warm-up."""
-    times: dict[Any, list[float]] = {name: [] for name in candidates}
-    for _ in range(4):
-        for name, call in candidates.items():
-            times[name].append(seconds(call))
-    return min(times, key=lambda name: median(times[name][1:]))
+    first = {name: seconds(call) for name, call in candidates.items()}
+    hopeful = [name for name in candidates if first[name] <= HOPELESS * min(first.values())]
+    if len(hopeful) == 1:
+        return hopeful[0]
+    times: dict[Any, list[float]] = {name: [] for name in hopeful}
+    for _ in range(3):
+        for name in hopeful:
+            times[name].append(seconds(candidates[name]))
+    return min(times, key=lambda name: median(times[name]))
 
 
 def check_agreement(ours: Tensor | tuple[Tensor, ...], theirs: Tensor | tuple[Tensor, ...]) -> None:
     """AssertionError when a result of ours is not torch's, up to rounding."""
     ours, theirs = ((result,) if isinstance(result, Tensor) else result for result in (ours, theirs))
     for our, their in zip(ours, theirs, strict=True):
-        error = (our.float() - their.float()).norm() / their.float().norm()
+        difference, size = (our.double() - their.double()).norm(), their.double().norm()
+        error = difference / size if size else difference
         # Written so that a NaN fails.
         assert error <= TOLERANCE[their.dtype], f"ours differs from torch by {error:.2e} of the norm"
 
 
-def gradients(out: Tensor, inputs: tuple[Tensor, ...], dout: Tensor) -> Call:
-    """A call that runs the backward pass behind out and returns the inputs' gradients; it may repeat."""
-    return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
+def call_of(function: Callable[..., Any], inputs: Inputs, direction: str) -> Call:
+    """A call without arguments of one direction of a function; it may repeat.
+
+    "forward" returns the outputs, "backward" and "both" the gradients of the leaves.
+    """
+    for leaf in inputs.leaves:
+        leaf.requires_grad_(direction != "forward")
+    if direction == "forward":
+        return lambda: function(*inputs.arguments)
+
+    def outputs() -> tuple[Tensor, ...]:
+        result = function(*inputs.arguments)
+        return (result,) if isinstance(result, Tensor) else result
+
+    if direction == "both":
+        return lambda: torch.autograd.grad(outputs(), inputs.leaves, inputs.gradients)
+    kept = outputs()
+    return lambda: torch.autograd.grad(kept, inputs.leaves, inputs.gradients, retain_graph=True)
+
+
+def peak_bytes(call: Call) -> int | None:
+    """The memory that a call holds at its highest point, above what was there before; None where unknown.
+
+    On a GPU as torch's allocator counts it; on Linux by the high-water mark of the process, which sees only
+    what the allocator asks the system for (a second call finds workspaces in place; kept memory hides all of
+    it) and is exact to a megabyte.
+    """
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        # Documentation/filesystems/proc.rst: 5 sets the high-water mark to what is resident now.
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        before = _resident("VmRSS")
+        call()
+        return _resident("VmHWM") - before
+    except OSError:
+        return None
+
+
+def _resident(field: str) -> int:
+    """A field of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (kibibytes,) = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
+    return int(kibibytes) * 1024
 
 
 def kept_graphs() -> AbstractContextManager[Any]:

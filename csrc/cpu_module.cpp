@@ -6,8 +6,17 @@
 #include <string>
 #include <vector>
 
+#include "activation/cpu.hpp"
+#include "adamw/cpu.hpp"
 #include "attention/cpu.hpp"
-#include "layer_norm/cpu.hpp"
+#include "cached_attention/cpu.hpp"
+#include "copy/cpu.hpp"
+#include "core/workspace.hpp"
+#include "cross_entropy/cpu.hpp"
+#include "embedding/cpu.hpp"
+#include "linear_cross_entropy/cpu.hpp"
+#include "norm/cpu.hpp"
+#include "rotary/cpu.hpp"
 #include "simd/amx.hpp"
 
 namespace py = pybind11;
@@ -45,8 +54,24 @@ std::vector<std::string> supported_instruction_sets() {
 PYBIND11_MODULE(LMKERN_MODULE_NAME, m) {
     using namespace lmkern;
     m.def("supported_instruction_sets", supported_instruction_sets);
-    m.def("attention_forward", call<AttentionParams, attention_forward>);
+    m.def("workspace_bytes", Workspace::bytes_of_all_threads);
+    m.def("activation_backward", call<ActivationParams, activation_backward>);
+    m.def("activation_forward", call<ActivationParams, activation_forward>);
+    m.def("adamw_step", call<AdamwParams, adamw_step>);
     m.def("attention_backward", call<AttentionParams, attention_backward>);
-    m.def("layer_norm_forward", call<LayerNormParams, layer_norm_forward>);
-    m.def("layer_norm_backward", call<LayerNormParams, layer_norm_backward>);
+    m.def("attention_forward", call<AttentionParams, attention_forward>);
+    m.def("cached_attention_forward", call<CachedAttentionParams, cached_attention_forward>);
+    m.def("copy_forward", call<CopyParams, copy_forward>);
+    m.def("cross_entropy_backward", call<CrossEntropyParams, cross_entropy_backward>);
+    m.def("cross_entropy_forward", call<CrossEntropyParams, cross_entropy_forward>);
+    m.def("embedding_backward", call<EmbeddingParams, embedding_backward>);
+    m.def("embedding_forward", call<EmbeddingParams, embedding_forward>);
+    m.def("norm_backward", call<NormParams, norm_backward>);
+    m.def("norm_forward", call<NormParams, norm_forward>);
+    m.def("rotary_forward", call<RotaryParams, rotary_forward>);
+#if defined(__AMX_BF16__)
+    m.def("input_gradient", call<InputGradientParams, input_gradient>);
+    m.def("weight_gradient_add", call<WeightGradientParams, weight_gradient_add>);
+    m.def("weight_gradient_store", call<WeightGradientParams, weight_gradient_store>);
+#endif
 }

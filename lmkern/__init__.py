@@ -1,8 +1,50 @@
 """lmkern: from raw text to an evaluated, writing language model, on its own kernels."""
 
 from lmkern.kernels.backends import UnsupportedBackend
-from lmkern.ops import attention, layer_norm, scaled_dot_product_attention
+from lmkern.ops import (
+    activation,
+    adamw_,
+    add_norm,
+    alibi,
+    attention,
+    bucketed_bias,
+    cached_attention,
+    cast,
+    cross_entropy,
+    embedding,
+    geglu,
+    gelu,
+    layer_norm,
+    linear_cross_entropy,
+    rms_norm,
+    rotary,
+    scaled_dot_product_attention,
+    swiglu,
+    transposed_copy,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["UnsupportedBackend", "__version__", "attention", "layer_norm", "scaled_dot_product_attention"]
+__all__ = [
+    "UnsupportedBackend",
+    "__version__",
+    "activation",
+    "adamw_",
+    "add_norm",
+    "alibi",
+    "attention",
+    "bucketed_bias",
+    "cached_attention",
+    "cast",
+    "cross_entropy",
+    "embedding",
+    "geglu",
+    "gelu",
+    "layer_norm",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rotary",
+    "scaled_dot_product_attention",
+    "swiglu",
+    "transposed_copy",
+]

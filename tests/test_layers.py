@@ -25,6 +25,9 @@ COMMON = {"files", "machine"}
 # Packages that take long to import or that not every machine has: imported inside functions.
 HEAVY = {"matplotlib", "triton", "transformers"}
 
+# Ops that are one kernel family in C++.
+FAMILIES = {"layer_norm": "norm", "rms_norm": "norm", "add_norm": "norm"}
+
 PYTHON_FILES = sorted(PACKAGE.rglob("*.py"))
 CSRC_FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".cpp", ".hpp", ".cu", ".cuh", ".h"})
 PACKAGES = sorted(path.parent for path in PACKAGE.rglob("__init__.py"))
@@ -92,7 +95,11 @@ def test_testing_imports_no_more_than_ops(path: Path) -> None:
             assert parts[1] not in LAYERS[2:], f"{relative(path)} imports {name}"
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "kernels").rglob("*.py")), ids=relative)
+# One op's reference may be built on another's.
+KERNEL_FILES = sorted(p for p in (PACKAGE / "kernels").rglob("*.py") if p.name != "reference.py")
+
+
+@pytest.mark.parametrize("path", KERNEL_FILES, ids=relative)
 def test_optimised_kernels_never_import_a_reference(path: Path) -> None:
     names = list(imported(ast.parse(path.read_text(encoding="utf-8")), package_of(path)))
     assert not any("reference" in name.split(".") for name in names)
@@ -120,23 +127,27 @@ def test_csrc_includes_files_that_exist(path: Path) -> None:
 @pytest.mark.parametrize("op", backends.op_names())
 def test_an_op_has_the_same_name_in_every_layer(op: str) -> None:
     assert (PACKAGE / "ops" / f"{op}.py").is_file()
-    assert (CSRC / op / "params.hpp").is_file()
+    assert (CSRC / FAMILIES.get(op, op) / "params.hpp").is_file()
     assert (ROOT / "tests" / "ops" / f"test_{op}.py").is_file()
-    public = importlib.import_module("lmkern")
-    assert getattr(public, op) is getattr(importlib.import_module("lmkern.ops"), op)
-    assert op in public.__all__
+    public, ops = importlib.import_module("lmkern"), importlib.import_module("lmkern.ops")
+    names = getattr(importlib.import_module(f"lmkern.kernels.{op}"), "PUBLIC", (op,))
+    assert names
+    for name in names:
+        assert getattr(public, name) is getattr(ops, name)
+        assert name in public.__all__
 
 
 @pytest.mark.parametrize("op", backends.op_names())
 def test_listed_backends_are_files_with_the_contract(op: str) -> None:
     folder = PACKAGE / "kernels" / op
     names = backends.backend_names(op)
+    passes = getattr(importlib.import_module(f"lmkern.kernels.{op}"), "PASSES", ("forward", "backward"))
     assert names[-1] == "reference"
     assert len(set(names)) == len(names)
     for backend in names:
         assert (folder / f"{backend}.py").is_file()
         module = backends.load(op, backend)
-        for function in ("forward", "backward", "unsupported", "unavailable"):
+        for function in (*passes, "unsupported", "unavailable"):
             assert callable(getattr(module, function)), f"{op} {backend}: {function}"
 
 

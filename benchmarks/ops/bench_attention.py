@@ -1,24 +1,23 @@
-"""Attention, forward and backward, against the fastest of SDPA's backends, eager and under torch.compile."""
+"""Attention against the fastest of SDPA's backends, eager and under torch.compile."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.cases import AttentionCase
-from benchmarks.timing import Call, clock, compiled, fastest, gradients, kept_graphs
-from lmkern.kernels.backends import backend_names
+from benchmarks.contest import EAGER, Case, Compete, Contest, Inputs, Work
+from benchmarks.timing import Call, call_of, fastest
 from lmkern.ops import attention
-from lmkern.testing import AttentionShape, attention_inputs
+from lmkern.testing import ATTENTION_BENCHMARK_SHAPES, AttentionShape, attention_inputs
 
+OP = "attention"
 SDPA_BACKENDS = (
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
@@ -26,69 +25,86 @@ SDPA_BACKENDS = (
     SDPBackend.MATH,
 )
 # SDPA's math backend holds the scores; beyond this many of them it is a candidate only where nothing else is.
-MAX_SCORES = 2**28
-
-pytestmark = [
-    pytest.mark.benchmark(timer=clock),
-    pytest.mark.parametrize("backend", [name for name in backend_names("attention") if name != "reference"]),
-]
+MAX_SCORES = 2**26
 
 
-def bench_attention_forward(
-    attention_case: AttentionCase,
+@dataclass(frozen=True)
+class AttentionCase(Case):
+    """q_factor: multiplies q. With 64, one key has most of a softmax row to itself: peaky logits."""
+
+    q_factor: float = 1.0
+
+
+MAIN = AttentionShape(4, 12, 1024, 64, 1024, 12, True)
+LONGEST = AttentionShape(1, 8, 8192, 128, 8192, 8, True, "the longest sequence, a second a pass")
+CASES = (
+    *(AttentionCase(shape, main=str(shape) == str(MAIN)) for shape in ATTENTION_BENCHMARK_SHAPES),
+    AttentionCase(AttentionShape(8, 12, 256, 64, 256, 12, True, "a small model's context")),
+    AttentionCase(AttentionShape(1, 16, 2048, 128, 2048, 16, True, "head_dim 128")),
+    AttentionCase(AttentionShape(1, 16, 2048, 128, 2048, 16, False, "head_dim 128 without a mask")),
+    AttentionCase(LONGEST, dtypes=(torch.bfloat16,)),
+    AttentionCase(AttentionShape(3, 5, 333, 80, 333, 5, True, "nothing is a power of two")),
+    AttentionCase(MAIN, note="peaky", q_factor=64.0),
+    AttentionCase(AttentionShape(8, 12, 256, 64, 256, 12, True), note="peaky", q_factor=64.0),
+    AttentionCase(AttentionShape(1, 16, 2048, 128, 2048, 16, True), note="peaky", q_factor=64.0),
+)
+QUICK_CASES = (
+    AttentionCase(AttentionShape(1, 4, 40, 16, 40, 2, True), main=True),
+    AttentionCase(AttentionShape(1, 2, 1, 16, 40, 2, True)),
+    AttentionCase(AttentionShape(1, 2, 33, 20, 33, 2, True), note="peaky", q_factor=64.0),
+)
+
+
+def bench_attention(
+    case: AttentionCase,
+    direction: str,
     dtype: torch.dtype,
     backend: str,
     device: torch.device,
-    usable: Callable[..., None],
-    contest: Callable[..., None],
+    compete: Compete,
 ) -> None:
-    shape = attention_case.shape
-    q, k, v, _ = inputs(attention_case, dtype, device)
-    usable("attention", backend, {"q": q, "k": k, "v": v})
+    shape = case.shape
+    inputs = inputs_of(shape, dtype, device, case.q_factor)
     sdpa = torch_attention(shape)
-    eager = partial(sdpa, q, k, v)
-    best = best_sdpa(shape, lambda: eager)
-    with sdpa_kernel(best):
-        contest(
-            attention_case.work("forward", dtype),
-            backend,
-            partial(attention, q, k, v, causal=shape.causal, backend=backend),
-            {"torch eager": eager, "torch.compile": partial(compiled(sdpa), q, k, v)},
-            f"SDPA {best.name}",
+    best = best_sdpa(sdpa, inputs, direction, shape)
+    ordinary = None
+    if case.q_factor != 1.0:
+        ordinary = ("ordinary logits", inputs_of(shape, dtype, device))
+    compete(
+        Contest(
+            ours=partial(attention, causal=shape.causal, backend=backend),
+            competitors={EAGER: sdpa},
+            eager=f"SDPA {best.name}",
+            inputs=inputs,
+            work=work(shape, direction, dtype),
+            within=sdpa_kernel(best),
+            baseline=ordinary,
         )
+    )
 
 
-def bench_attention_backward(
-    attention_case: AttentionCase,
-    dtype: torch.dtype,
-    backend: str,
-    device: torch.device,
-    usable: Callable[..., None],
-    contest: Callable[..., None],
-) -> None:
-    shape = attention_case.shape
-    q, k, v, dout = inputs(attention_case, dtype, device)
-    usable("attention", backend, {"q": q, "k": k, "v": v})
-    for x in (q, k, v):
-        x.requires_grad_()
-    sdpa = torch_attention(shape)
-
-    def backward(function: Callable[..., Any], **options: Any) -> Call:
-        return gradients(function(q, k, v, **options), (q, k, v), dout)
-
-    best = best_sdpa(shape, lambda: backward(sdpa))
-    with sdpa_kernel(best), kept_graphs():
-        contest(
-            attention_case.work("backward", dtype),
-            backend,
-            backward(attention, causal=shape.causal, backend=backend),
-            {"torch eager": backward(sdpa), "torch.compile": backward(compiled(sdpa))},
-            f"SDPA {best.name}",
-        )
+def inputs_of(
+    shape: AttentionShape, dtype: torch.dtype, device: torch.device, q_factor: float = 1.0
+) -> Inputs:
+    q, k, v, dout = attention_inputs(shape, dtype, device=str(device), q_factor=q_factor)
+    return Inputs((q, k, v), leaves=(q, k, v), gradients=(dout,))
 
 
-def inputs(case: AttentionCase, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    return attention_inputs(case.shape, dtype, device=str(device), q_factor=64.0 if case.peaky else 1.0)
+def work(shape: AttentionShape, direction: str, dtype: torch.dtype) -> Work:
+    """Forward: 2 matrix products over the scores that are seen; backward: 5."""
+    products, passes = {"forward": (2, 1), "backward": (5, 2), "both": (7, 3)}[direction]
+    flops = products * 2 * shape.B * shape.H * seen_scores(shape) * shape.D
+    queries, keys = shape.B * shape.H * shape.N_q * shape.D, shape.B * shape.H_kv * shape.N_k * shape.D
+    # Forward: q, out, k, v, and lse written. Backward: q, out, dout, dq, k, v, dk, dv, and lse read.
+    size = 2 * passes * (queries + keys) * dtype.itemsize + 4 * shape.B * shape.H * shape.N_q
+    return Work(flops, size, "matmul")
+
+
+def seen_scores(shape: AttentionShape) -> int:
+    """Elements of one head's score matrix that its mask leaves."""
+    if shape.diagonal is None:
+        return shape.N_q * shape.N_k
+    return sum(min(max(i + shape.diagonal + 1, 0), shape.N_k) for i in range(shape.N_q))
 
 
 def torch_attention(shape: AttentionShape) -> Callable[..., Tensor]:
@@ -107,8 +123,10 @@ def torch_attention(shape: AttentionShape) -> Callable[..., Tensor]:
     )
 
 
-def best_sdpa(shape: AttentionShape, prepare: Callable[[], Call]) -> SDPBackend:
-    """The fastest of SDPA's backends here; prepare makes the call to time, under each backend."""
+def best_sdpa(
+    sdpa: Callable[..., Tensor], inputs: Inputs, direction: str, shape: AttentionShape
+) -> SDPBackend:
+    """The fastest of SDPA's backends here."""
     calls: dict[SDPBackend, Call] = {}
     for backend in SDPA_BACKENDS:
         if backend is SDPBackend.MATH and shape.scores > MAX_SCORES and calls:
@@ -117,7 +135,7 @@ def best_sdpa(shape: AttentionShape, prepare: Callable[[], Call]) -> SDPBackend:
             # A backend that cannot take the call says so in warnings and then raises.
             warnings.simplefilter("ignore")
             try:
-                call = prepare()
+                call = call_of(sdpa, inputs, direction)
                 call()
             except RuntimeError:
                 continue

@@ -5,8 +5,8 @@
 //     dP = dO V^T                       dS = P (dP - delta),  delta = rowsum(dO O) - dlse
 //     dQ = dS K softmax_scale           dK = dS^T Q softmax_scale
 //
-// dV and dK are summed transposed, dV^T = dO^T P and dK^T = Q^T dS, so that P and dS are right operands with keys in the
-// lanes, as the scores come.
+// dV and dK are summed transposed, dV^T = dO^T P and dK^T = Q^T dS, so that P and dS are right operands with
+// keys in the lanes, as the scores come.
 #include "attention/cpu.hpp"
 #include "attention/scores.hpp"
 #include "attention/tasks.hpp"
@@ -38,19 +38,24 @@ class BackwardPart {
 
 public:
     BackwardPart(const AttentionParams& p, const Part& part)
-        : p_(p), part_(part), s_(sequence_of(p, part.sequence)), D_(p.head_dim), width_(E::width(p.head_dim)) {
+        : p_(p),
+          part_(part),
+          s_(sequence_of(p, part.sequence)),
+          D_(p.head_dim),
+          width_(E::width(p.head_dim)) {
         queries_ = part.end_query - part.first_query;
         many_key_blocks_ = part.end_key - part.first_key > E::kKeysTogether;
-        const int64_t heads = part.end_head - part.first_head, rows = E::kQueriesTogether, keys = E::kKeysTogether;
+        const int64_t heads = part.end_head - part.first_head, rows = E::kQueriesTogether,
+                      keys = E::kKeysTogether;
         const int64_t dq_rows = many_key_blocks_ && part.dq ? heads * queries_ : 0;
         const int64_t transposed = E::left_transposed_size(rows, D_);
         Workspace& workspace = Workspace::of_this_thread();
-        workspace.reserve(
-            sizeof(Operand) * (2 * E::right_transposed_size(keys, D_) + 2 * E::right_rows_size(keys, D_) +
-                               3 * rows * width_ + 3 * transposed + 2 * rows * kRightStride + rows * kLeftStride) +
-            sizeof(C) * (2 * width_ * keys + (dq_rows + rows) * width_ + heads * queries_ + 2 * rows +
-                         3 * E::kRows * kScoreStride) +
-            sizeof(uint16_t) * 2 * (E::kStrip + Dropout<C>::kChunk));
+        workspace.reserve(sizeof(Operand) * (2 * E::right_transposed_size(keys, D_) +
+                                             2 * E::right_rows_size(keys, D_) + 3 * rows * width_ +
+                                             3 * transposed + 2 * rows * kRightStride + rows * kLeftStride) +
+                          sizeof(C) * (2 * width_ * keys + (dq_rows + rows) * width_ + heads * queries_ +
+                                       2 * rows + 3 * E::kRows * kScoreStride) +
+                          sizeof(uint16_t) * 2 * (E::kStrip + Dropout<C>::kChunk));
         auto operands = [&](int64_t count) { return workspace.take<Operand>(count); };
         k_transposed_ = operands(E::right_transposed_size(keys, D_));
         v_transposed_ = operands(E::right_transposed_size(keys, D_));
@@ -112,9 +117,11 @@ private:
 
     void make_delta(int64_t head) {
         const int64_t row = s_.first_query + part_.first_query;
-        const auto out = matrix(p_.out, p_.out_strides, head, row), dout = matrix(p_.dout, p_.dout_strides, head, row);
-        const C* dlse = p_.dlse == nullptr ? nullptr
-                                           : static_cast<const C*>(p_.dlse) + (s_.batch * p_.heads + head) * p_.n_q + row;
+        const auto out = matrix(p_.out, p_.out_strides, head, row),
+                   dout = matrix(p_.dout, p_.dout_strides, head, row);
+        const C* dlse = p_.dlse == nullptr
+                            ? nullptr
+                            : static_cast<const C*>(p_.dlse) + (s_.batch * p_.heads + head) * p_.n_q + row;
         C* delta = delta_of(head);
         if constexpr (sizeof(T) == 2)
             for (int64_t i = 0; i < queries_; ++i) delta[i] = row_product(out, dout, i);
@@ -173,16 +180,18 @@ private:
             E::pack_right_transposed(v_part, n, D_, key, v_transposed_);
             if (part_.dq) E::pack_right_rows(k_part, n, D_, key, k_rows_);
         }
-        // What is not finite in k reaches the queries that see it through their scores; those that do not see it meet
-        // it as 0 * NaN in dS K where some key is masked, and there it must count as 0. The same holds for q in dS^T Q.
+        // What is not finite in k reaches the queries that see it through their scores; those that do not see
+        // it meet it as 0 * NaN in dS K where some key is masked, and there it must count as 0. The same
+        // holds for q in dS^T Q.
         if (!keys_finite_ && part_.dq)
             for (int64_t key = 0; key < keys_; key += E::kKeys)
-                E::pack_right_rows({k.row(key), k.row_stride, k.column_stride}, std::min(E::kKeys, keys_ - key), D_, key,
-                                   k_clean_, true);
+                E::pack_right_rows({k.row(key), k.row_stride, k.column_stride},
+                                   std::min(E::kKeys, keys_ - key), D_, key, k_clean_, true);
     }
 
     // One block of queries against the packed keys.
-    void queries(const ScoreRows<T>& score_rows, int64_t head, int64_t query, int64_t count, bool first_keys) {
+    void queries(const ScoreRows<T>& score_rows, int64_t head, int64_t query, int64_t count,
+                 bool first_keys) {
         const Band& band = score_rows.band();
         const int64_t begin = std::max(first_key_, band.begin(query)) - first_key_;
         const int64_t end = std::min(first_key_ + keys_, band.end(query + count - 1)) - first_key_;
@@ -238,7 +247,8 @@ private:
         const C* lse = static_cast<const C*>(p_.lse) + (s_.batch * p_.heads + head) * p_.n_q + row;
         const C* delta = delta_of(head) + query - part_.first_query;
         for (int64_t i = 0; i < padded_count; ++i) {
-            // A query with no visible key, or none at all, has lse = +inf here: its weights are exp(-inf) = 0.
+            // A query with no visible key, or none at all, has lse = +inf here: its weights are exp(-inf) =
+            // 0.
             const bool sees = i < count && lse[i] != -infinity;
             lse_[i] = sees ? lse[i] * Exp::unit : infinity;
             delta_[i] = i < count ? delta[i] : C(0);
@@ -252,16 +262,17 @@ private:
         return E::left_transposed(q_clean_, rows, D_, q_scratch_);
     }
 
-    // P and dS of a block of queries and the keys from `first` on, counted from first_key_. Returns whether some key is
-    // hidden from some query.
-    bool make_gradients(const ScoreRows<T>& score_rows, int64_t head, int64_t query, int64_t count, int64_t first,
-                        int64_t keys) {
+    // P and dS of a block of queries and the keys from `first` on, counted from first_key_. Returns whether
+    // some key is hidden from some query.
+    bool make_gradients(const ScoreRows<T>& score_rows, int64_t head, int64_t query, int64_t count,
+                        int64_t first, int64_t keys) {
         const Band& band = score_rows.band();
         const Dropout<C> dropout(p_, s_.index, head);
         bool any_masked = false;
         for (int64_t row = 0; row < count; row += E::kRows) {
             const int64_t n = std::min(E::kRows, count - row);
-            const int64_t begin = band.begin(query + row) - first_key_, end = band.end(query + row + n - 1) - first_key_;
+            const int64_t begin = band.begin(query + row) - first_key_,
+                          end = band.end(query + row + n - 1) - first_key_;
             for (int64_t j = first; j < first + keys; j += E::kStrip) {
                 const BlockPlace at{query + row, n, first_key_ + j, std::min(E::kStrip, first + keys - j)};
                 if (j + at.keys <= begin || j >= end) {
@@ -289,13 +300,13 @@ private:
     }
 
     // One block of scores: rows of the block of queries from `row` on, keys from column `j` on.
-    bool strip(const ScoreRows<T>& score_rows, const Dropout<C>& dropout, int64_t head, int64_t row, int64_t j,
-               const BlockPlace& at) {
+    bool strip(const ScoreRows<T>& score_rows, const Dropout<C>& dropout, int64_t head, int64_t row,
+               int64_t j, const BlockPlace& at) {
         const int64_t rows = round_up(at.queries, E::kRowStep);
-        E::template product<false>(E::left(q_ + row * width_, D_), E::right_transposed(k_transposed_, j, D_), rows,
-                                   at.keys, D_, scores_);
-        E::template product<false>(E::left(dout_ + row * width_, D_), E::right_transposed(v_transposed_, j, D_), rows,
-                                   at.keys, D_, dweights_);
+        E::template product<false>(E::left(q_ + row * width_, D_), E::right_transposed(k_transposed_, j, D_),
+                                   rows, at.keys, D_, scores_);
+        E::template product<false>(E::left(dout_ + row * width_, D_),
+                                   E::right_transposed(v_transposed_, j, D_), rows, at.keys, D_, dweights_);
         C factor = static_cast<C>(p_.softmax_scale) * Exp::unit;
         const bool sloped = p_.softcap > 0;
         if (score_rows.adjusts()) {
@@ -331,10 +342,11 @@ private:
             }
     }
 
-    // Turns scores and dP into P and dS, two rows at a time. keeps: dS is also wanted in C, for what else follows from it.
+    // Turns scores and dP into P and dS, two rows at a time. keeps: dS is also wanted in C, for what else
+    // follows from it.
     template <bool masked, bool drops, bool keeps>
-    void gradients(const ScoreRows<T>& score_rows, const Dropout<C>& dropout, int64_t head, int64_t row, int64_t column,
-                   const BlockPlace& at, C factor) {
+    void gradients(const ScoreRows<T>& score_rows, const Dropout<C>& dropout, int64_t head, int64_t row,
+                   int64_t column, const BlockPlace& at, C factor) {
         const int64_t rows = round_up(at.queries, E::kRowStep);
         const C scale = dropout.scale();
         constexpr int64_t bits_stride = E::kStrip + Dropout<C>::kChunk;
@@ -378,7 +390,8 @@ private:
     }
 
     void put_dscores(int64_t row, int64_t column, const Vector<C> dscores[4]) {
-        if (part_.dk || (E::kOneLayout && part_.dq)) E::put_right(dscores_, kRightStride, row, column, dscores);
+        if (part_.dk || (E::kOneLayout && part_.dq))
+            E::put_right(dscores_, kRightStride, row, column, dscores);
         if constexpr (!E::kOneLayout)
             if (part_.dq) {
                 E::put_left(dscores_left_ + row * kLeftStride + column, dscores[0], dscores[1]);
@@ -386,8 +399,8 @@ private:
             }
     }
 
-    // Adds a block of dS to the gradient of the bias, first over what the bias was broadcast to within the block: sums
-    // of sums have smaller errors than long ones.
+    // Adds a block of dS to the gradient of the bias, first over what the bias was broadcast to within the
+    // block: sums of sums have smaller errors than long ones.
     void add_bias_gradient(int64_t head, const BlockPlace& at) {
         const Strides& s = p_.dbias_strides;
         C* target = static_cast<C*>(p_.dbias) + s_.batch * s.batch + head * s.head + at.first_query * s.row +
@@ -462,7 +475,8 @@ int64_t work_of(const AttentionParams& p, const Part& part) {
     const Band band(p, sequence_of(p, part.sequence));
     int64_t seen = 0;
     for (int64_t query = part.first_query; query < part.end_query; ++query)
-        seen += std::max<int64_t>(std::min(band.end(query), part.end_key) - std::max(band.begin(query), part.first_key), 0);
+        seen += std::max<int64_t>(
+            std::min(band.end(query), part.end_key) - std::max(band.begin(query), part.first_key), 0);
     return seen * (part.end_head - part.first_head);
 }
 
@@ -477,13 +491,15 @@ template <class E>
 void bias_gradient(const AttentionParams& p) {
     const Strides& s = p.dbias_strides;
     const int64_t batches = s.batch == 0 ? 1 : p.batch, heads = s.head == 0 ? 1 : p.heads;
-    const int64_t step = s.row == 0 ? p.n_q : E::kQueriesTogether, blocks = ceil_div(p.n_q, std::max<int64_t>(step, 1));
+    const int64_t step = s.row == 0 ? p.n_q : E::kQueriesTogether,
+                  blocks = ceil_div(p.n_q, std::max<int64_t>(step, 1));
     parallel_for(batches * heads * blocks, p.threads, [&](int64_t task) {
-        const int64_t batch = task / blocks / heads, head = task / blocks % heads, query = task % blocks * step;
+        const int64_t batch = task / blocks / heads, head = task / blocks % heads,
+                      query = task % blocks * step;
         for (int64_t b = batch; b < (s.batch == 0 ? p.batch : batch + 1); ++b)
             for (int64_t h = head; h < (s.head == 0 ? p.heads : head + 1); ++h)
-                BackwardPart<E>(p, Part{b, h / (p.heads / p.heads_kv), h, h + 1, query, std::min(query + step, p.n_q), 0,
-                                        p.n_k, false, false, false, true})
+                BackwardPart<E>(p, Part{b, h / (p.heads / p.heads_kv), h, h + 1, query,
+                                        std::min(query + step, p.n_q), 0, p.n_k, false, false, false, true})
                     .run();
     });
 }
@@ -494,8 +510,8 @@ void backward(const AttentionParams& p) {
     if (p.dbias != nullptr) bias_gradient<E>(p);
     if (!dq && !dk && !dv && p.drelative_bias == nullptr) return;
     const int64_t group = p.heads / p.heads_kv, heads = p.sequences * p.heads_kv;
-    // A whole head is one task when that keeps the threads busy: 5 products a block. Split in two passes the scores are
-    // computed twice, 7 products, but there is work for every thread.
+    // A whole head is one task when that keeps the threads busy: 5 products a block. Split in two passes the
+    // scores are computed twice, 7 products, but there is work for every thread.
     const int64_t rounds = ceil_div(heads, p.threads);
     const bool whole =
         p.drelative_bias != nullptr || !dq || !(dk || dv) || 7 * heads >= 5 * rounds * p.threads;
@@ -503,7 +519,8 @@ void backward(const AttentionParams& p) {
     for (int64_t index = 0; index < p.sequences; ++index) {
         const Sequence s = sequence_of(p, index);
         for (int64_t head = 0; head < p.heads_kv; ++head) {
-            const Part all{index, head, head * group, (head + 1) * group, 0, s.n_q, 0, s.n_k, dq, dk, dv, false};
+            const Part all{index, head, head * group, (head + 1) * group, 0, s.n_q, 0, s.n_k, dq,
+                           dk,    dv,   false};
             if (whole) {
                 parts.push_back(all);
                 continue;

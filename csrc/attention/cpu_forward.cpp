@@ -1,7 +1,8 @@
-// Attention forward on the CPU: softmax over key blocks (Dao et al. 2022, arXiv:2205.14135), keys in the lanes.
+// Attention forward on the CPU: softmax over key blocks (Dao et al. 2022, arXiv:2205.14135), keys in the
+// lanes.
 //
-// Where |q| |k| bounds every score of a block of queries, exp(score) can neither overflow nor vanish: no maximum is
-// looked for, and nothing is ever rescaled. Elsewhere the softmax is online.
+// Where |q| |k| bounds every score of a block of queries, exp(score) can neither overflow nor vanish: no
+// maximum is looked for, and nothing is ever rescaled. Elsewhere the softmax is online.
 #include "attention/cpu.hpp"
 #include "attention/scores.hpp"
 #include "attention/tasks.hpp"
@@ -9,12 +10,14 @@
 namespace lmkern {
 namespace {
 
-// Bits: weights of scores between -kBound and kBound, times values up to kLargestValue, sum far inside float32.
+// Bits: weights of scores between -kBound and kBound, times values up to kLargestValue, sum far inside
+// float32.
 constexpr float kBound = 32, kLargestValue = 0x1p40f;
 
 // Keys packed at a time are at most so many bytes: more are read again for every few hundred queries.
 constexpr int64_t kPackedBytes = int64_t{8} << 20;
-// So many stay in the cache of a core while all queries pass by; of more, each part serves several blocks of queries.
+// So many stay in the cache of a core while all queries pass by; of more, each part serves several blocks of
+// queries.
 constexpr int64_t kCachedBytes = int64_t{1} << 20;
 
 // Blocks of kQueries queries that are worked on together; more where the keys are packed in parts.
@@ -34,12 +37,17 @@ class Forward {
 
 public:
     Forward(const AttentionParams& p, const QueryTask& task)
-        : p_(p), task_(task), s_(sequence_of(p, task.sequence)), D_(p.head_dim), width_(E::width(p.head_dim)) {
+        : p_(p),
+          task_(task),
+          s_(sequence_of(p, task.sequence)),
+          D_(p.head_dim),
+          width_(E::width(p.head_dim)) {
         const int64_t bytes_per_key = static_cast<int64_t>(sizeof(Operand)) * 2 * width_;
         keys_at_once_ = std::max<int64_t>(kPackedBytes / bytes_per_key / E::kKeys, 1) * E::kKeys;
         in_parts_ = s_.n_k > keys_at_once_;
         const int64_t blocks = in_parts_ ? kBlocksTogetherInParts : kBlocksTogether;
-        rows_together_ = std::min(blocks * E::kQueries, round_up(task.end_query - task.first_query, E::kQueries));
+        rows_together_ =
+            std::min(blocks * E::kQueries, round_up(task.end_query - task.first_query, E::kQueries));
         const int64_t keys = round_up(std::min(keys_at_once_, s_.n_k), E::kKeys);
         Workspace& workspace = Workspace::of_this_thread();
         workspace.reserve(
@@ -102,7 +110,8 @@ private:
             const int64_t end_packed = std::min(end, packed + keys_at_once_);
             const int64_t bytes = static_cast<int64_t>(sizeof(Operand)) * 2 * width_ * (end_packed - packed);
             const int64_t together = bytes <= kCachedBytes ? keys_at_once_ : E::kKeys;
-            for (int64_t key = std::max(packed, begin / E::kKeys * E::kKeys); key < end_packed; key += together)
+            for (int64_t key = std::max(packed, begin / E::kKeys * E::kKeys); key < end_packed;
+                 key += together)
                 for (QueryBlock* b = blocks; b < blocks + count; ++b)
                     for (int64_t j = key; j < std::min(end_packed, key + together); j += E::kKeys)
                         block(score_rows, dropout, *b, j);
@@ -111,7 +120,8 @@ private:
     }
 
     bool bound(C largest_square) const {
-        const C largest = std::sqrt(largest_square) * std::sqrt(k_square_) * std::abs(C(p_.softmax_scale)) * Exp::unit;
+        const C largest =
+            std::sqrt(largest_square) * std::sqrt(k_square_) * std::abs(C(p_.softmax_scale)) * Exp::unit;
         return largest <= kBound;
     }
 
@@ -137,7 +147,8 @@ private:
             const int64_t n = std::min(E::kKeys, end - key);
             const auto k_facts =
                 E::pack_right_transposed({k.row(key), k.row_stride, k.column_stride}, n, D_, key - first, k_);
-            const auto v_facts = E::pack_right_rows({v.row(key), v.row_stride, v.column_stride}, n, D_, key - first, v_);
+            const auto v_facts =
+                E::pack_right_rows({v.row(key), v.row_stride, v.column_stride}, n, D_, key - first, v_);
             k_square_ = std::max(k_square_, k_facts.largest_square);
             values_finite_ &= v_facts.finite;
             bounds_ = bounds_ && k_facts.finite && v_facts.finite && v_facts.largest <= kLargestValue;
@@ -150,7 +161,8 @@ private:
         const int64_t end = std::min(key + E::kKeys, band.end(b.first_query + b.queries - 1));
         if (end <= begin) return;
         const int64_t first = begin / E::kStep * E::kStep, keys = round_up(end - first, E::kStep);
-        // With no maximum to look for, weights are made a strip at a time, whose scores stay in the nearest cache.
+        // With no maximum to look for, weights are made a strip at a time, whose scores stay in the nearest
+        // cache.
         const int64_t strip = b.bounded ? E::kStrip : E::kKeys;
         for (int64_t j = 0; j < keys; j += strip)
             weigh(score_rows, dropout, b, first + j, std::min(strip, keys - j), weights_ + j);
@@ -196,7 +208,8 @@ private:
         if (!b.bounded) bring_up_to_date(b, keys, factor);
         const bool drops = p_.dropout_threshold > 0;
         if (b.bounded)
-            drops ? weights<true, true>(b, at, factor, dropout, out) : weights<true, false>(b, at, factor, dropout, out);
+            drops ? weights<true, true>(b, at, factor, dropout, out)
+                  : weights<true, false>(b, at, factor, dropout, out);
         else
             drops ? weights<false, true>(b, at, factor, dropout, out)
                   : weights<false, false>(b, at, factor, dropout, out);
@@ -226,7 +239,8 @@ private:
                 across_rows(block_max_ + i * lanes, [](auto x, auto y) { return max(x, y); }) * factor;
             C* place = row_max_ + b.row + i;
             const Vector<C> old_max = load(place), row_max = max(old_max, block_max);
-            // A row with no visible key has row_max = -inf; subtracting 0 instead keeps exp(-inf) = 0 and no NaN.
+            // A row with no visible key has row_max = -inf; subtracting 0 instead keeps exp(-inf) = 0 and no
+            // NaN.
             const Vector<C> reference = row_max == -infinity ? Vector<C>{} : row_max;
             store(place, row_max);
             store(reference_ + i, reference);
@@ -243,11 +257,13 @@ private:
     }
 
     template <bool bounded, bool drops>
-    [[gnu::noinline]] void weights(const QueryBlock& b, const BlockPlace& at, C factor, const Dropout<C>& dropout, Operand* weights) {
+    void weights(const QueryBlock& b, const BlockPlace& at, C factor, const Dropout<C>& dropout,
+                 Operand* weights) {
         const int64_t keys = at.keys;
         const int64_t key_bytes = width_ * static_cast<int64_t>(sizeof(Operand));
         const int64_t lines = ceil_div(keys * key_bytes, 64 * b.queries);
-        const char* ahead_k = reinterpret_cast<const char*>(k_) + (at.first_key - packed_from_ + keys) * key_bytes;
+        const char* ahead_k =
+            reinterpret_cast<const char*>(k_) + (at.first_key - packed_from_ + keys) * key_bytes;
         const char* ahead_v = reinterpret_cast<const char*>(v_) + (at.first_key - packed_from_) * key_bytes;
         for (int64_t i = 0; i < b.queries; ++i) {
             const C* row = scores_.data + i * scores_.stride;
@@ -285,7 +301,8 @@ private:
 
     void finish(int64_t head, const QueryBlock& b, C scale) {
         const auto out = head_of<T>(p_.out, p_.out_strides, s_.batch, head, s_.first_query + b.first_query);
-        C* lse = static_cast<C*>(p_.lse) + (s_.batch * p_.heads + head) * p_.n_q + s_.first_query + b.first_query;
+        C* lse =
+            static_cast<C*>(p_.lse) + (s_.batch * p_.heads + head) * p_.n_q + s_.first_query + b.first_query;
         for (int64_t i = 0; i < b.queries; i += lanes) {
             const Vector<C> total =
                 across_rows(row_sum_ + (b.row + i) * lanes, [](auto x, auto y) { return x + y; });
@@ -302,8 +319,8 @@ private:
         // A row that saw no key is zero, also where a NaN among the values met its weights of 0.
         for (int64_t i = 0; i < b.queries; ++i)
             if (correction_[i] == C(0) || !b.begun) std::fill_n(acc_ + (b.row + i) * width_, width_, C(0));
-        unpack(Block<C>{acc_ + b.row * width_, width_}, b.queries, D_, out.data, out.row_stride, out.column_stride,
-               [&](int64_t i) { return correction_[i]; });
+        unpack(Block<C>{acc_ + b.row * width_, width_}, b.queries, D_, out.data, out.row_stride,
+               out.column_stride, [&](int64_t i) { return correction_[i]; });
     }
 
     const AttentionParams& p_;

@@ -1,5 +1,5 @@
-// The two ways in which attention's products are computed: on vectors, for every type and processor, and on AMX
-// tiles, for bfloat16. An engine says how operands lie and multiplies them; the passes say which.
+// The two ways in which attention's products are computed: on vectors, for every type and processor, and on
+// AMX tiles, for bfloat16. An engine says how operands lie and multiplies them; the passes say which.
 //
 //     Left          (rows, depth)     rows as they lie: queries, weights, gradients
 //     Right         (depth, columns)  keys and values; transposed from rows, or rows themselves
@@ -30,7 +30,8 @@ struct Matrix {
 };
 
 template <class T>
-Matrix<T> head_of(const void* tensor, const Strides& strides, int64_t batch, int64_t head, int64_t first_row) {
+Matrix<T> head_of(const void* tensor, const Strides& strides, int64_t batch, int64_t head,
+                  int64_t first_row) {
     T* data = static_cast<T*>(const_cast<void*>(tensor));
     data += batch * strides.batch + head * strides.head + first_row * strides.row;
     return {data, strides.row, strides.column};
@@ -74,7 +75,8 @@ struct VectorEngine {
     static constexpr int64_t kQueries = 48;
     // Keys of a block of scores; keys packed together.
     static constexpr int64_t kStrip = 64, kKeys = 64;
-    // The backward pass: queries of a block of scores, and queries and keys whose products are computed together.
+    // The backward pass: queries of a block of scores, and queries and keys whose products are computed
+    // together.
     static constexpr int64_t kRows = 48, kQueriesTogether = 48, kKeysTogether = 256;
     static constexpr int64_t kRowStep = 2;
     static constexpr bool kOneLayout = true;  // a block of results is a left and a right operand
@@ -98,7 +100,8 @@ struct VectorEngine {
                 }
                 packed.largest_square = std::max(packed.largest_square, sum<C>(squares));
             }
-            for (int lane = 0; lane < kLanes<C>; ++lane) packed.largest = std::max(packed.largest, largest[lane]);
+            for (int lane = 0; lane < kLanes<C>; ++lane)
+                packed.largest = std::max(packed.largest, largest[lane]);
         }
         return packed;
     }
@@ -111,10 +114,11 @@ struct VectorEngine {
     static int64_t left_transposed_size(int64_t, int64_t) { return 0; }
     static Left left_transposed(const C* left, int64_t, int64_t D, C*) { return {left, 1, width(D)}; }
 
-    // The transpose (D, keys) of rows: blocks of kKeys columns, one after the other. Packs the rows of the keys from
-    // `first` on, at most kKeys of one block; clean: with 0 for what is not finite.
+    // The transpose (D, keys) of rows: blocks of kKeys columns, one after the other. Packs the rows of the
+    // keys from `first` on, at most kKeys of one block; clean: with 0 for what is not finite.
     static int64_t right_transposed_size(int64_t keys, int64_t D) { return round_up(keys, kKeys) * D; }
-    static Packed<C> pack_right_transposed(Matrix<const T> from, int64_t rows, int64_t D, int64_t first, C* to) {
+    static Packed<C> pack_right_transposed(Matrix<const T> from, int64_t rows, int64_t D, int64_t first,
+                                           C* to) {
         constexpr int64_t lanes = kLanes<C>;
         const int64_t stride = width(D);
         alignas(64) C dense[lanes * 256];
@@ -172,8 +176,8 @@ struct VectorEngine {
 
     template <bool accumulate>
     static void product(Left a, Right b, int64_t rows, int64_t columns, int64_t depth, Block<C> c) {
-        lmkern::product<accumulate>(lmkern::Left<C>{a.data, a.row_stride, a.depth_stride}, b, rows, columns, depth,
-                                    c);
+        lmkern::product<accumulate>(lmkern::Left<C>{a.data, a.row_stride, a.depth_stride}, b, rows, columns,
+                                    depth, c);
     }
 
     // What a thread needs while it multiplies.
@@ -193,8 +197,8 @@ struct AmxEngine {
     using Session = AmxTiles;
 
     static constexpr int64_t kStep = 32;
-    static constexpr int64_t kQueries = 64;
-    static constexpr int64_t kStrip = 64, kKeys = 128;
+    static constexpr int64_t kQueries = 32;
+    static constexpr int64_t kStrip = 64, kKeys = 256;
     static constexpr int64_t kRows = 32, kQueriesTogether = 128, kKeysTogether = 512;
     static constexpr int64_t kRowStep = 32;
     static constexpr bool kOneLayout = false;
@@ -253,8 +257,8 @@ struct AmxEngine {
     }
 
     static int64_t right_transposed_size(int64_t keys, int64_t D) { return round_up(keys, 32) * width(D); }
-    static Packed<float> pack_right_transposed(Matrix<const bfloat16> from, int64_t rows, int64_t D, int64_t first,
-                                               bfloat16* to) {
+    static Packed<float> pack_right_transposed(Matrix<const bfloat16> from, int64_t rows, int64_t D,
+                                               int64_t first, bfloat16* to) {
         const int64_t stride = width(D);
         to += first * stride;
         Facts facts;
@@ -326,13 +330,16 @@ struct AmxEngine {
     static void put_left(bfloat16* place, Vector<float> a, Vector<float> b) {
         _mm512_store_si512(place, rounded(a, b));
     }
-    static void put_right(bfloat16* block, int64_t stride, int64_t row, int64_t column, const Vector<float> v[4]) {
+    static void put_right(bfloat16* block, int64_t stride, int64_t row, int64_t column,
+                          const Vector<float> v[4]) {
         const __m512i even = rounded(v[0], v[1]), odd = rounded(v[2], v[3]);
         put_pairs(block, stride, row, column, even, odd);
     }
     // Unpacking interleaves within 128 bits, so the keys of 32 columns come in the order of key_of_column.
-    static void put_pairs(bfloat16* block, int64_t stride, int64_t row, int64_t column, __m512i even, __m512i odd) {
-        bfloat16* tile = block + row / 32 * (stride / 16 * kAmxTile) + column / 16 * kAmxTile + row % 32 / 2 * 32;
+    static void put_pairs(bfloat16* block, int64_t stride, int64_t row, int64_t column, __m512i even,
+                          __m512i odd) {
+        bfloat16* tile =
+            block + row / 32 * (stride / 16 * kAmxTile) + column / 16 * kAmxTile + row % 32 / 2 * 32;
         _mm512_store_si512(tile, _mm512_unpacklo_epi16(even, odd));
         _mm512_store_si512(tile + kAmxTile, _mm512_unpackhi_epi16(even, odd));
     }
@@ -385,21 +392,24 @@ private:
         __m512 square_ = _mm512_setzero_ps(), odd_ = _mm512_setzero_ps();
     };
 
-    // 32 rows from row i on that may be read to the full width: the matrix itself where it is whole there, else a copy.
-    static AmxLeft whole_rows(Matrix<const bfloat16> from, int64_t i, int64_t rows, int64_t D, bfloat16* scratch,
-                              bool clean = false) {
+    // 32 rows from row i on that may be read to the full width: the matrix itself where it is whole there,
+    // else a copy.
+    static AmxLeft whole_rows(Matrix<const bfloat16> from, int64_t i, int64_t rows, int64_t D,
+                              bfloat16* scratch, bool clean = false) {
         if (from.column_stride == 1 && D % 32 == 0 && i + 32 <= rows && !clean) {
             for (int64_t r = i; r < i + 32; ++r) prefetch_row(from, r + kRowsAhead, rows, D);
             return {from.row(i), from.row_stride};
         }
-        pack_left({from.row(i), from.row_stride, from.column_stride}, std::min<int64_t>(rows - i, 32), D, 32, scratch);
+        pack_left({from.row(i), from.row_stride, from.column_stride}, std::min<int64_t>(rows - i, 32), D, 32,
+                  scratch);
         if (clean) clear_left(scratch, 32, D);
         return {scratch, width(D)};
     }
 
     static void pairs(const bfloat16* rows, int64_t stride, __m512i block[16]) {
-        amx_pairs([&](int i) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + i * stride)); },
-                  block);
+        amx_pairs(
+            [&](int i) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + i * stride)); },
+            block);
     }
 };
 

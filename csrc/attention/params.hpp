@@ -14,35 +14,35 @@ struct Strides {
 
 // C below: float32, float64 for float64 inputs.
 struct AttentionParams {
-    const void* q;              // (B, H, N_q, D)
-    const void* k;              // (B, H_kv, N_k, D)
-    const void* v;              // (B, H_kv, N_k, D)
-    void* out;                  // (B, H, N_q, D)
-    void* lse;                  // (B, H, N_q) contiguous, C
-    const void* dout;           // (B, H, N_q, D)
-    const void* dlse;           // (B, H, N_q) contiguous, C, or null
-    void* dq;                   // (B, H, N_q, D), or null: not wanted
-    void* dk;                   // (B, H_kv, N_k, D), or null
-    void* dv;                   // (B, H_kv, N_k, D), or null
-    const void* bias;           // (B, H, N_q, N_k) through its strides, bias_dtype, or null
-    const uint8_t* mask;        // (B, H, N_q, N_k) through its strides, 0: hidden, or null
-    const void* relative_bias;  // (H or 1, 2 relative_radius + 1), C, or null
-    const void* sinks;          // (H,), C, or null
-    void* dbias;                // as bias is, C, zeroed, or null
-    void* drelative_bias;       // (sequences, H, 2 relative_radius + 1), C, zeroed, or null
+    const void* q;                // (B, H, N_q, D)
+    const void* k;                // (B, H_kv, N_k, D)
+    const void* v;                // (B, H_kv, N_k, D)
+    void* out;                    // (B, H, N_q, D)
+    void* lse;                    // (B, H, N_q) contiguous, C
+    const void* dout;             // (B, H, N_q, D)
+    const void* dlse;             // (B, H, N_q) contiguous, C, or null
+    void* dq;                     // (B, H, N_q, D), or null: not wanted
+    void* dk;                     // (B, H_kv, N_k, D), or null
+    void* dv;                     // (B, H_kv, N_k, D), or null
+    const void* bias;             // (B, H, N_q, N_k) through its strides, bias_dtype, or null
+    const uint8_t* mask;          // (B, H, N_q, N_k) through its strides, 0: hidden, or null
+    const void* relative_bias;    // (H or 1, 2 relative_radius + 1), C, or null
+    const void* sinks;            // (H,), C, or null
+    void* dbias;                  // as bias is, C, zeroed, or null
+    void* drelative_bias;         // (sequences, H, 2 relative_radius + 1), C, zeroed, or null
     const int32_t* cu_seqlens_q;  // (sequences + 1,), or null
     const int32_t* cu_seqlens_k;  // likewise
     Strides q_strides, k_strides, v_strides, out_strides, dout_strides, dq_strides, dk_strides, dv_strides;
     Strides bias_strides, mask_strides, dbias_strides;
     int64_t batch, heads, heads_kv, n_q, n_k, head_dim;
-    int64_t sequences;            // documents, or batch
-    int64_t left, right;          // keys seen before and after a query's position; kUnbounded: all
-    int64_t top_left;             // whether a query's position is its index
+    int64_t sequences;    // documents, or batch
+    int64_t left, right;  // keys seen before and after a query's position; kUnbounded: all
+    int64_t top_left;     // whether a query's position is its index
     int64_t relative_radius, relative_head_stride;
-    int64_t dropout_threshold;    // of 65536; 0: no dropout
+    int64_t dropout_threshold;  // of 65536; 0: no dropout
     int64_t seed;
     double softmax_scale, softcap;
-    int64_t dtype, bias_dtype;    // Dtype
+    int64_t dtype, bias_dtype;  // Dtype
     int64_t threads;
 };
 
@@ -69,8 +69,8 @@ inline Sequence sequence_of(const AttentionParams& p, int64_t index) {
     return s;
 }
 
-// The keys that queries of a sequence see, apart from masks: from begin(query) to end(query), neither of which
-// falls as the query grows. No query sees a key where end <= begin.
+// The keys that queries of a sequence see, apart from masks: from begin(query) to end(query), neither of
+// which falls as the query grows. No query sees a key where end <= begin.
 struct Band {
     int64_t n_k, before, after;
 

@@ -1,23 +1,24 @@
-// What happens to a block of scores between the two products: soft-cap, biases, masks, dropout. Queries are rows,
-// keys stand in the lanes.
+// What happens to a block of scores between the two products: soft-cap, biases, masks, dropout. Queries are
+// rows, keys stand in the lanes.
 #pragma once
 
 #include <cmath>
 
 #include "attention/operands.hpp"
 #include "simd/philox.hpp"
+#include "simd/tanh.hpp"
 
 namespace lmkern {
 
-// A block of one head's scores: rows are queries from first_query on, columns keys from first_key on, both counted
-// within the sequence.
+// A block of one head's scores: rows are queries from first_query on, columns keys from first_key on, both
+// counted within the sequence.
 struct BlockPlace {
     int64_t first_query, queries;
     int64_t first_key, keys;  // keys: columns that are computed, some of them perhaps beyond the last key
 };
 
-// Scores are counted in units in which the exponential is cheapest: bits for 16-bit types, whose weights need no more,
-// natural units for the others.
+// Scores are counted in units in which the exponential is cheapest: bits for 16-bit types, whose weights need
+// no more, natural units for the others.
 template <class T, class C = Compute<T>>
 struct Exponential {
     static constexpr bool base2 = sizeof(T) == 2;
@@ -38,18 +39,22 @@ class ScoreRows {
     static constexpr int64_t lanes = kLanes<C>;
 
 public:
-    ScoreRows(const AttentionParams& p, const Sequence& s, int64_t head) : p_(p), s_(s), head_(head), band_(p, s) {
+    ScoreRows(const AttentionParams& p, const Sequence& s, int64_t head)
+        : p_(p), s_(s), head_(head), band_(p, s) {
         if (p.relative_bias != nullptr)
-            relative_ = static_cast<const C*>(p.relative_bias) + head * p.relative_head_stride + p.relative_radius;
-        if (p.mask != nullptr)
-            mask_ = p.mask + s.batch * p.mask_strides.batch + head * p.mask_strides.head;
+            relative_ =
+                static_cast<const C*>(p.relative_bias) + head * p.relative_head_stride + p.relative_radius;
+        if (p.mask != nullptr) mask_ = p.mask + s.batch * p.mask_strides.batch + head * p.mask_strides.head;
     }
 
     const Band& band() const { return band_; }
     // Whether raw scores are more than scaled, apart from the band.
-    bool adjusts() const { return p_.softcap > 0 || p_.bias != nullptr || relative_ != nullptr || mask_ != nullptr; }
+    bool adjusts() const {
+        return p_.softcap > 0 || p_.bias != nullptr || relative_ != nullptr || mask_ != nullptr;
+    }
 
-    // Turns raw products q . k into scores, natural units. `slopes`, if wanted: the derivative of the soft-cap.
+    // Turns raw products q . k into scores, natural units. `slopes`, if wanted: the derivative of the
+    // soft-cap.
     void adjust(Block<C> scores, const BlockPlace& at, C* slopes = nullptr) const {
         const C scale = static_cast<C>(p_.softmax_scale);
         const C cap = static_cast<C>(p_.softcap);
@@ -66,8 +71,7 @@ public:
                 }
                 store(row + j, s);
             }
-            if (relative_ != nullptr)
-                add(row, columns, relative_ + (at.first_key - query - s_.offset), 1);
+            if (relative_ != nullptr) add(row, columns, relative_ + (at.first_key - query - s_.offset), 1);
             if (p_.bias != nullptr) add_bias(row, columns, query, at.first_key);
             if (mask_ != nullptr) hide(row, columns, query, at.first_key);
         }
@@ -94,8 +98,8 @@ public:
         return true;
     }
 
-    // Adds a block of the gradient of scores to that of the relative bias, along its diagonals: first within the block,
-    // since sums of sums have smaller errors than long ones.
+    // Adds a block of the gradient of scores to that of the relative bias, along its diagonals: first within
+    // the block, since sums of sums have smaller errors than long ones.
     static constexpr int64_t kDiagonals = 64 + 64;
     void add_relative_gradient(Block<C> gradient, const BlockPlace& at, C* drelative) const {
         const int64_t keys = std::min(at.keys, band_.n_k - at.first_key), last = at.queries - 1;

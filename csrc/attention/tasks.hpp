@@ -35,8 +35,8 @@ inline int64_t seen_scores(const Band& band, int64_t first_query, int64_t end_qu
     return seen;
 }
 
-// Whole heads where there are enough of them to go round; else heads cut into ranges of about equal work, each a
-// multiple of `step` queries, so that the blocks within are the same however many threads there are.
+// Whole heads where there are enough of them to go round; else heads cut into ranges of about equal work,
+// each a multiple of `step` queries, so that the blocks within are the same however many threads there are.
 inline std::vector<QueryTask> query_tasks(const AttentionParams& p, int64_t step) {
     std::vector<QueryTask> tasks;
     const int64_t heads = p.sequences * p.heads_kv;

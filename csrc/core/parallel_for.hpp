@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <exception>
 
+#include "core/workspace.hpp"
+
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -36,28 +38,41 @@ inline bool& in_forked_child() {
     return forked;
 }
 
-// body(task) for every task in [0, tasks), on up to `threads` threads; tasks are handed out in order, one at
+// body(task) for every task in [0, tasks), on up to `threads` threads. As many tasks as threads: task i runs
+// on thread i, in whose cache its data may be from the op before. More: they are handed out in order, one at
 // a time. An exception of a task is thrown again here.
 template <class Body>
 void parallel_for(int64_t tasks, int64_t threads, const Body& body) {
-    if (threads > tasks) threads = tasks;
-    if (threads <= 1 || in_forked_child()) {
+    if (threads <= 1 || tasks <= 1 || in_forked_child()) {
         FlushDenormals flush;
+        Workspace::Use workspace;
         for (int64_t task = 0; task < tasks; ++task) body(task);
         return;
     }
     std::exception_ptr failure;
-#pragma omp parallel num_threads(static_cast<int>(threads))
-    {
-        FlushDenormals flush;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < tasks; ++task) {
-            try {
-                body(task);
-            } catch (...) {
+    auto guarded = [&](int64_t task) {
+        try {
+            body(task);
+        } catch (...) {
 #pragma omp critical
-                failure = std::current_exception();
-            }
+            failure = std::current_exception();
+        }
+    };
+    if (tasks <= threads) {
+#pragma omp parallel num_threads(static_cast<int>(tasks))
+        {
+            FlushDenormals flush;
+        Workspace::Use workspace;
+#pragma omp for schedule(static, 1)
+            for (int64_t task = 0; task < tasks; ++task) guarded(task);
+        }
+    } else {
+#pragma omp parallel num_threads(static_cast<int>(threads))
+        {
+            FlushDenormals flush;
+        Workspace::Use workspace;
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t task = 0; task < tasks; ++task) guarded(task);
         }
     }
     if (failure) std::rethrow_exception(failure);

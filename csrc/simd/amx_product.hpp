@@ -8,8 +8,8 @@
 
 namespace lmkern {
 
-// Rows of bfloat16, `stride` elements apart, each aligned to a cache line: whole tiles of 16 rows x 32, zero where
-// the matrix has nothing.
+// Rows of bfloat16, `stride` elements apart, each aligned to a cache line: whole tiles of 16 rows x 32, zero
+// where the matrix has nothing.
 struct AmxLeft {
     const bfloat16* data;
     int64_t stride;
@@ -18,8 +18,8 @@ struct AmxLeft {
     AmxLeft depth(int64_t k) const { return {data + k, stride}; }
 };
 
-// Tiles of 32 rows (the depth) x 16 columns, rows 2 p and 2 p + 1 side by side in row p of a tile, each tile 1 KiB;
-// strides in elements between tiles along the depth and along the columns.
+// Tiles of 32 rows (the depth) x 16 columns, rows 2 p and 2 p + 1 side by side in row p of a tile, each tile
+// 1 KiB; strides in elements between tiles along the depth and along the columns.
 struct AmxRight {
     const bfloat16* data;
     int64_t depth_stride, column_stride;
@@ -30,8 +30,8 @@ struct AmxRight {
 
 constexpr int64_t kAmxTile = 512;  // elements of a tile of bfloat16
 
-// c (rows, columns) = a (rows, depth) @ b (depth, columns), added to c with `accumulate`; all three are multiples of 32.
-// Blocks of 32 x 32 stay in four tiles over the whole depth.
+// c (rows, columns) = a (rows, depth) @ b (depth, columns), added to c with `accumulate`; all three are
+// multiples of 32. Blocks of 32 x 32 stay in four tiles over the whole depth.
 template <bool accumulate>
 inline void amx_product(AmxLeft a, AmxRight b, int64_t rows, int64_t columns, int64_t depth, float* c,
                         int64_t c_stride) {

@@ -130,7 +130,7 @@ inline void product_tile(Left<C> a, Block<C> b, int64_t depth, Block<C> c) {
         for (int j = 0; j < vectors; ++j) right[j] = load(b.data + k * b.stride + j * kLanes<C>);
 #pragma GCC unroll 8
         for (int i = 0; i < rows; ++i) {
-            const Vector<C> left = broadcast(a.data[i * a.row_stride + k * a.k_stride]);
+            const Vector<C> left = load_broadcast(a.data + i * a.row_stride + k * a.k_stride);
 #pragma GCC unroll 4
             for (int j = 0; j < vectors; ++j) acc[i][j] += left * right[j];
         }

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "core/types.hpp"
 
@@ -56,6 +57,23 @@ inline Vector<C> broadcast(C value) {
     return Vector<C>{} + value;
 }
 
+// The element at p in every lane. Straight from memory: a broadcast between registers takes a port from the
+// products.
+inline Vector<float> load_broadcast(const float* p) {
+#if defined(__AVX512F__)
+    return bit_cast<Vector<float>>(_mm512_broadcastss_ps(_mm_load_ss(p)));
+#else
+    return broadcast(*p);
+#endif
+}
+inline Vector<double> load_broadcast(const double* p) {
+#if defined(__AVX512F__)
+    return bit_cast<Vector<double>>(_mm512_broadcastsd_pd(_mm_load_sd(p)));
+#else
+    return broadcast(*p);
+#endif
+}
+
 // 0, 1, 2, ... in the lanes.
 template <class C>
 inline Integers<C> lane_indices() {
@@ -76,21 +94,42 @@ inline Vector<double> load(const double* p) {
     return v;
 }
 
+// 16-bit integers as 32-bit ones. GCC 12 takes twice the instructions for its own conversion.
+inline Vector<uint32_t> widen(const HalfBits& bits) {
+#if defined(__AVX512F__)
+    return bit_cast<Vector<uint32_t>>(_mm512_maskz_cvtepu16_epi32(0xffff, bit_cast<__m256i>(bits)));
+#elif defined(__AVX2__)
+    return bit_cast<Vector<uint32_t>>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(bits)));
+#else
+    return __builtin_convertvector(bits, Vector<uint32_t>);
+#endif
+}
+
+// The lower halves of 32-bit integers.
+inline HalfBits narrow(Vector<uint32_t> bits) {
+#if defined(__AVX512F__)
+    return bit_cast<HalfBits>(_mm512_maskz_cvtepi32_epi16(0xffff, bit_cast<__m512i>(bits)));
+#else
+    return __builtin_convertvector(bits, HalfBits);
+#endif
+}
+
 inline Vector<float> load(const bfloat16* p) {
     HalfBits bits;
     std::memcpy(&bits, p, sizeof bits);
-    return bit_cast<Vector<float>>(__builtin_convertvector(bits, Vector<uint32_t>) << 16);
+    return bit_cast<Vector<float>>(widen(bits) << 16);
 }
 
 inline Vector<float> load(const float16* p) {
 #if defined(__AVX512F__)
-    return bit_cast<Vector<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+    return bit_cast<Vector<float>>(
+        _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__F16C__)
     return bit_cast<Vector<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
     HalfBits bits;
     std::memcpy(&bits, p, sizeof bits);
-    Vector<uint32_t> wide = __builtin_convertvector(bits, Vector<uint32_t>);
+    Vector<uint32_t> wide = widen(bits);
     Vector<uint32_t> sign = (wide & 0x8000u) << 16;
     const Vector<uint32_t> magnitude = (wide & 0x7fffu) << 13;
     // Rebias the exponent from 15 to 127; infinity and NaN go to the largest one.
@@ -111,19 +150,24 @@ inline void store(double* p, Vector<double> v) {
     std::memcpy(p, &v, sizeof v);
 }
 
-// Rounds to nearest, ties to even; a NaN stays one.
+// Rounds to nearest, ties to even; a NaN stays one. The processor's own conversion takes float32's subnormals
+// for zero, as all arithmetic in a kernel does (FlushDenormals in core/parallel_for.hpp).
 inline void store(bfloat16* p, Vector<float> v) {
+#if defined(__AVX512BF16__)
+    const auto half = _mm512_maskz_cvtneps_pbh(0xffff, bit_cast<__m512>(v));
+#else
     Vector<uint32_t> bits = bit_cast<Vector<uint32_t>>(v);
     Vector<uint32_t> rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
     rounded = v == v ? rounded : (bits | 0x400000u);
-    HalfBits half = __builtin_convertvector(rounded >> 16, HalfBits);
+    const HalfBits half = narrow(rounded >> 16);
+#endif
     std::memcpy(p, &half, sizeof half);
 }
 
 inline void store(float16* p, Vector<float> v) {
 #if defined(__AVX512F__)
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                        _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+                        _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
@@ -141,7 +185,7 @@ inline void store(float16* p, Vector<float> v) {
     half =
         magnitude >= 0x477ff000u ? 0x7c00u + Vector<uint32_t>{} : half;  // 65520 and above round to infinity
     half = magnitude > 0x7f800000u ? 0x7e00u + Vector<uint32_t>{} : half;  // NaN
-    HalfBits packed = __builtin_convertvector(half | sign, HalfBits);
+    HalfBits packed = narrow(half | sign);
     std::memcpy(p, &packed, sizeof packed);
 #endif
 }
@@ -202,19 +246,29 @@ inline void store_one(double* p, double value) {
     *p = value;
 }
 
-
 // A NaN in b wins, one in a does not: the running maximum is a, and sums carry the NaN on.
 template <class V>
 inline V max(V a, V b) {
     return a > b ? a : b;
 }
 
-template <class C>
+template <int distance, class V, int... lane>
+inline V rotate(V v, std::integer_sequence<int, lane...>) {
+    constexpr int lanes = sizeof...(lane);
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(v, v, (lane + distance) % lanes...);
+#else
+    return V{v[(lane + distance) % lanes]...};
+#endif
+}
+
+template <class C, int half = kLanes<C> / 2>
 inline C sum(Vector<C> v) {
     // Halves added together: the order is fixed, and errors grow with the logarithm of the lanes.
-    for (int half = kLanes<C> / 2; half > 0; half /= 2)
-        for (int lane = 0; lane < half; ++lane) v[lane] += v[lane + half];
-    return v[0];
+    if constexpr (half == 0)
+        return v[0];
+    else
+        return sum<C, half / 2>(v + rotate<half>(v, std::make_integer_sequence<int, kLanes<C>>{}));
 }
 
 // Constants of exp, by type. e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2, e^r by its Taylor
@@ -280,37 +334,18 @@ inline Vector<float> exp2(Vector<float> x) {
 #if defined(__AVX512DQ__)
     const __m512 v = bit_cast<__m512>(x);
     // x - floor(x), and at the end times 2^floor(x).
-    const Vector<float> r = bit_cast<Vector<float>>(_mm512_reduce_ps(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+    const Vector<float> r =
+        bit_cast<Vector<float>>(_mm512_reduce_ps(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
     const Vector<float> p = ((((c5 * r + c4) * r + c3) * r + c2) * r + c1) * r + c0;
     return bit_cast<Vector<float>>(_mm512_scalef_ps(bit_cast<__m512>(p), v));
 #else
-    x = max(broadcast(-126.75f), x);  // whose n below is -127, and the scale 0
+    x = max(broadcast(-126.75f), x);                     // whose n below is -127, and the scale 0
     const Vector<float> shifted = x - 0.5f + 0x1.8p23f;  // the nearest integer to x - 1/2 in the last bits
     const Vector<float> r = x - (shifted - 0x1.8p23f);
     const Vector<float> p = ((((c5 * r + c4) * r + c3) * r + c2) * r + c1) * r + c0;
     const Vector<int32_t> n = bit_cast<Vector<int32_t>>(shifted) - bit_cast<int32_t>(0x1.8p23f);
     return p * bit_cast<Vector<float>>((n + 127) << 23);
 #endif
-}
-
-// tanh to the last place or two.
-template <class C>
-inline Vector<C> tanh(Vector<C> x) {
-    if constexpr (sizeof(C) == 8) {
-        for (int lane = 0; lane < kLanes<C>; ++lane) x[lane] = std::tanh(x[lane]);
-        return x;
-    } else {
-        const Vector<float> size = x < 0 ? -x : x;
-        // Up to 0.625 x + x^3 P(x^2), P fitted to the relative error; beyond it 1 - 2 / (e^2x + 1).
-        const Vector<float> z = x * x;
-        const Vector<float> p =
-            (((-0x1.76ac1ap-8f * z + 0x1.5256d8p-6f) * z - 0x1.b84448p-5f) * z + 0x1.110768p-3f) * z - 0x1.555534p-2f;
-        const Vector<float> small = x + x * z * p;
-        const Vector<float> bounded = size > 10.0f ? broadcast(10.0f) : size;
-        const Vector<float> large = 1.0f - 2.0f / (exp<float>(bounded * 2.0f) + 1.0f);
-        const Vector<float> signed_large = x < 0 ? -large : large;
-        return size > 0.625f ? signed_large : small;
-    }
 }
 
 // The natural logarithm of x >= 0: -inf of 0, NaN of NaN, to a unit or two in the last place.

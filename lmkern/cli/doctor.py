@@ -27,6 +27,10 @@ class Doctor:
         rows += [(row.op, row.backend, "yes" if row.usable else "no", row.reason) for row in describe()]
         print(columns(rows))
         compiled = {"CPU modules": ", ".join(cpu_modules()) or "none compiled"}
+        for name, module in cpu_modules().items():
+            compiled[f"workspaces, {name}"] = (
+                f"{module.workspace_bytes() / 2**20:.1f} MiB of scratch memory kept"
+            )
         for facts in (versions(), hardware() | compiled):
             print("\n" + columns(list(facts.items())))
         return 0

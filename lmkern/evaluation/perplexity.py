@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from lmkern.evaluation.documents import Ints, document_spans
 from lmkern.generation.inference import inference
+from lmkern.ops import cross_entropy
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def token_log_probs(
             group = cover[i : i + batch]
             inputs, targets, score = _pad(tokens, group, end_of_text)
             logits = model(inputs.to(device))  # (B, N, V)
-            loss = F.cross_entropy(logits[score].float(), targets[score].to(device), reduction="none")
+            loss = cross_entropy(logits[score], targets[score].to(device), reduction="none")
             where = np.concatenate([np.arange(w.start + w.seen, w.end) for w in group])
             log_probs[where] = -loss.double().cpu().numpy()
             scored += len(where)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmkern.nn import (
@@ -21,6 +20,7 @@ from lmkern.nn import (
     SinusoidalPositions,
 )
 from lmkern.nn.feed_forward import Activation
+from lmkern.ops import linear_cross_entropy
 
 Positions = Literal["rotary", "learned", "sinusoidal"]
 
@@ -181,9 +181,8 @@ class GPT(nn.Module):
                 f"GPT.loss: targets must be int64 of tokens' shape {tuple(tokens.shape)}; "
                 f"got {targets.dtype} {tuple(targets.shape)}"
             )
-        logits = self(tokens)  # (B, N, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+        hidden = self._hidden(tokens, None)  # (B, N, E)
+        return linear_cross_entropy(hidden, self.head.weight, targets, reduction=reduction)
 
     def new_cache(self, batch: int) -> GPTCache:
         """An empty cache for batch sequences read side by side. Use it under torch.inference_mode()."""

@@ -4,7 +4,7 @@ from lmkern.nn.attention import KeyValueCache, MultiheadAttention, SelfAttention
 from lmkern.nn.block import Block
 from lmkern.nn.embedding import Embedding
 from lmkern.nn.feed_forward import FeedForward
-from lmkern.nn.norm import LayerNorm
+from lmkern.nn.norm import LayerNorm, RMSNorm
 from lmkern.nn.positions import LearnedPositions, Rotary, SinusoidalPositions, sinusoidal_positions
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "LayerNorm",
     "LearnedPositions",
     "MultiheadAttention",
+    "RMSNorm",
     "Rotary",
     "SelfAttention",
     "SinusoidalPositions",

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmkern.nn.positions import Rotary
-from lmkern.ops import attention, scaled_dot_product_attention
+from lmkern.ops import attention, cached_attention, scaled_dot_product_attention
+
+# Up to so many new tokens the reading of the cache takes longer than the products with it.
+_FEW_QUERIES = 8
 
 
 class KeyValueCache:
@@ -95,7 +98,11 @@ class SelfAttention(nn.Module):
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H or H_kv, N, D)
         if cache is not None:
             k, v = cache.append(k, v)
-        y = cast(Tensor, attention(q, k, v, causal=True))  # (B, H, N, D)
+        few = cache is not None and q.shape[2] <= _FEW_QUERIES
+        if few and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
+            y = cast(Tensor, cached_attention(q, k, v))  # (B, H, N, D)
+        else:
+            y = cast(Tensor, attention(q, k, v, causal=True))
         return self.dropout(self.out(y.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
 
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lmkern.ops import embedding
+
 
 class Embedding(torch.nn.Embedding):
     """torch.nn.Embedding, argument for argument and key for key, with an error that says which token came.
 
     forward: (*) int64 -> (*, embedding_dim). IndexError, on the CPU, for a token outside [0, num_embeddings).
+    max_norm, scale_grad_by_freq and sparse are left to torch's kernels.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         try:
+            if self.max_norm is None and not self.scale_grad_by_freq and not self.sparse:
+                return embedding(input, self.weight, padding_idx=self.padding_idx)
             return super().forward(input)
         except IndexError as error:
             raise IndexError(

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Activation = Literal["gelu", "gelu_tanh", "relu", "relu_squared", "silu", "swiglu"]
+from lmkern.ops import activation as fused_activation
+from lmkern.ops.activation import Function
 
+Activation = Literal["gelu", "gelu_tanh", "relu", "relu_squared", "silu", "geglu", "swiglu"]
 
-def _relu_squared(x: Tensor) -> Tensor:
-    return F.relu(x).square()
-
-
-def _swiglu(x: Tensor) -> Tensor:
-    gate, value = x.chunk(2, dim=-1)
-    return F.silu(gate) * value
-
-
-_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+# What each makes of its input, and whether it gates.
+_FORMS: Mapping[Activation, tuple[Function, bool]] = MappingProxyType(
     {
-        "gelu": F.gelu,
-        "gelu_tanh": partial(F.gelu, approximate="tanh"),
-        "relu": F.relu,
-        "relu_squared": _relu_squared,
-        "silu": F.silu,
-        "swiglu": _swiglu,
+        "gelu": ("gelu", False),
+        "gelu_tanh": ("gelu_tanh", False),
+        "relu": ("relu", False),
+        "relu_squared": ("relu_squared", False),
+        "silu": ("silu", False),
+        "geglu": ("gelu", True),
+        "swiglu": ("silu", True),
     }
 )
 
@@ -37,10 +31,11 @@ _FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
 class FeedForward(nn.Module):
     """down(activation(up(x))), then dropout.
 
-    width: E. hidden: F, the width between. up: (F, E); for "swiglu" (2F, E), the gate above the value, and
-    silu(gate) * value between (Shazeer 2020, arXiv:2002.05202). down: (E, F).
-    activation: "gelu", "gelu_tanh" (GPT-2's), "relu", "relu_squared", "silu" or "swiglu"; ValueError for any
-    other.
+    width: E. hidden: F, the width between. up: (F, E); for "geglu" and "swiglu" (2F, E), the gate above the
+    value, and gelu(gate) * value or silu(gate) * value between (Shazeer 2020, arXiv:2002.05202).
+    down: (E, F).
+    activation: "gelu", "gelu_tanh" (GPT-2's), "relu", "relu_squared", "silu", "geglu" or "swiglu"; ValueError
+    for any other.
 
     forward: (..., E) -> (..., E).
     """
@@ -55,16 +50,19 @@ class FeedForward(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        if activation not in _FUNCTIONS:
+        if activation not in _FORMS:
             raise ValueError(
-                f"FeedForward: activation must be one of {', '.join(get_args(Activation))}; "
-                f"got {activation!r}"
+                f"FeedForward: activation must be one of {', '.join(_FORMS)}; got {activation!r}"
             )
         self.activation = activation
-        self.up = nn.Linear(width, 2 * hidden if activation == "swiglu" else hidden, bias=bias)
+        self.function, self.gated = _FORMS[activation]
+        self.up = nn.Linear(width, 2 * hidden if self.gated else hidden, bias=bias)
         self.down = nn.Linear(hidden, width, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = _FUNCTIONS[self.activation](self.up(x))  # (..., F)
+        # The activation adds the bias: its gradient then needs no pass of its own.
+        hidden = fused_activation(
+            F.linear(x, self.up.weight), self.up.bias, self.function, gated=self.gated
+        )  # (..., F)
         return self.dropout(self.down(hidden))  # type: ignore[no-any-return]

@@ -1,11 +1,11 @@
-"""Layer norm as a module."""
+"""Layer norm and RMS norm as modules."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from lmkern.ops import layer_norm
+from lmkern.ops import layer_norm, rms_norm
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -17,3 +17,14 @@ class LayerNorm(torch.nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch.nn.RMSNorm, argument for argument and key for key, on lmkern.rms_norm.
+
+    forward: (*, *normalized_shape) -> the same shape and dtype, contiguous. The mean square is float32
+    (float64 for float64), and a float32 weight may stand beside a 16-bit input.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.normalized_shape, self.weight, self.eps)

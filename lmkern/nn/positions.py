@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lmkern.ops import rotary
+
 
 def sinusoidal_positions(
     length: int, width: int, *, offset: int = 0, device: torch.device | None = None
@@ -80,8 +82,8 @@ class Rotary(nn.Module):
     of any dtype. Raises ValueError for an odd head_dim.
     """
 
-    cos: Tensor  # (context, D)
-    sin: Tensor  # (context, D), the first half negative
+    cos: Tensor  # (context, D / 2)
+    sin: Tensor  # (context, D / 2)
 
     def __init__(self, head_dim: int, context: int, *, base: float = 10000.0) -> None:
         super().__init__()
@@ -92,9 +94,8 @@ class Rotary(nn.Module):
 
     def _build_tables(self, device: torch.device | None) -> None:
         angles = _angles(self.context, self.head_dim, self.base, 0, device)  # (context, D / 2)
-        cos, sin = angles.cos().float(), angles.sin().float()
-        self.register_buffer("cos", torch.cat((cos, cos), dim=-1), persistent=False)
-        self.register_buffer("sin", torch.cat((-sin, sin), dim=-1), persistent=False)
+        self.register_buffer("cos", angles.cos().float(), persistent=False)
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # .bfloat16() would round the tables and .to_empty() would leave them unfilled.
@@ -103,7 +104,7 @@ class Rotary(nn.Module):
         return self
 
     def forward(self, x: Tensor, *, offset: int = 0) -> Tensor:
-        """x: (B, N, H, D) at positions offset, offset + 1, ... Returns the same shape and dtype, contiguous.
+        """x: (B, N, H, D) at positions offset, offset + 1, ... Returns the same shape and dtype.
 
         Computed in float32 (float64 for float64). Raises ValueError past the end of the tables.
         """
@@ -113,8 +114,5 @@ class Rotary(nn.Module):
                 f"Rotary: expected head_dim {self.head_dim} and positions below {self.context}; "
                 f"got {tuple(x.shape)} (B, N, H, D) from position {offset} on"
             )
-        cos = self.cos[offset : offset + length, None]  # (N, 1, D)
-        sin = self.sin[offset : offset + length, None]
-        wide = x.to(torch.promote_types(x.dtype, cos.dtype))
-        swapped = wide.roll(head_dim // 2, dims=-1)
-        return torch.addcmul(wide * cos, swapped, sin.to(wide.dtype)).to(x.dtype)
+        y = rotary(x.transpose(1, 2), self.cos, self.sin, offset=offset)  # (B, H, N, D)
+        return y.transpose(1, 2)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -23,6 +27,11 @@ def direct(*tensors: Tensor | None) -> bool:
     )
 
 
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a call on these must be recorded by autograd."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in their device's autocast dtype, as torch's matrix products take them; float64 is left."""
     device_type = tensors[0].device.type
@@ -35,3 +44,37 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """The dtype of sums and statistics over x: float32, float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def rows(x: Tensor) -> Tensor:
+    """x (R, E) with the elements of a row next to each other, as the kernels read it."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def dense(x: Tensor) -> bool:
+    """Whether x fills its memory without gaps or overlaps, in whatever order of dimensions."""
+    if x.is_contiguous() or not x.numel():
+        return True
+    expected = 1
+    for stride, size in sorted((d, n) for d, n in zip(x.stride(), x.shape, strict=True) if n > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def as_tensors(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """What a registered op returns, which is tensors only: an empty one for a gradient nobody asked for."""
+    return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def as_optional(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """The way back from `as_tensors`."""
+    return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+
+
+def check_dtype(op: str, name: str, x: Tensor) -> None:
+    """ValueError in words for a dtype that no op computes in."""
+    if x.dtype not in DTYPES:
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(f"{op}: {name} must be one of {dtypes}; got {x.dtype}")

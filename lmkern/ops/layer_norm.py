@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lmkern.kernels import backends
-from lmkern.ops.dispatch import direct, statistics_dtype
+from lmkern.kernels.layer_norm import reference
+from lmkern.ops.dispatch import direct, statistics_dtype, wants_gradient
+from lmkern.ops.norm_arguments import (
+    as_matrix,
+    as_vector,
+    check_beside,
+    check_input,
+    parameters,
+    rows,
+    to_dtype_of,
+)
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+Gradients = tuple[Tensor | None, ...]
 
 
 def layer_norm(
@@ -34,50 +44,49 @@ def layer_norm(
 
     Returns input's shape and dtype, contiguous. Mean, variance and the sums of the gradients of weight and
     bias are float32 (float64 for float64). Raises ValueError for shapes, dtypes and devices;
-    UnsupportedBackend if the named backend cannot run this here. Ba et al. 2016, arXiv:1607.06450.
+    UnsupportedBackend if the named backend cannot run this here. In eager mode gradients are differentiable
+    once more, by the reference's formula. Ba et al. 2016, arXiv:1607.06450.
     """
     shape = tuple(normalized_shape)
-    _check(input, shape, weight, bias)
-    x = input.reshape(math.prod(input.shape[: -len(shape)]), math.prod(shape))  # (R, E)
-    flat_weight = None if weight is None else weight.reshape(-1)
-    flat_bias = None if bias is None else bias.reshape(-1)
-    if direct(x, flat_weight, flat_bias):
-        y = _LayerNorm.apply(x, flat_weight, flat_bias, eps, backend)
+    check_input("layer_norm", input, shape)
+    check_beside("layer_norm", "weight", weight, shape, input)
+    check_beside("layer_norm", "bias", bias, shape, input)
+    x, weight, bias = as_matrix(input, shape), as_vector(weight), as_vector(bias)
+    if not direct(x, weight, bias):
+        y = torch.ops.lmkern.layer_norm(x, weight, bias, eps, backend)[0]
+    elif wants_gradient(x, weight, bias):
+        y = _LayerNorm.apply(x, weight, bias, eps, backend)
     else:
-        y = torch.ops.lmkern.layer_norm(x, flat_weight, flat_bias, eps, backend)[0]
-    return y.view(input.shape)  # type: ignore[no-any-return]
+        y = _forward(_kernel(x, weight, bias, backend), x, weight, bias, eps)[0]
+    return y if x is input else y.view(input.shape)  # type: ignore[no-any-return]
+
+
+def _kernel(x: Tensor, weight: Tensor | None, bias: Tensor | None, backend: str | None) -> ModuleType:
+    tensors = {"x": x, "weight": weight, "bias": bias}
+    return backends.select(backends.Call("layer_norm", tensors, {}, backend))
 
 
 def _forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str | None
+    kernel: ModuleType, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = backends.select(
-        backends.Call("layer_norm", {"x": x, "weight": weight, "bias": bias}, {}, backend)
-    )
-    return kernel.forward(_rows(x), *_parameters(weight, bias), eps=eps)  # type: ignore[no-any-return]
+    return kernel.forward(rows(x), *parameters(weight, bias), eps=eps)  # type: ignore[no-any-return]
 
 
 def _backward(
+    kernel: ModuleType,
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    backend: str | None,
-    needs: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    kernel = backends.select(
-        backends.Call("layer_norm", {"x": x, "weight": weight, "bias": bias}, {}, backend)
-    )
+    eps: float,
+    needs: Sequence[bool],
+) -> Gradients:
     dx, dweight, dbias = kernel.backward(
-        _rows(dy), _rows(x), _parameters(weight, bias)[0], mean, rstd, needs=tuple(needs)
+        rows(dy), rows(x), parameters(weight, bias)[0], mean, rstd, needs=tuple(needs)
     )
-    if dweight is not None and weight is not None:
-        dweight = dweight.to(weight.dtype)
-    if dbias is not None and bias is not None:
-        dbias = dbias.to(bias.dtype)
-    return dx, dweight, dbias
+    return dx, to_dtype_of(dweight, weight), to_dtype_of(dbias, bias)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -87,14 +96,55 @@ class _LayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str | None
     ) -> Tensor:
-        output = _forward(x, weight, bias, eps, backend)
-        _setup_context(ctx, (x, weight, bias, eps, backend), output)
-        return output[0]
+        ctx.kernel, ctx.eps = _kernel(x, weight, bias, backend), eps
+        y, mean, rstd = _forward(ctx.kernel, x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
+        # Gradients are on in here where the caller asked for a graph of them, and nowhere else.
+        backward = _Backward.apply if torch.is_grad_enabled() else _backward
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        gradients = backward(ctx.kernel, dy, x, weight, bias, mean, rstd, ctx.eps, needs)
+        return (*gradients, None, None)
+
+
+class _Backward(torch.autograd.Function):
+    """The kernel's backward pass as something to differentiate: by the reference's formula, once."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Gradients:
+        _, dy, x, weight, bias, _, _, ctx.eps, _ = arguments
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dy, x, weight, bias)
+        return _backward(*arguments)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, dy, _backward)
+    def backward(ctx: Any, *directions: Tensor | None) -> Gradients:
+        saved: list[Any] = [t if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+        dy, x, weight, bias = saved
+        inputs = [t for t in (x, weight, bias) if t is not None]
+        with torch.enable_grad():
+            y = reference.forward(x, weight, bias, eps=ctx.eps)[0]
+            first = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
+            pairs = [
+                (gradient, direction)
+                for t, direction in zip((x, weight, bias), directions, strict=True)
+                if t is not None and (gradient := next(first)) is not None and direction is not None
+            ]
+            second = torch.autograd.grad(
+                [gradient for gradient, _ in pairs],
+                [dy, *inputs],
+                [direction for _, direction in pairs],
+                allow_unused=True,
+            )
+        ddy, *rest = second
+        found = iter(rest)
+        placed = [None if t is None else next(found) for t in (x, weight, bias)]
+        return (None, ddy, *placed, *(None,) * 4)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -102,25 +152,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(x, weight, bias, *output[1:])
 
 
-def _gradients(
-    ctx: Any, dy: Tensor, backward: Callable[..., tuple[Tensor | None, ...]]
-) -> tuple[Tensor | None, ...]:
-    x, weight, bias, mean, rstd = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:3])
-    return (*backward(dy, x, weight, bias, mean, rstd, ctx.backend, needs), None, None)
-
-
-def _registered_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
-    needs = arguments[-1]
-    gradients = torch.ops.lmkern.layer_norm_backward(*arguments)
-    return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
-
-
 @torch.library.custom_op("lmkern::layer_norm", mutates_args=())
 def _layer_norm_op(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(x, weight, bias, eps, backend)
+    return _forward(_kernel(x, weight, bias, backend), x, weight, bias, eps)
 
 
 @_layer_norm_op.register_fake
@@ -142,7 +178,8 @@ def _layer_norm_backward_op(
     backend: str | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _backward(dy, x, weight, bias, mean, rstd, backend, needs)
+    kernel = _kernel(x, weight, bias, backend)
+    gradients = _backward(kernel, dy, x, weight, bias, mean, rstd, 0.0, needs)
     # A registered op returns tensors only; a gradient nobody asked for is an empty one.
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]
 
@@ -162,50 +199,12 @@ def _(
     return tuple(t.new_empty(t.shape) if need and t is not None else x.new_empty(0) for t, need in wanted)  # type: ignore[return-value]
 
 
-def _registered_gradients(ctx: Any, dy: Tensor, *_statistics: Tensor | None) -> tuple[Tensor | None, ...]:
+def _registered_gradients(ctx: Any, dy: Tensor, *_statistics: Tensor | None) -> Gradients:
     # Through the registered backward, which has no derivative of its own and says so to a double backward.
-    return _gradients(ctx, dy, _registered_backward)
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = torch.ops.lmkern.layer_norm_backward(dy, *ctx.saved_tensors, ctx.backend, needs)
+    wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+    return (*wanted, None, None)
 
 
 torch.library.register_autograd("lmkern::layer_norm", _registered_gradients, setup_context=_setup_context)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with the elements of a row next to each other, as the kernels read it."""
-    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
-
-
-def _parameters(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """weight and bias contiguous and of one dtype, the wider of the two."""
-    if weight is None or bias is None or weight.dtype == bias.dtype:
-        return _contiguous(weight), _contiguous(bias)
-    dtype = torch.promote_types(weight.dtype, bias.dtype)
-    return weight.to(dtype).contiguous(), bias.to(dtype).contiguous()
-
-
-def _contiguous(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.contiguous()
-
-
-def _check(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None) -> None:
-    """ValueError in words for what no backend can make sense of."""
-    if not shape or x.dim() < len(shape) or tuple(x.shape[-len(shape) :]) != shape:
-        raise ValueError(f"layer_norm: input must end in normalized_shape {shape}; got {tuple(x.shape)}")
-    if x.dtype not in DTYPES:
-        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise ValueError(f"layer_norm: input must be one of {dtypes}; got {x.dtype}")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is None:
-            continue
-        if tuple(parameter.shape) != shape:
-            raise ValueError(f"layer_norm: {name} must be {shape}; got {tuple(parameter.shape)}")
-        wider = parameter.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16)
-        if parameter.dtype != x.dtype and not wider:
-            raise ValueError(
-                f"layer_norm: {name} must have input's dtype {x.dtype}, or float32 beside a 16-bit input; "
-                f"got {parameter.dtype}"
-            )
-        if parameter.device != x.device:
-            raise ValueError(
-                f"layer_norm: {name} must be on input's device {x.device}; got {parameter.device}"
-            )

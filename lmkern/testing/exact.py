@@ -1,4 +1,4 @@
-"""Attention and layer norm in numpy's long double, from the formulas alone.
+"""Attention, norms and cross-entropy in numpy's long double, from the formulas alone.
 
 What float64 kernels are measured against, and a second opinion on the reference. On x86 a long double has 11
 bits more than a float64; where it has none more, float64 kernels are measured against their equal.
@@ -6,7 +6,7 @@ bits more than a float64; where it has none more, float64 kernels are measured a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -36,10 +36,13 @@ def attention(
     shape: AttentionShape,
     dlse: Tensor | None = None,
     options: dict[str, Any] | None = None,
+    *,
+    absolute: bool = False,
 ) -> dict[str, Array]:
     """out, lse, dq, dk and dv of `lmkern.attention` with the default scale, and d<name> of floating options.
 
-    options: its keywords; default causal as the shape says.
+    options: its keywords; default causal as the shape says. absolute: in d<name> the absolute values of the
+        terms are added up, which is what their rounding errors are to be compared with.
     """
     options = {"causal": shape.causal} if options is None else options
     floating = {name: long_double(x) for name, x in options.items() if _floating(x)}
@@ -52,7 +55,7 @@ def attention(
     for number, queries, keys in _sequences(shape, options):
         part = _sequence(
             q_[:, :, queries], k_[:, :, keys], v_[:, :, keys], dout_[:, :, queries],
-            None if dlse_ is None else dlse_[:, :, queries], {**options, **floating}, number,
+            None if dlse_ is None else dlse_[:, :, queries], {**options, **floating}, number, absolute,
         )  # fmt: skip
         for name, value in part.items():
             if name in ("out", "lse", "dq"):
@@ -74,8 +77,9 @@ def _sequences(shape: AttentionShape, options: dict[str, Any]) -> Iterator[tuple
 
 
 def _sequence(
-    q: Array, k: Array, v: Array, dout: Array, dlse: Array | None, options: dict[str, Any], number: int
-) -> dict[str, Array]:
+    q: Array, k: Array, v: Array, dout: Array, dlse: Array | None, options: dict[str, Any], number: int,
+    absolute: bool,
+) -> dict[str, Array]:  # fmt: skip
     """The same for sequences that are not packed, the first one of them having this number."""
     heads_kv, n_q, n_k = k.shape[1], q.shape[2], k.shape[2]
     group = q.shape[1] // heads_kv
@@ -136,19 +140,23 @@ def _sequence(
         "dk": of_groups(dproducts.swapaxes(2, 3) @ q),
         "dv": of_groups((weights * keep).swapaxes(2, 3) @ dout),
     }
+    terms, sink_terms = dscores, -sink * mean
+    if absolute:
+        # A term of a row that one key has to itself is a difference of two that are as large as this.
+        terms, sink_terms = weights * (abs(dweights) + abs(mean)), abs(sink_terms)
     if "bias" in options:
         broadcast = tuple(d for d, size in enumerate(options["bias"].shape) if size == 1)
-        results["dbias"] = dscores.sum(broadcast, keepdims=True)
+        results["dbias"] = terms.sum(broadcast, keepdims=True)
     if "relative_bias" in options:
         rows = np.zeros((q.shape[1], options["relative_bias"].shape[1]), np.longdouble)
         for diagonal in np.unique(offset):
-            along = dscores[:, :, offset == diagonal].sum((0, 2))
+            along = terms[:, :, offset == diagonal].sum((0, 2))
             rows[:, diagonal + rows.shape[1] // 2] = along
         results["drelative_bias"] = rows if len(options["relative_bias"]) > 1 else rows.sum(0, keepdims=True)
     if "alibi_slopes" in options:
-        results["dalibi_slopes"] = -(dscores * abs(offset)).sum((0, 2, 3))
+        results["dalibi_slopes"] = -(terms * abs(offset)).sum((0, 2, 3))
     if "sinks" in options:
-        results["dsinks"] = -(sink * mean).sum((0, 2, 3))
+        results["dsinks"] = sink_terms.sum((0, 2, 3))
     return results
 
 
@@ -161,3 +169,79 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, eps: float) 
     g = dy_ * weight_
     dx = (g - g.mean(1, keepdims=True) - x_hat * (g * x_hat).mean(1, keepdims=True)) * rstd
     return {"y": x_hat * weight_ + bias_, "dx": dx, "dweight": (dy_ * x_hat).sum(0), "dbias": dy_.sum(0)}
+
+
+def rms_norm(x: Tensor, weight: Tensor, dy: Tensor, eps: float, offset: float = 0.0) -> dict[str, Array]:
+    """y, dx and dweight for x (R, E)."""
+    x_, weight_, dy_ = (long_double(t) for t in (x, weight, dy))
+    rstd = 1 / np.sqrt((x_**2).mean(1, keepdims=True) + np.longdouble(eps))
+    x_hat = x_ * rstd
+    g = dy_ * (offset + weight_)
+    dx = (g - x_hat * (g * x_hat).mean(1, keepdims=True)) * rstd
+    return {"y": x_hat * (offset + weight_), "dx": dx, "dweight": (dy_ * x_hat).sum(0)}
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    dloss: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> dict[str, Array]:
+    """loss and dlogits for logits (R, V), none of them ignored."""
+    logits_, dloss_ = long_double(logits), long_double(dloss)
+    rows, hit = np.arange(len(logits_)), targets.numpy()
+    smoothing, z_share = np.longdouble(label_smoothing), np.longdouble(z_loss)
+    t = np.tanh(logits_ / softcap) if softcap else logits_
+    z = t * softcap if softcap else logits_
+    row_max = z.max(1, keepdims=True)
+    lse = row_max + np.log(np.exp(z - row_max).sum(1, keepdims=True))
+    wanted = np.full(z.shape, smoothing / z.shape[1])
+    wanted[rows, hit] += 1 - smoothing
+    loss = lse[:, 0] - (wanted * z).sum(1) + z_share * lse[:, 0] ** 2
+    dz = np.exp(z - lse) * (1 + 2 * z_share * lse) - wanted
+    return {"loss": loss, "dlogits": dz * (1 - t * t if softcap else 1) * dloss_[:, None]}
+
+
+def activation(x: Tensor, bias: Tensor, dy: Tensor, function: str, *, gated: bool) -> dict[str, Array]:
+    """y, dx and dbias for x (R, W)."""
+    z, dy_ = long_double(x) + long_double(bias), long_double(dy)
+    gate, value = np.split(z, 2, axis=1) if gated else (z, np.ones_like(z))
+    f, slope = _FUNCTIONS[function](gate)
+    halves = (dy_ * value * slope, dy_ * f) if gated else (dy_ * slope,)
+    dx = np.concatenate(halves, axis=1)
+    return {"y": f * value, "dx": dx, "dbias": dx.sum(0)}
+
+
+def _gelu(x: Array) -> tuple[Array, Array]:
+    # P(X <= x) = 1 / 2 + density (x + x^3 / 3 + x^5 / (3 5) + ...), whose terms have one sign.
+    density = np.exp(-x * x / 2) / np.sqrt(2 * np.longdouble(np.pi))
+    term = total = x
+    for odd in range(3, 600, 2):
+        term = term * x * x / odd
+        total = total + term
+    below = 0.5 + density * total
+    return x * below, below + x * density
+
+
+def _gelu_tanh(x: Array) -> tuple[Array, Array]:
+    scale, cube = np.sqrt(2 / np.longdouble(np.pi)), np.longdouble("0.044715")
+    tanh = np.tanh(scale * (x + cube * x**3))
+    return x * (1 + tanh) / 2, (1 + tanh) / 2 + x * (1 - tanh**2) / 2 * scale * (1 + 3 * cube * x**2)
+
+
+def _silu(x: Array) -> tuple[Array, Array]:
+    s = 1 / (1 + np.exp(-x))
+    return x * s, s + x * s * (1 - s)
+
+
+# Of x: the function and its derivative.
+_FUNCTIONS: dict[str, Callable[[Array], tuple[Array, Array]]] = {
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "silu": _silu,
+    "relu": lambda x: (np.maximum(x, 0), (x > 0) + np.longdouble(0)),
+    "relu_squared": lambda x: (np.maximum(x, 0) ** 2, 2 * np.maximum(x, 0)),
+}

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmkern.testing.shapes import AttentionFeatures, AttentionShape, LayerNormShape
+from lmkern.testing.shapes import (
+    AttentionFeatures,
+    AttentionShape,
+    CrossEntropyShape,
+    LayerNormShape,
+    LinearCrossEntropyShape,
+)
 
 # randn(*shape) gives a fresh contiguous tensor; a layout makes one and returns a (B, H, N, D) view of it.
 Randn = Callable[..., Tensor]
@@ -121,6 +127,28 @@ def layer_norm_inputs(
     x = (wide(shape.R, shape.E) + mean).to(dtype)
     weight, bias = (wide(shape.E).to(parameter_dtype) for _ in range(2))
     return x, weight, bias, wide(shape.R, shape.E).to(dtype)
+
+
+def cross_entropy_inputs(
+    shape: CrossEntropyShape, dtype: torch.dtype = torch.float32, *, seed: int = 0, size: float = 3.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logits (R, V) of that size, targets (R,) and dloss (R,) in the dtype of statistics."""
+    randn = seeded_randn(seed, torch.float32)
+    logits = (randn(shape.R, shape.V) * size).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(shape.V, (shape.R,), generator=generator)
+    return logits, targets, randn(shape.R).to(torch.promote_types(dtype, torch.float32))
+
+
+def linear_cross_entropy_inputs(
+    shape: LinearCrossEntropyShape, dtype: torch.dtype = torch.float32, *, seed: int = 0, size: float = 3.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x (R, E), weight (V, E), bias (V,), with logits of about that size, and targets (R,)."""
+    randn = seeded_randn(seed, torch.float32)
+    x, weight, bias = randn(shape.R, shape.E), randn(shape.V, shape.E), randn(shape.V)
+    weight = weight * (size / max(shape.E, 1) ** 0.5)
+    targets = torch.randint(shape.V, (shape.R,), generator=torch.Generator().manual_seed(seed))
+    return x.to(dtype), weight.to(dtype), bias.to(dtype), targets
 
 
 def leaves(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -13,8 +14,11 @@ from torch import Tensor
 
 import lmkern
 from lmkern.kernels.philox import keep_mask, keep_scale
-from lmkern.testing.inputs import leaves
-from lmkern.testing.shapes import AttentionShape
+from lmkern.testing import exact as long_double
+from lmkern.testing.error_budget import Errors, measure
+from lmkern.testing.exact import Array
+from lmkern.testing.inputs import attention_inputs, attention_options, leaves
+from lmkern.testing.shapes import AttentionFeatures, AttentionShape
 
 # (q, k, v, **options) to (out, lse).
 AttentionCall = Callable[..., tuple[Tensor, Tensor]]
@@ -84,6 +88,39 @@ def torchs_attention(
         return out, lse
 
     return attention_results(call, q, k, v, dout)
+
+
+def attention_errors(
+    ours: dict[str, Tensor], shape: AttentionShape, features: AttentionFeatures, dtype: torch.dtype
+) -> dict[str, Errors]:
+    """Errors of our results and torch's for the inputs that `attention_inputs` and `attention_options` make.
+
+    Those of the gradients of options are counted in units of the inputs' dtype, and of the sum of their
+    terms' sizes: the terms hold out, which is rounded to that dtype; and such a gradient has few elements,
+    each a sum of thousands, and how well the last bits of those cancel is chance.
+    """
+    torchs, exact, sizes = _known(shape, features, dtype)
+    errors = {}
+    for name, value in ours.items():
+        at_least = 0.0
+        if name not in ("out", "lse", "dq", "dk", "dv"):
+            units = torch.finfo(dtype).eps / torch.finfo(value.dtype).eps
+            at_least = float(abs(sizes[name]).max(initial=0)) * units
+        errors[name] = measure(value.cpu(), torchs[name], exact[name], at_least=at_least)
+    return errors
+
+
+@cache
+def _known(
+    shape: AttentionShape, features: AttentionFeatures, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Array], dict[str, Array]]:
+    """Torch's results, the exact ones, and those with the absolute values of terms added up."""
+    inputs, options = attention_inputs(shape, dtype), attention_options(shape, features, dtype)
+    torchs = torchs_attention(*inputs, shape, options)
+    exact = long_double.attention(*inputs, shape, options=options)
+    if len(exact) == len(("out", "lse", "dq", "dk", "dv")):
+        return torchs, exact, {}
+    return torchs, exact, long_double.attention(*inputs, shape, options=options, absolute=True)
 
 
 def torchs_formula(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:

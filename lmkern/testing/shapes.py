@@ -96,6 +96,31 @@ class LayerNormShape:
         return f"R{self.R}-E{self.E}"
 
 
+@dataclass(frozen=True, slots=True)
+class CrossEntropyShape:
+    """logits (R, V)."""
+
+    R: int
+    V: int
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"R{self.R}-V{self.V}"
+
+
+@dataclass(frozen=True, slots=True)
+class LinearCrossEntropyShape:
+    """x (R, E), weight (V, E)."""
+
+    R: int
+    V: int
+    E: int
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"R{self.R}-V{self.V}-E{self.E}"
+
+
 def _square(B: int, H: int, N: int, D: int, reason: str, *, causal: bool = False) -> AttentionShape:
     return AttentionShape(B, H, N, D, N, H, causal, reason)
 
@@ -172,6 +197,29 @@ LAYER_NORM_SHAPES = (
     LayerNormShape(2, 70_000, "wider than 2^16"),
 )
 
+CROSS_ENTROPY_SHAPES = (
+    CrossEntropyShape(1, 1, "one class: the loss is 0"),
+    CrossEntropyShape(9, 2, "two classes"),
+    CrossEntropyShape(40, 7, "narrower than every vector but one"),
+    CrossEntropyShape(17, 15, "one short of a vector"),
+    CrossEntropyShape(16, 17, "one past a vector"),
+    CrossEntropyShape(9, 65, "a round of four vectors and a class"),
+    CrossEntropyShape(37, 1000, "more rows than threads"),
+    CrossEntropyShape(5, 4096, "exactly one block"),
+    CrossEntropyShape(5, 4097, "a block and a class"),
+    CrossEntropyShape(3, 50_257, "GPT-2's vocabulary"),
+)
+
+# Tokens, classes and widths beside the 32 of a tile pair, and beside its rounds of 4 and 8.
+LINEAR_CROSS_ENTROPY_SHAPES = (
+    LinearCrossEntropyShape(1, 7, 5, "the smallest call"),
+    LinearCrossEntropyShape(33, 31, 33, "a token and a column past a tile, a class short of one"),
+    LinearCrossEntropyShape(32, 32, 32, "exactly one step"),
+    LinearCrossEntropyShape(70, 129, 65, "a class past a task's panels"),
+    LinearCrossEntropyShape(257, 100, 16, "a token past a part"),
+    LinearCrossEntropyShape(300, 1000, 64, "two parts, several tasks"),
+)
+
 ATTENTION_BENCHMARK_SHAPES = (
     _square(4, 12, 1024, 64, "GPT-2 small's layer in training", causal=True),
     _square(4, 12, 1024, 64, "the same without a mask: an encoder"),
@@ -186,4 +234,9 @@ LAYER_NORM_BENCHMARK_SHAPES = (
     LayerNormShape(4096, 256, "a small model: short rows"),
     LayerNormShape(2048, 4096, "a wide model: rows larger than the first cache"),
     LayerNormShape(8, 768, "generation: the cost of the call itself"),
+)
+
+LINEAR_CROSS_ENTROPY_BENCHMARK_SHAPES = (
+    LinearCrossEntropyShape(4096, 50_304, 768, "GPT-2 small's head in training"),
+    LinearCrossEntropyShape(4096, 4096, 384, "a small model with a small vocabulary"),
 )

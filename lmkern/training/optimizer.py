@@ -1,29 +1,112 @@
 """AdamW, and its state as named tensors that safetensors can hold."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lmkern.ops import adamw_
 from lmkern.training.config import TrainingConfig
 
 
-def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """torch.optim.AdamW, whose state_dict it shares, on the one-pass op `lmkern.adamw_`.
+
+    params, lr, betas, eps, weight_decay: as torch's. The moments of 16-bit parameters are float32, here and
+    when they are loaded. Parameters that are not all on the CPU are left to torch's fused implementation.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self._on_cpu = all(p.device.type == "cpu" for group in self.param_groups for p in group["params"])
+        if not self._on_cpu:
+            for group in self.param_groups:
+                group["fused"] = True
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: float = 1.0) -> Any:
+        """One step on every parameter that has a gradient; its gradient counts times grad_scale.
+
+        The gradients are left as they are where the parameters are on the CPU. Returns the closure's loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._on_cpu:
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if param.grad is not None:
+                        self._step_one(param, group, grad_scale)
+        else:
+            if grad_scale != 1:
+                torch._foreach_mul_(
+                    [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None], grad_scale
+                )
+            super().step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but the moments come as they were saved: torch rounds them to the parameter's dtype."""
+        super().load_state_dict(state_dict)
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for index, param in zip(saved, params, strict=True):
+            for entry in ("exp_avg", "exp_avg_sq"):
+                if index in state_dict["state"] and self._on_cpu:
+                    moment = state_dict["state"][index][entry]
+                    self.state[param][entry] = moment.to(param.device, _moment_dtype(param), copy=True)
+
+    def _step_one(self, param: Tensor, group: Mapping[str, Any], grad_scale: float) -> None:
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            for entry in ("exp_avg", "exp_avg_sq"):
+                state[entry] = torch.zeros_like(param, dtype=_moment_dtype(param))
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        adamw_(
+            param,
+            param.grad,  # type: ignore[arg-type]
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            lr=float(group["lr"]),
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=int(state["step"]),
+            grad_scale=grad_scale,
+        )
+
+
+def _moment_dtype(param: Tensor) -> torch.dtype:
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def make_optimizer(model: nn.Module, config: TrainingConfig) -> AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) that decays matrices and embeddings only.
 
-    Gains and biases (parameters of fewer than two dimensions) get no decay. The fused implementation runs on
-    CPU and CUDA.
+    Gains and biases (parameters of fewer than two dimensions) get no decay.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    return AdamW(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
-        fused=True,
     )
 
 

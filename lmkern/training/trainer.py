@@ -157,11 +157,11 @@ class Trainer:
         norm = torch.nn.utils.get_total_norm(gradients)
         finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
         if finite:
-            if clip:
-                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), clip, norm)
+            # Clipping is a factor on the gradients, which the optimizer applies as it reads them.
+            scale = min(1.0, clip / (float(norm) + 1e-6)) if clip else 1.0
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            self.optimizer.step()
+            self.optimizer.step(grad_scale=scale)
         return StepResult(float(loss), float(norm), rate, finite)
 
     def _count(self, step: int, result: StepResult) -> None:

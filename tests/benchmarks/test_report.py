@@ -84,6 +84,31 @@ def test_page_has_every_row_with_its_numbers(folders: tuple[Path, Path, Path]) -
     assert line_of(page, "matrix product, float32") == "| matrix product, float32 | 200 GFLOP/s |"
 
 
+def test_page_shows_other_inputs_memory_and_other_competitors_where_measured(
+    folders: tuple[Path, Path, Path],
+) -> None:
+    results, docs, readme = folders
+    peaky = ATTENTION_ROW | {
+        "baseline": {"name": "ordinary logits"} | times(0.03, 0.8),
+        "peak_bytes": {"ours": 3 * 2**20, "torch eager": 40 * 2**20, "torch.compile": None},
+        "competitors": ATTENTION_ROW["competitors"] | {"torch in chunks": times(0.09, 2.0)},
+    }
+    save(results, rows=[peaky, SLOWER_ROW])
+    report.write(results, docs, readme)
+    page = (docs / "some-cpu-avx512.md").read_text(encoding="utf-8")
+    assert line_of(page, "ordinary logits").endswith("| ordinary logits | 0.80 | 0.72 to 0.88 |")
+    assert line_of(page, "float32 | 3 | 40 | - |")
+    assert "torch in chunks 90" in page
+
+
+def test_rows_of_an_op_stand_together(folders: tuple[Path, Path, Path]) -> None:
+    results, docs, readme = folders
+    save(results, rows=[ATTENTION_ROW, SLOWER_ROW, ATTENTION_ROW | {"shape": "B1-H1-N1-D1"}])
+    report.write(results, docs, readme)
+    page = (docs / "some-cpu-avx512.md").read_text(encoding="utf-8")
+    assert page.index("B1-H1-N1-D1") < page.index("R1000-E333")
+
+
 def test_pictures_that_the_page_shows_are_written(folders: tuple[Path, Path, Path]) -> None:
     results, docs, readme = folders
     save(results)

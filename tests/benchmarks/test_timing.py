@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import cases, timing
-from lmkern.testing import AttentionShape
+from benchmarks import timing
+from benchmarks.contest import Case, Inputs
 
 
 class Fixture:
@@ -52,22 +54,43 @@ def test_results_that_differ_are_not_timed(wrong: float) -> None:
         timing.check_agreement((right, right * wrong), (right, right))
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        AttentionShape(1, 2, 5, 8, 7, 2, True),
-        AttentionShape(1, 2, 7, 8, 5, 2, True),
-        AttentionShape(1, 2, 1, 8, 7, 2, True),
-        AttentionShape(1, 2, 6, 8, 6, 2, False),
-    ],
-    ids=str,
-)
-def test_seen_scores_are_those_of_the_mask(shape: AttentionShape) -> None:
-    scores = torch.ones(shape.N_q, shape.N_k)
-    seen = scores if shape.diagonal is None else scores.tril(shape.diagonal)
-    assert cases.seen_scores(shape) == int(seen.sum())
+def test_calls_of_each_direction_may_repeat() -> None:
+    x, y = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+    inputs = Inputs((x, y), leaves=(x, y), gradients=(torch.ones(2), torch.full((2,), 10.0)))
+
+    def function(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x * y, x + y
+
+    forward = timing.call_of(function, inputs, "forward")
+    assert not any(result.requires_grad for result in forward())
+    for direction in ("backward", "both"):
+        call = timing.call_of(function, inputs, direction)
+        for _ in range(2):
+            dx, dy = call()
+            assert dx.tolist() == [13.0, 14.0]
+            assert dy.tolist() == [11.0, 12.0]
 
 
-def test_main_rows_are_one_shape_an_op() -> None:
-    assert [case.shape.N_q for case in cases.ATTENTION if case.main] == [1024]
-    assert [case.shape.E for case in cases.LAYER_NORM if case.main] == [768]
+def test_a_case_is_named_by_its_words() -> None:
+    assert str(Case("R16-E8")) == "R16-E8"
+    assert str(Case("R16-E8", note="peaky", kept_memory=True)) == "R16-E8-peaky-kept-memory"
+
+
+def test_the_fastest_is_found_and_hopeless_ones_run_once() -> None:
+    runs = {"slow": 0, "quick": 0}
+
+    def run(name: str, pause: float) -> None:
+        runs[name] += 1
+        time.sleep(pause)
+
+    calls = {"slow": lambda: run("slow", 0.05), "quick": lambda: run("quick", 0.001)}
+    assert timing.fastest(calls) == "quick"
+    assert runs["slow"] == 1
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the process's figures from Linux")
+def test_peak_memory_is_that_of_the_call() -> None:
+    size = 64 * 2**20
+    peak = timing.peak_bytes(lambda: torch.ones(size, dtype=torch.uint8))
+    # Linux counts pages for each thread and adds them up now and then.
+    assert peak is None or abs(peak - size) < 4 * 2**20

@@ -1,21 +1,57 @@
 """The compiled CPU modules: choice of instruction set, the packed call, forks and threads."""
 
-import importlib
 import os
 import signal
-import struct
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
 import lmkern
-from lmkern.kernels import native
+from lmkern.kernels import backends, native, norm_call
+from lmkern.kernels.activation import cpu as activation
+from lmkern.kernels.adamw import cpu as adamw
+from lmkern.kernels.attention import cpu as attention
+from lmkern.kernels.cached_attention import cpu as cached_attention
+from lmkern.kernels.copy import cpu as copy
+from lmkern.kernels.cross_entropy import cpu as cross_entropy
+from lmkern.kernels.embedding import cpu as embedding
+from lmkern.kernels.linear_cross_entropy import cpu as linear_cross_entropy
+from lmkern.kernels.rotary import cpu as rotary_cpu
 from lmkern.testing import AttentionShape, attention_inputs
 
-ENTRY_POINTS = [(op, name) for op in ("attention", "layer_norm") for name in ("forward", "backward")]
+Call = Callable[[], tuple[torch.Tensor, ...]]
+
+OPS = [op for op in backends.op_names() if "cpu" in backends.backend_names(op)]
+
+
+# Every entry point that takes a packed call, and the struct in Python that packs it.
+ENTRY_POINTS = {
+    "activation_forward": activation._PARAMS,
+    "activation_backward": activation._PARAMS,
+    "adamw_step": adamw._PARAMS,
+    "attention_forward": attention._PARAMS,
+    "attention_backward": attention._PARAMS,
+    "cached_attention_forward": cached_attention._PARAMS,
+    "copy_forward": copy._PARAMS,
+    "cross_entropy_forward": cross_entropy._PARAMS,
+    "cross_entropy_backward": cross_entropy._PARAMS,
+    "embedding_forward": embedding._PARAMS,
+    "embedding_backward": embedding._PARAMS,
+    "input_gradient": linear_cross_entropy._INPUT_PARAMS,
+    "norm_forward": norm_call.PARAMS,
+    "norm_backward": norm_call.PARAMS,
+    "rotary_forward": rotary_cpu._PARAMS,
+    "weight_gradient_add": linear_cross_entropy._WEIGHT_PARAMS,
+    "weight_gradient_store": linear_cross_entropy._WEIGHT_PARAMS,
+}
+# Products on tiles, which only one module has.
+ON_TILES = {"input_gradient", "weight_gradient_add", "weight_gradient_store"}
 
 # Seconds; a hang, not a slow machine.
 PATIENCE = 60
@@ -55,29 +91,131 @@ def test_an_unknown_instruction_set_is_refused(chosen_again: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("name", native.INSTRUCTION_SETS)
-@pytest.mark.parametrize(("op", "entry"), ENTRY_POINTS)
-def test_packed_call_has_the_size_that_was_compiled(op: str, entry: str, name: str) -> None:
+def test_every_entry_point_is_known_here(name: str) -> None:
     module = native.cpu_modules().get(name)
     if module is None:
         pytest.skip(f"this processor has no {name}")
-    params: struct.Struct = importlib.import_module(f"lmkern.kernels.{op}.cpu")._PARAMS
-    function = getattr(module, f"{op}_{entry}")
-    for size in (0, params.size - 8, params.size + 8):
+    others = {"supported_instruction_sets", "workspace_bytes"} | (set() if name == "amx" else ON_TILES)
+    assert {x for x in dir(module) if not x.startswith("_")} - others == set(ENTRY_POINTS) - others
+
+
+@pytest.mark.parametrize("name", native.INSTRUCTION_SETS)
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
+def test_packed_call_has_the_size_that_was_compiled(entry: str, name: str) -> None:
+    module = native.cpu_modules().get(name)
+    if module is None:
+        pytest.skip(f"this processor has no {name}")
+    if entry in ON_TILES and name != "amx":
+        return
+    function, size_in_python = getattr(module, entry), ENTRY_POINTS[entry].size
+    for size in (0, size_in_python - 8, size_in_python + 8):
         with pytest.raises(ValueError, match="does not match the compiled module; rebuild it"):
             function(bytes(size))
 
 
-def results() -> tuple[torch.Tensor, ...]:
-    """Forward and backward of both ops, on two threads."""
-    shape = AttentionShape(2, 4, 150, 16, 150, 4, causal=True)
-    q, k, v, dout = attention_inputs(shape)
+def attention_call() -> tuple[torch.Tensor, ...]:
+    q, k, v, dout = attention_inputs(AttentionShape(2, 4, 150, 16, 150, 4, causal=True))
     q.requires_grad_()
     out = lmkern.attention(q, k, v, causal=True, backend="cpu")
-    (dq,) = torch.autograd.grad(out, q, dout)
+    return out.detach(), *torch.autograd.grad(out, q, dout)
+
+
+def cached_attention_call() -> tuple[torch.Tensor, ...]:
+    q, k, v, _ = attention_inputs(AttentionShape(2, 4, 1, 16, 1500, 4, causal=True))
+    return tuple(lmkern.cached_attention(q, k, v, return_lse=True, backend="cpu"))
+
+
+def layer_norm_call() -> tuple[torch.Tensor, ...]:
+    _, _, _, x = attention_inputs(AttentionShape(2, 4, 150, 16, 150, 4, causal=True))
     weight = torch.ones(16, requires_grad=True)
-    y = lmkern.layer_norm(dout, (16,), weight, backend="cpu")
-    (dweight,) = torch.autograd.grad(y, weight, dout)
-    return out.detach(), dq, y.detach(), dweight
+    y = lmkern.layer_norm(x, (16,), weight, backend="cpu")
+    return y.detach(), *torch.autograd.grad(y, weight, x)
+
+
+def rows_call(op: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]) -> Call:
+    """Forward and backward of an op over rows, enough of them for two threads."""
+
+    def call() -> tuple[torch.Tensor, ...]:
+        _, _, _, x = attention_inputs(AttentionShape(2, 4, 150, 64, 150, 4, causal=True))
+        x = x.detach().requires_grad_()
+        y = op(x)
+        y = y[0] if isinstance(y, tuple) else y
+        return y.detach(), *torch.autograd.grad(y, x, torch.ones_like(y))
+
+    return call
+
+
+def adamw_call() -> tuple[torch.Tensor, ...]:
+    parameter, gradient = torch.ones(100_000), torch.linspace(-1, 1, 100_000)
+    first, second = torch.zeros(100_000), torch.zeros(100_000)
+    lmkern.adamw_(
+        parameter, gradient, first, second,
+        lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, step=1,
+    )  # fmt: skip
+    return parameter, first, second
+
+
+def embedding_call() -> tuple[torch.Tensor, ...]:
+    weight = torch.linspace(-1, 1, 500 * 64).view(500, 64).requires_grad_()
+    y = lmkern.embedding(torch.arange(4000) % 500, weight)
+    return y.detach(), *torch.autograd.grad(y, weight, torch.ones_like(y))
+
+
+def loss_call(linear: bool) -> Call:
+    def call() -> tuple[torch.Tensor, ...]:
+        x = torch.linspace(-1, 1, 300 * 64).view(300, 64).requires_grad_()
+        targets = torch.arange(300) % 64
+        weight = torch.linspace(-1, 1, 64 * 64).view(64, 64)
+        loss = (
+            lmkern.linear_cross_entropy(x, weight, targets) if linear else lmkern.cross_entropy(x, targets)
+        )
+        return loss.detach(), *torch.autograd.grad(loss, x)
+
+    return call
+
+
+def rotary(x: torch.Tensor) -> torch.Tensor:
+    table = torch.linspace(-1, 1, 150 * 32).view(150, 32)
+    return lmkern.rotary(x, table.cos(), table.sin())
+
+
+# Of each op a call with work for two threads, forward and backward; every op has one.
+CALLS: dict[str, Call] = {
+    "activation": rows_call(lmkern.gelu),
+    "adamw": adamw_call,
+    "add_norm": rows_call(lambda x: lmkern.add_norm(x, x.detach(), torch.ones(64), torch.zeros(64))),
+    "attention": attention_call,
+    "cached_attention": cached_attention_call,
+    "copy": rows_call(lambda x: lmkern.cast(x, torch.bfloat16)),
+    "cross_entropy": loss_call(linear=False),
+    "embedding": embedding_call,
+    "layer_norm": layer_norm_call,
+    "linear_cross_entropy": loss_call(linear=True),
+    "rms_norm": rows_call(lambda x: lmkern.rms_norm(x, (64,))),
+    "rotary": rows_call(rotary),
+}
+
+
+def results() -> tuple[torch.Tensor, ...]:
+    return tuple(result for call in CALLS.values() for result in call())
+
+
+def test_every_op_is_called_here() -> None:
+    assert list(CALLS) == OPS, "give the new op a line in CALLS"
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux lists them")
+def test_one_thread_means_one_thread() -> None:
+    code = (
+        "import os, torch; torch.set_num_threads(1)\n"
+        "from tests.kernels.test_native import results\n"
+        "before = len(os.listdir('/proc/self/task')); results()\n"
+        "raise SystemExit(len(os.listdir('/proc/self/task')) - before)"
+    )
+    # The autograd engine has a thread of its own only for other devices than the CPU.
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ | {"PYTHONPATH": str(root)})
+    assert done.returncode == 0, f"{done.returncode} threads were started"
 
 
 # Python 3.12 warns of what is tried here.

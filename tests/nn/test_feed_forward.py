@@ -13,6 +13,7 @@ FORMULAS = {
     "relu": lambda h: h.clamp(min=0),
     "relu_squared": lambda h: h.clamp(min=0) ** 2,
     "silu": lambda h: h * torch.sigmoid(h),
+    "geglu": lambda h: F.gelu(h[..., :6]) * h[..., 6:],
     "swiglu": lambda h: h[..., :6] * torch.sigmoid(h[..., :6]) * h[..., 6:],
 }
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lmkern.nn import LayerNorm
+from lmkern.nn import LayerNorm, RMSNorm
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"elementwise_affine": False}, {"eps": 0.1}])
@@ -33,3 +33,21 @@ def test_float32_parameters_beside_a_bfloat16_input():
     y = LayerNorm(8)(x)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), torch.nn.LayerNorm(8)(x.float()), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("options", [{}, {"elementwise_affine": False}, {"eps": 0.1}])
+@pytest.mark.parametrize("shape", [7, (3, 5)])
+def test_rms_norm_matches_torch_forward_and_backward(options, shape):
+    theirs = torch.nn.RMSNorm(shape, dtype=torch.float64, **options)
+    ours = RMSNorm(shape, dtype=torch.float64, **options)
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(4, 2, *theirs.normalized_shape, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn_like(x)
+    y, expected = ours(x), theirs(x)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    gradients = torch.autograd.grad(y, [x, *ours.parameters()], dy)
+    expected_gradients = torch.autograd.grad(expected, [x, *theirs.parameters()], dy)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-11, atol=1e-11)

@@ -259,6 +259,18 @@ def test_bfloat16_sums_over_many_rows_stay_exact(target: Target) -> None:
     assert ((mine["dweight"].cpu().double() - expected) / expected).abs().max() < 0.005
 
 
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_bfloat16_dweight_over_many_rows_is_within_half_a_percent(target: Target) -> None:
+    rows = 16_384 if not target.interpreted else 2_048
+    inputs = layer_norm_inputs(LayerNormShape(rows, 48), torch.bfloat16, device=target.device)
+    with target.active():
+        mine = layer_norm_results(ours(target.backend), *inputs)
+    exact = long_double.layer_norm(*(x.cpu() for x in inputs), EPS)
+    for result in ("dweight", "dbias"):
+        expected = torch.from_numpy(exact[result].astype("float64"))
+        assert (mine[result].cpu().double() - expected).norm() < 0.005 * expected.norm(), result
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_nan_or_infinity_stays_in_its_row(target: Target, bad: float) -> None:

@@ -87,9 +87,9 @@ def test_compiled_by_inductor_is_bit_equal_to_eager() -> None:
         assert torch.equal(value, eager[result]), result
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["registered", "compiled"])
 @pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_double_backward_is_refused(target: Target, path: str) -> None:
+def test_double_backward_outside_eager_mode_is_refused(target: Target, path: str) -> None:
     torch.compiler.reset()
     x, weight, bias, _ = leaves(*layer_norm_inputs(SHAPE, device=target.device))
     with target.active():
@@ -101,3 +101,52 @@ def test_double_backward_is_refused(target: Target, path: str) -> None:
             RuntimeError, match=r"(?i)once_differentiable|double backward|no autograd formula"
         ):
             loss.backward()
+
+
+DOUBLE = [target for target in TARGETS if target.takes(torch.float64)]
+
+
+@pytest.mark.parametrize("parameters", [(), ("weight",), ("bias",), ("weight", "bias")], ids=str)
+@pytest.mark.parametrize("target", DOUBLE, ids=str)
+def test_gradgradcheck(target: Target, parameters: tuple[str, ...]) -> None:
+    torch.set_num_threads(1)
+    x, weight, bias, dy = leaves(*layer_norm_inputs(LayerNormShape(3, 4), torch.float64))
+    given = [{"weight": weight, "bias": bias}[name] for name in parameters]
+
+    def call(x: Tensor, *given: Tensor) -> Tensor:
+        named = dict(zip(parameters, given, strict=True))
+        return lmkern.layer_norm(x, (4,), **named, eps=EPS, backend=target.backend)
+
+    with target.active():
+        assert torch.autograd.gradgradcheck(call, (x, *given), (dy,))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)], ids=str)
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_gradient_penalty_is_the_exact_one(target: Target, dtype: torch.dtype, bound: float) -> None:
+    # dy depends on x, and its share must not be counted twice.
+    def penalty_gradients(layer_norm: Call, *inputs: Tensor) -> tuple[Tensor, ...]:
+        x, weight, bias = leaves(*inputs)
+        (dx,) = torch.autograd.grad((layer_norm(x, weight, bias) * x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), (x, weight, bias))
+
+    inputs = layer_norm_inputs(SHAPE, dtype, device=target.device)[:3]
+    with target.active():
+        mine = penalty_gradients(direct(target), *inputs)
+    exact = penalty_gradients(
+        lambda x, weight, bias: torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, EPS),
+        *(t.cpu().double() for t in inputs),
+    )
+    for one, expected in zip(mine, exact, strict=True):
+        assert (one.cpu().double() - expected).norm() < bound * expected.norm()
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_third_derivatives_are_refused(target: Target) -> None:
+    x, weight, bias, _ = leaves(*layer_norm_inputs(SHAPE, device=target.device))
+    with target.active():
+        y = direct(target)(x, weight, bias)
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        (ddx,) = torch.autograd.grad(dx.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            ddx.sum().backward()

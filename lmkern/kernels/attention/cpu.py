@@ -17,8 +17,9 @@ __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
 MAX_HEAD_DIM = 256
 
-# AttentionParams: 18 pointers; 11 tensors' strides; 6 sizes, sequences; left, right, top_left; relative_radius,
-# relative_head_stride; dropout_threshold, seed; softmax_scale, softcap; dtype, bias_dtype, threads.
+# AttentionParams: 18 pointers; 11 tensors' strides; 6 sizes, sequences; left, right, top_left;
+# relative_radius, relative_head_stride; dropout_threshold, seed; softmax_scale, softcap; dtype, bias_dtype,
+# threads.
 _PARAMS = struct.Struct("=18q 44q 7q 3q 2q 2q 2d 3q")
 _NO_STRIDES = (0, 0, 0, 0)
 _UNBOUNDED = 1 << 40  # kUnbounded
@@ -69,6 +70,8 @@ def backward(
         drelative = drelative.sum(0)
         if options.relative_bias.shape[0] == 1:
             drelative = drelative.sum(0, keepdim=True)
+    if dbias is not None and options.bias is not None:
+        dbias = dbias.to(options.bias.dtype)
     dsinks = None
     if needs[5] and options.sinks is not None:
         dsinks = _sink_gradient(dout, out, lse, dlse, options.sinks)
@@ -132,4 +135,7 @@ def _sequences(q: Tensor, options: Options) -> int:
 
 def _broadcast_strides(x: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     """x's strides, 0 along the dimensions in which it is broadcast to shape."""
-    return tuple(0 if size == 1 and full != 1 else stride for size, full, stride in zip(x.shape, shape, x.stride(), strict=True))
+    return tuple(
+        0 if size == 1 and full != 1 else stride
+        for size, full, stride in zip(x.shape, shape, x.stride(), strict=True)
+    )

@@ -1,27 +1,12 @@
-// What the passes of layer norm share: a row in vectors, and the types of x and its parameters.
+// A row in vectors: whole ones and a last part, and sums over it.
 #pragma once
 
 #include <algorithm>
 #include <array>
 
-#include "core/parallel_for.hpp"
-#include "layer_norm/params.hpp"
 #include "simd/vector.hpp"
 
 namespace lmkern {
-
-// Fewer rows than this are not worth another thread.
-constexpr int64_t kRowsPerTask = 16;
-
-// body(type of x, type of weight and bias): the same, or float32 parameters beside a 16-bit x.
-template <class Body>
-void with_types(const LayerNormParams& p, const Body& body) {
-    with_type(static_cast<Dtype>(p.dtype), [&](auto type) {
-        if constexpr (sizeof(typename decltype(type)::type) == 2)
-            if (p.parameter_dtype == static_cast<int64_t>(Dtype::float32)) return body(type, Type<float>{});
-        body(type, type);
-    });
-}
 
 // A whole vector of a row: at(p) loads from there, at.store(p, v) stores.
 template <class C>
@@ -65,29 +50,30 @@ inline void for_row(int64_t columns, const Body& body) {
     if (column < columns) body(Tail<C>{column, columns - column});
 }
 
-// The sums over a row of what body(at, add) adds: add(which, vector). Running sums take turns, four each, and
-// start anew every block of columns: short chains are fast, and their rounding errors small.
-template <class C, int count, class Body>
+// The sums over the columns of what body(at, add) adds: add(which, vector). Running sums take turns and start
+// anew every 32 additions: short chains are fast, and their rounding errors small; the total of the chains
+// carries its own (Kahan's summation). The order of the additions does not depend on count.
+template <class C, int count, int turns, class Body>
 inline std::array<C, count> sums_over_row(int64_t columns, const Body& body) {
-    constexpr int64_t lanes = kLanes<C>, turns = 4, block = 32 * turns * lanes;
-    Vector<C> total[count] = {};
+    constexpr int64_t lanes = kLanes<C>, block = 32 * turns * lanes;
+    Vector<C> total[count] = {}, lost[count] = {};
     for (int64_t column = 0; column < columns;) {
         const int64_t end = std::min(columns, column + block);
         Vector<C> running[turns][count] = {};
         auto step = [&](auto at, int turn) {
             body(at, [&](int which, Vector<C> v) { running[turn][which] += v; });
         };
-        for (; column + turns * lanes <= end; column += turns * lanes) {
-            step(Whole<C>{column}, 0);
-            step(Whole<C>{column + lanes}, 1);
-            step(Whole<C>{column + 2 * lanes}, 2);
-            step(Whole<C>{column + 3 * lanes}, 3);
-        }
+        for (; column + turns * lanes <= end; column += turns * lanes)
+            for (int turn = 0; turn < turns; ++turn) step(Whole<C>{column + turn * lanes}, turn);
         for (; column + lanes <= end; column += lanes) step(Whole<C>{column}, 0);
-        if (column < end) step(Tail<C>{column, end - column}, 1);
+        if (column < end) step(Tail<C>{column, end - column}, turns - 1);
         column = end;
-        for (int which = 0; which < count; ++which)
-            total[which] += (running[0][which] + running[1][which]) + (running[2][which] + running[3][which]);
+        for (int turn = 0; turn < turns; ++turn)
+            for (int which = 0; which < count; ++which) {
+                const Vector<C> more = running[turn][which] - lost[which], grown = total[which] + more;
+                lost[which] = (grown - total[which]) - more;
+                total[which] = grown;
+            }
     }
     std::array<C, count> sums;
     for (int which = 0; which < count; ++which) sums[which] = sum<C>(total[which]);

@@ -1,0 +1,24 @@
+"""The file of results of a machine: how a run of some rows joins the rows of runs before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The new record with the rows of the old one that it has not measured again.
+
+    Only if the two are of one commit, without local changes, and one environment; else the new one alone.
+    A ceiling is the higher of the two; the shares in a row are those of its own run.
+    """
+    same = all(old.get(key) == new[key] for key in ("format", "commit", "environment"))
+    if not same or not new["commit"].isalnum() or new["commit"] == "unknown":
+        return new
+
+    def key(row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(row[column] for column in ("op", "direction", "shape", "dtype", "backend"))
+
+    measured = {key(row): row for row in new["rows"]}
+    rows = [measured.pop(key(row), row) for row in old["rows"]] + list(measured.values())
+    ceilings = {name: max(value, old["ceilings"].get(name, 0)) for name, value in new["ceilings"].items()}
+    return new | {"rows": rows, "ceilings": ceilings}

@@ -1,0 +1,52 @@
+// Activations forward on the CPU: y = f(x + bias), or f(gate) value with gate and value the halves of
+// x + bias.
+#include <algorithm>
+
+#include "activation/cpu.hpp"
+#include "activation/functions.hpp"
+#include "core/parallel_for.hpp"
+
+namespace lmkern {
+namespace {
+
+// Fewer elements than this are not worth another thread.
+constexpr int64_t kElementsPerTask = 16384;
+
+template <class T, class F, bool gated>
+[[gnu::flatten]] void forward_row(const ActivationParams& p, int64_t row) {
+    using C = Compute<T>;
+    const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
+    const C* bias = static_cast<const C*>(p.bias);
+    T* y = static_cast<T*>(p.y) + row * p.columns;
+    for_row<C>(p.columns, [&](auto at) {
+        Vector<C> gate = at(x);
+        if (bias != nullptr) gate += at(bias);
+        Vector<C> result = F::template at<T>(gate).value;
+        if constexpr (gated) {
+            Vector<C> value = at(x + p.columns);
+            if (bias != nullptr) value += at(bias + p.columns);
+            result *= value;
+        }
+        at.store(y, result);
+    });
+}
+
+}  // namespace
+
+void activation_forward(const ActivationParams& p) {
+    with_type(static_cast<Dtype>(p.dtype), [&](auto type) {
+        using T = typename decltype(type)::type;
+        with_function(p, [&](auto function, auto gated) {
+            // A range of rows for each thread: two threads that write to one fresh page both wait for it.
+            const int64_t tasks = std::min(p.threads, ceil_div(p.rows * p.columns, kElementsPerTask));
+            const int64_t rows_per_task = ceil_div(p.rows, std::max<int64_t>(tasks, 1));
+            parallel_for(tasks, p.threads, [&](int64_t task) {
+                const int64_t end = std::min(p.rows, (task + 1) * rows_per_task);
+                for (int64_t row = task * rows_per_task; row < end; ++row)
+                    forward_row<T, decltype(function), decltype(gated)::value>(p, row);
+            });
+        });
+    });
+}
+
+}  // namespace lmkern

@@ -1,0 +1,155 @@
+// Products of a few query rows with many key or value rows, each at an address of its own.
+#pragma once
+
+#include <type_traits>
+
+#include "simd/tile.hpp"
+
+namespace lmkern {
+
+// Lane l of (a, b) by `bit`: lanes where it is 0 add a[l] + a[l ^ bit], the others b[l] + b[l ^ bit].
+template <class C, int bit>
+inline Vector<C> fold(Vector<C> a, Vector<C> b) {
+    constexpr int lanes = kLanes<C>;
+    Integers<C> own, other;
+    for (int lane = 0; lane < lanes; ++lane) {
+        const int from = lane & bit ? lanes : 0;
+        own[lane] = from + lane;
+        other[lane] = from + (lane ^ bit);
+    }
+#if defined(__clang__)
+    Vector<C> sum;
+    for (int lane = 0; lane < lanes; ++lane)
+        sum[lane] = lane & bit ? b[lane] + b[lane ^ bit] : a[lane] + a[lane ^ bit];
+    return sum;
+#else
+    return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, other);
+#endif
+}
+
+// Lane l of the result is the sum over the lanes of rows[l].
+template <class C, int bit = 1>
+inline Vector<C> sums_of_rows(const Vector<C>* rows) {
+    if constexpr (bit == kLanes<C>) {
+        return rows[0];
+    } else {
+        Vector<C> folded[kLanes<C> / bit / 2];
+#pragma GCC unroll 8
+        for (int i = 0; i < kLanes<C> / bit / 2; ++i) folded[i] = fold<C, bit>(rows[2 * i], rows[2 * i + 1]);
+        return sums_of_rows<C, 2 * bit>(folded);
+    }
+}
+
+// How a row of stored S becomes vectors: read(p, add) calls add(i, vector) for its kVectors vectors i.
+template <class S>
+struct InOrder {
+    static constexpr int kVectors = 1;
+    template <class Add>
+    static void read(const S* p, const Add& add) {
+        add(0, load(p));
+    }
+};
+
+// Elements of even index, then those of odd index: half of the instructions that order takes, for rows of
+// whole pairs of vectors.
+struct EvenThenOdd {
+    static constexpr int kVectors = 2;
+    template <class Add>
+    static void read(const bfloat16* p, const Add& add) {
+        Vector<uint32_t> bits;
+        std::memcpy(&bits, p, sizeof bits);
+        add(0, bit_cast<Vector<float>>(bits << 16));
+        add(1, bit_cast<Vector<float>>(bits & 0xffff0000u));
+    }
+};
+
+// Where element d of a row stands when it is read so.
+template <class Order>
+inline int64_t place_of(int64_t d, int64_t lanes) {
+    if constexpr (Order::kVectors == 1) return d;
+    const int64_t within = d % (2 * lanes);
+    return d - within + within % 2 * lanes + within / 2;
+}
+
+// Asks for what lies at p once a cache line, p being `offset` elements into a row.
+template <class S>
+inline void prefetch_at(const S* p, int64_t offset) {
+    if (offset * static_cast<int64_t>(sizeof(S)) % 64 == 0) __builtin_prefetch(p);
+}
+
+// scores[m][j] = q[m] . keys[j] for `queries` rows of q and kLanes<C> keys, while the rows at `ahead` come
+// nearer. q stands in Order, padded with zeros to whole vectors. columns: 0 for depth at run time.
+template <class Order, int queries, int columns, class S, class C = Compute<S>>
+inline void score_keys(Block<C> q, const S* const* keys, const S* const* ahead, int64_t depth,
+                       Block<C> scores) {
+    constexpr int lanes = kLanes<C>, keys_at_once = lanes / queries, step = Order::kVectors * lanes;
+    const int64_t D = columns ? columns : depth, whole = D / step * step;
+    for (int first = 0; first < lanes; first += keys_at_once) {
+        Vector<C> products[lanes];
+#pragma GCC unroll 16
+        for (int j = 0; j < keys_at_once; ++j) {
+            const S* key = keys[first + j];
+            Vector<C> acc[queries] = {};
+            auto add = [&](int64_t d, Vector<C> k) {
+#pragma GCC unroll 4
+                for (int m = 0; m < queries; ++m) acc[m] += k * load(q.data + m * q.stride + d);
+            };
+#pragma GCC unroll 8
+            for (int64_t d = 0; d < whole; d += step) {
+                prefetch_at(ahead[first + j] + d, d);
+                Order::read(key + d, [&](int i, Vector<C> k) { add(d + i * lanes, k); });
+            }
+            if (whole < D) add(whole, load(key + whole, D - whole));
+#pragma GCC unroll 4
+            for (int m = 0; m < queries; ++m) products[m * keys_at_once + j] = acc[m];
+        }
+        const Vector<C> sums = sums_of_rows<C>(products);
+#pragma GCC unroll 4
+        for (int m = 0; m < queries; ++m)
+            std::memcpy(scores.data + m * scores.stride + first,
+                        reinterpret_cast<const char*>(&sums) + m * keys_at_once * sizeof(C),
+                        keys_at_once * sizeof(C));
+    }
+}
+
+// acc[m] += weights[m][j] * values[j] over the rows j, for `queries` rows of weights; `vectors` vectors from
+// the column `first` on, the last one of `tail` elements if that is not 0. acc stands in Order. `ahead` as in
+// score_keys.
+template <class Order, int queries, int vectors, class S, class C = Compute<S>>
+inline void add_values(Block<C> weights, const S* const* values, const S* const* ahead, int64_t rows,
+                       int64_t first, int64_t tail, Block<C> acc) {
+    constexpr int lanes = kLanes<C>, step = Order::kVectors;
+    Vector<C> part[queries][vectors] = {};
+    auto run = [&](auto ragged) {
+        constexpr int whole = vectors - ragged;
+        for (int64_t j = 0; j < rows; ++j) {
+            const S *value = values[j] + first, *next = ahead[j] + first;
+            Vector<C> weight[queries];
+#pragma GCC unroll 4
+            for (int m = 0; m < queries; ++m) weight[m] = broadcast(weights.data[m * weights.stride + j]);
+            auto add = [&](int i, Vector<C> v) {
+#pragma GCC unroll 4
+                for (int m = 0; m < queries; ++m) part[m][i] += weight[m] * v;
+            };
+#pragma GCC unroll 4
+            for (int i = 0; i + step <= whole; i += step) {
+                prefetch_at(next + i * lanes, i * lanes);
+                Order::read(value + i * lanes, [&](int place, Vector<C> v) { add(i + place, v); });
+            }
+            if constexpr (ragged) add(vectors - 1, load(value + whole * lanes, tail));
+        }
+    };
+    if (tail)
+        run(std::integral_constant<int, 1>{});
+    else
+        run(std::integral_constant<int, 0>{});
+#pragma GCC unroll 4
+    for (int m = 0; m < queries; ++m)
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; ++i) {
+            C* place = acc.data + m * acc.stride + first + i * lanes;
+            store(place, load(place) + part[m][i]);
+        }
+}
+
+}  // namespace lmkern

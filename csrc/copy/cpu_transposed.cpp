@@ -1,0 +1,134 @@
+// Transposing copies on the CPU, with a cast on the way.
+//
+// A block of as many rows as a vector has elements, and 16 bytes of each, is turned in registers: 16 bytes of
+// row r lie in lane r / n of vector r % n, n elements in a lane, and log2(n) rounds of interleaving in lanes
+// leave a column in each vector.
+#include <algorithm>
+#include <utility>
+
+#include "copy/convert.hpp"
+#include "copy/cpu.hpp"
+#include "core/parallel_for.hpp"
+
+namespace lmkern {
+namespace {
+
+// Columns of x that a task turns: rows of y that it writes side by side. Two cache lines of 16-bit elements.
+constexpr int64_t kStrip = 64;
+// Bytes of y from which on it does not pass through the caches.
+constexpr int64_t kStreamed = 1 << 20;
+constexpr int64_t kMaxBlockRows = kVectorBytes / 2;
+
+template <int bytes>
+using Element = std::conditional_t<bytes == 2, uint16_t, std::conditional_t<bytes == 4, uint32_t, uint64_t>>;
+
+// The lower (half 0) or upper (half 1) halves of the 16-byte lanes of a and b, interleaved.
+template <int half, int n, class V, int... i>
+inline V interleave(V a, V b, std::integer_sequence<int, i...>) {
+    constexpr int count = sizeof...(i);
+    return __builtin_shufflevector(a, b, (i / n * n + half * n / 2 + i % n / 2 + i % 2 * count)...);
+}
+
+// Past the caches: rows of y are a power of two apart as a rule, and their lines would drive each other out.
+inline void stream(void* place, const void* vector) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(static_cast<__m512i*>(place), *static_cast<const __m512i*>(vector));
+#else
+    std::memcpy(place, vector, kVectorBytes);
+#endif
+}
+
+// y[j][r] = x[r][j] for a whole block.
+template <bool streaming, class E>
+[[gnu::always_inline]] inline void turn_block(const E* x, int64_t x_stride, E* y, int64_t y_stride) {
+    constexpr int n = 16 / sizeof(E), count = kVectorBytes / sizeof(E);
+    constexpr auto lanes = std::make_integer_sequence<int, count>{};
+    Vector<E> v[n], turned[n];
+    for (int r = 0; r < n; ++r)
+        for (int lane = 0; lane < count / n; ++lane)
+            std::memcpy(reinterpret_cast<char*>(&v[r]) + 16 * lane, x + (lane * n + r) * x_stride, 16);
+    for (int round = 1; round < n; round *= 2) {
+        for (int i = 0; i < n / 2; ++i) {
+            turned[2 * i] = interleave<0, n>(v[i], v[i + n / 2], lanes);
+            turned[2 * i + 1] = interleave<1, n>(v[i], v[i + n / 2], lanes);
+        }
+        for (int i = 0; i < n; ++i) v[i] = turned[i];
+    }
+    for (int j = 0; j < n; ++j) {
+        if constexpr (streaming)
+            stream(y + j * y_stride, &v[j]);
+        else
+            std::memcpy(y + j * y_stride, &v[j], kVectorBytes);
+    }
+}
+
+template <bool streaming, class E>
+void turn(const E* x, int64_t x_stride, int64_t rows, int64_t columns, E* y, int64_t y_stride) {
+    constexpr int64_t n = 16 / sizeof(E), block_rows = kVectorBytes / sizeof(E);
+    int64_t row = 0;
+    for (; row + block_rows <= rows; row += block_rows) {
+        int64_t column = 0;
+        for (; column + n <= columns; column += n)
+            turn_block<streaming>(x + row * x_stride + column, x_stride, y + column * y_stride + row,
+                                  y_stride);
+        for (; column < columns; ++column)
+            for (int64_t r = row; r < row + block_rows; ++r)
+                y[column * y_stride + r] = x[r * x_stride + column];
+    }
+    for (; row < rows; ++row)
+        for (int64_t column = 0; column < columns; ++column)
+            y[column * y_stride + row] = x[row * x_stride + column];
+}
+
+// A strip of columns of x, at most kStrip, into as many rows of y.
+template <bool streaming, class From, class To>
+void turn_strip(const From* x, int64_t x_stride, int64_t rows, int64_t columns, To* y) {
+    using E = Element<sizeof(To)>;
+    E* out = reinterpret_cast<E*>(y);
+    if constexpr (std::is_same_v<From, To>) {
+        turn<streaming>(reinterpret_cast<const E*>(x), x_stride, rows, columns, out, rows);
+    } else {
+        To converted[kMaxBlockRows * kStrip];
+        for (int64_t row = 0; row < rows; row += kMaxBlockRows) {
+            const int64_t here = std::min(kMaxBlockRows, rows - row);
+            for (int64_t r = 0; r < here; ++r)
+                convert_row(x + (row + r) * x_stride, converted + r * kStrip, columns);
+            turn<streaming>(reinterpret_cast<const E*>(converted), kStrip, here, columns, out + row, rows);
+        }
+    }
+}
+
+}  // namespace
+
+void transposed_copy(const CopyParams& p) {
+    with_types(p, [&](auto from, auto to) {
+        using From = typename decltype(from)::type;
+        using To = typename decltype(to)::type;
+        const int64_t strips = ceil_div(p.columns, kStrip), pieces = p.batch * strips;
+        const int64_t tasks = std::min(p.threads, pieces);
+        const int64_t pieces_per_task = ceil_div(pieces, std::max<int64_t>(tasks, 1));
+        const bool streaming = kVectorBytes == 64 && reinterpret_cast<uintptr_t>(p.y) % 64 == 0 &&
+                               p.rows * static_cast<int64_t>(sizeof(To)) % 64 == 0 &&
+                               p.batch * p.rows * p.columns * static_cast<int64_t>(sizeof(To)) >= kStreamed;
+        auto run = [&](int64_t piece, auto choice) {
+            const int64_t b = piece / strips, column = piece % strips * kStrip;
+            turn_strip<decltype(choice)::value>(static_cast<const From*>(p.x) + b * p.batch_stride + column,
+                                                p.row_stride, p.rows, std::min(kStrip, p.columns - column),
+                                                static_cast<To*>(p.y) + (b * p.columns + column) * p.rows);
+        };
+        parallel_for(tasks, p.threads, [&](int64_t task) {
+            const int64_t end = std::min(pieces, (task + 1) * pieces_per_task);
+            for (int64_t piece = task * pieces_per_task; piece < end; ++piece) {
+                if (streaming)
+                    run(piece, std::true_type{});
+                else
+                    run(piece, std::false_type{});
+            }
+#if defined(__AVX512F__)
+            if (streaming) _mm_sfence();
+#endif
+        });
+    });
+}
+
+}  // namespace lmkern

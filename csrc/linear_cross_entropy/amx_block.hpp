@@ -1,0 +1,85 @@
+// Blocks of 32 x 32 sums with AMX: what the products under linear + cross-entropy share.
+//
+//     tile       16 rows x 64 bytes
+//     a0 a1      16 rows each x 32 steps of depth, bfloat16
+//     b0 b1      32 steps of depth, paired, x 16 columns each
+//     c00 .. c11 16 x 16 sums in float32 of each a tile with each b tile
+#pragma once
+
+#include "simd/amx.hpp"
+
+#if defined(__AMX_BF16__)
+
+#include <immintrin.h>
+
+#include <algorithm>
+
+#include "core/parallel_for.hpp"
+#include "core/workspace.hpp"
+#include "simd/vector.hpp"
+
+namespace lmkern {
+
+constexpr int64_t kSide = 32;    // rows, columns and depth of a step
+constexpr int64_t kStep = 1024;  // bfloat16 elements of the two tiles of a step
+constexpr int64_t kSums = 1024;  // float32 elements of the four tiles of sums
+// Steps whose tiles of one factor, 16 KB, stay in the first cache while those of the other go by.
+constexpr int64_t kDepth = 8;
+
+enum Tile { a0, a1, b0, b1, c00, c01, c10, c11 };
+
+inline int64_t sides(int64_t n) {
+    return ceil_div(n, kSide);
+}
+
+// Bits for the columns of a matrix from `first` on, 32 of them at most.
+inline uint32_t column_mask(int64_t columns, int64_t first) {
+    const int64_t count = std::min(kSide, columns - first);
+    return count == kSide ? ~0u : (1u << count) - 1;
+}
+
+// Two rows of 32 elements, side by side: the elements of both for column 0, for column 1, ...
+inline void store_pairs(const uint16_t* even, const uint16_t* odd, uint32_t columns_mask, bool has_odd,
+                        uint16_t* to0, uint16_t* to1) {
+    const __m512i a = _mm512_maskz_loadu_epi16(columns_mask, even);
+    const __m512i b = has_odd ? _mm512_maskz_loadu_epi16(columns_mask, odd) : _mm512_setzero_si512();
+    const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
+    // Unpacking works within 128 bits: quarters of columns 0-3, 8-11, 16-19, 24-27 and 4-7, 12-15, ...
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    _mm512_store_si512(to0, _mm512_permutex2var_epi64(low, first, high));
+    _mm512_store_si512(to1, _mm512_permutex2var_epi64(low, second, high));
+}
+
+// The four tiles of one block += a b over `depth` steps.
+inline void add_block(const uint16_t* a, const uint16_t* b, int64_t depth, bool first, float* sums) {
+    if (first) {
+        tile_zero<c00>();
+        tile_zero<c01>();
+        tile_zero<c10>();
+        tile_zero<c11>();
+    } else {
+        tile_load<c00>(sums, kTileRowBytes);
+        tile_load<c01>(sums + 256, kTileRowBytes);
+        tile_load<c10>(sums + 512, kTileRowBytes);
+        tile_load<c11>(sums + 768, kTileRowBytes);
+    }
+    for (int64_t step = 0; step < depth; ++step, a += kStep, b += kStep) {
+        tile_load<a0>(a, kTileRowBytes);
+        tile_load<b0>(b, kTileRowBytes);
+        tile_product<c00, a0, b0>();
+        tile_load<b1>(b + kStep / 2, kTileRowBytes);
+        tile_product<c01, a0, b1>();
+        tile_load<a1>(a + kStep / 2, kTileRowBytes);
+        tile_product<c10, a1, b0>();
+        tile_product<c11, a1, b1>();
+    }
+    tile_store<c00>(sums, kTileRowBytes);
+    tile_store<c01>(sums + 256, kTileRowBytes);
+    tile_store<c10>(sums + 512, kTileRowBytes);
+    tile_store<c11>(sums + 768, kTileRowBytes);
+}
+
+}  // namespace lmkern
+
+#endif

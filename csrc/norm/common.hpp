@@ -1,0 +1,97 @@
+// What the passes of the norms share: element types, parameters in the type of sums, dropout.
+#pragma once
+
+#include "core/parallel_for.hpp"
+#include "core/workspace.hpp"
+#include "norm/params.hpp"
+#include "norm/row.hpp"
+#include "simd/philox.hpp"
+
+namespace lmkern {
+
+// Rows that are worked on together: what is known of one waits while the other goes on, and parameters and
+// their sums are loaded once.
+constexpr int kRowsTogether = 2;
+
+// Fewer rows than this are not worth another thread.
+constexpr int64_t kRowsPerTask = 16;
+
+// body(type of x, type of the residual, whether the norm subtracts the mean).
+template <class Body>
+void with_types(const NormParams& p, const Body& body) {
+    auto with_centring = [&](auto type, auto residual_type) {
+        if (p.centred)
+            body(type, residual_type, std::true_type{});
+        else
+            body(type, residual_type, std::false_type{});
+    };
+    with_type(static_cast<Dtype>(p.dtype), [&](auto type) {
+        if constexpr (sizeof(typename decltype(type)::type) == 2)
+            if (p.residual_dtype == static_cast<int64_t>(Dtype::float32))
+                return with_centring(type, Type<float>{});
+        with_centring(type, type);
+    });
+}
+
+// body(row, number of rows) over [begin, end), kRowsTogether at a time and what is left one by one.
+template <class Body>
+void for_rows(int64_t begin, int64_t end, const Body& body) {
+    int64_t row = begin;
+    for (; row + kRowsTogether <= end; row += kRowsTogether)
+        body(row, std::integral_constant<int, kRowsTogether>{});
+    for (; row < end; ++row) body(row, std::integral_constant<int, 1>{});
+}
+
+// wide[e] = shift + parameter[e]; without a parameter, absent.
+template <class C>
+void widen_parameter(const NormParams& p, const void* parameter, C shift, C absent, C* wide) {
+    if (parameter == nullptr) {
+        std::fill_n(wide, p.columns, absent);
+        return;
+    }
+    with_type(static_cast<Dtype>(p.parameter_dtype), [&](auto type) {
+        using P = typename decltype(type)::type;
+        if constexpr (std::is_same_v<Compute<P>, C>)
+            for_row<C>(p.columns,
+                       [&](auto at) { at.store(wide, at(static_cast<const P*>(parameter)) + shift); });
+    });
+}
+
+// Columns whose random bits are drawn at once.
+constexpr int kDrawnTogether = 8 * kLanes<uint32_t>;
+
+// A row's place in scratch memory: whole vectors, and whole draws.
+inline int64_t scratch_width(const NormParams& p) {
+    return ceil_div(p.columns, kDrawnTogether) * kDrawnTogether;
+}
+
+// factors[e] = keep_scale for the elements of this row that dropout keeps, 0 for the others: column e takes
+// 16 bits of the counter (e / 8, row, 0, 0).
+template <class C>
+void dropout_factors(const NormParams& p, int64_t row, C* factors) {
+    constexpr int counters = kLanes<uint32_t>;
+    const Words threshold = Words{} + static_cast<uint32_t>(p.keep_threshold);
+    const Vector<float> ones = broadcast(1.0f);
+    const auto key = static_cast<uint64_t>(p.seed);
+    const C scale = static_cast<C>(p.keep_scale);
+    const auto lanes = bit_cast<Words>(lane_indices<float>());
+    for (int64_t column = 0; column < p.columns; column += kDrawnTogether) {
+        Words words[4] = {lanes + static_cast<uint32_t>(column / 8), Words{} + static_cast<uint32_t>(row)};
+        philox(words, static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32));
+        uint32_t bits[counters][4];
+        for (int counter = 0; counter < counters; ++counter)
+            for (int word = 0; word < 4; ++word) bits[counter][word] = words[word][counter];
+        HalfBits draws[8 * counters / kLanes<float>];
+        std::memcpy(draws, bits, sizeof draws);
+        for (int part = 0; part < 8 * counters / kLanes<float>; ++part) {
+            const Vector<float> kept = widen(draws[part]) >= threshold ? ones : Vector<float>{};
+            C* place = factors + column + part * kLanes<float>;
+            if constexpr (sizeof(C) == sizeof(float))
+                store(place, kept * scale);
+            else
+                for (int lane = 0; lane < kLanes<float>; ++lane) place[lane] = kept[lane] * scale;
+        }
+    }
+}
+
+}  // namespace lmkern

@@ -1,0 +1,149 @@
+// The norms backward on the CPU. With x_hat = (h - mean) rstd and g = dy weight (docs/kernels/layer_norm.md):
+//
+//     dresidual = rstd (g - mean(g) - x_hat mean(g x_hat)) + dh
+//     dx = dresidual, times dropout's factors
+//     dweight = sum over the rows of dy x_hat
+//     dbias = sum over the rows of dy
+//
+// RMS norm is the same with mean = 0, and without mean(g) and dbias.
+//
+// dweight and dbias are summed chunk by chunk of rows, the chunks fixed by the shape alone, then over the
+// chunks in order: the result does not depend on the threads.
+#include "norm/common.hpp"
+#include "norm/cpu.hpp"
+
+namespace lmkern {
+namespace {
+
+// A thread's scratch memory.
+template <class C>
+struct Scratch {
+    C* weight;                  // (E,)
+    C* x_hat[kRowsTogether];    // (E,) each
+    C* g[kRowsTogether];        // (E,) each
+    C* factors[kRowsTogether];  // (E,) each: dropout
+
+    explicit Scratch(const NormParams& p) {
+        Workspace& workspace = Workspace::of_this_thread();
+        const int64_t width = scratch_width(p);
+        workspace.reserve(static_cast<size_t>((1 + 3 * kRowsTogether) * width) * sizeof(C));
+        weight = workspace.take<C>(width);
+        for (C*& row : x_hat) row = workspace.take<C>(width);
+        for (C*& row : g) row = workspace.take<C>(width);
+        for (C*& row : factors) row = workspace.take<C>(width);
+        widen_parameter(p, p.weight, static_cast<C>(p.offset), C(1), weight);
+    }
+};
+
+// Adds the rows' share to dweight and dbias, and writes their dx and dresidual if those are wanted.
+template <class T, class S, bool centred, int rows>
+void backward_rows(const NormParams& p, int64_t first, const Scratch<Compute<T>>& scratch,
+                   Compute<T>* dweight, Compute<T>* dbias) {
+    using C = Compute<T>;
+    const C columns = static_cast<C>(p.columns);
+    const S* h[rows];
+    const T* dy[rows];
+    C mean[rows], rstd[rows];
+    for (int r = 0; r < rows; ++r) {
+        h[r] = static_cast<const S*>(p.h) + (first + r) * p.h_stride;
+        dy[r] = static_cast<const T*>(p.dy) + (first + r) * p.dy_stride;
+        mean[r] = centred ? static_cast<const C*>(p.mean)[first + r] : C(0);
+        rstd[r] = static_cast<const C*>(p.rstd)[first + r];
+    }
+
+    // g x_hat, then g.
+    constexpr int sums_per_row = centred ? 2 : 1;
+    const auto sums = sums_over_row<C, sums_per_row * rows, 1>(p.columns, [&](auto at, auto add) {
+        const Vector<C> weight = at(scratch.weight);
+        Vector<C> dweight_here = at(dweight), dbias_here{};
+        if constexpr (centred) dbias_here = at(dbias);
+        for (int r = 0; r < rows; ++r) {
+            const Vector<C> dy_here = at(dy[r]);
+            const Vector<C> x_hat = centred ? at.inside((at(h[r]) - mean[r]) * rstd[r]) : at(h[r]) * rstd[r];
+            const Vector<C> g = dy_here * weight;
+            add(sums_per_row * r, g * x_hat);
+            if constexpr (centred) add(sums_per_row * r + 1, g);
+            dweight_here += dy_here * x_hat;
+            dbias_here += dy_here;
+            at.store(scratch.x_hat[r], x_hat);
+            at.store(scratch.g[r], g);
+        }
+        at.store(dweight, dweight_here);
+        if constexpr (centred) at.store(dbias, dbias_here);
+    });
+    if (p.dx == nullptr && p.dresidual == nullptr) return;
+
+    C along[rows], level[rows];
+    for (int r = 0; r < rows; ++r) {
+        along[r] = sums[sums_per_row * r] / columns;
+        level[r] = centred ? sums[sums_per_row * r + sums_per_row - 1] / columns : C(0);
+    }
+    auto gradient = [&](auto at, int r) {
+        const Vector<C> g = at(scratch.g[r]);
+        return ((centred ? g - level[r] : g) - at(scratch.x_hat[r]) * along[r]) * rstd[r];
+    };
+    T* dx = static_cast<T*>(p.dx) + first * p.columns;
+    if (p.dresidual == nullptr && p.dh == nullptr && p.keep_threshold == 0) {
+        for_row<C>(p.columns, [&](auto at) {
+            for (int r = 0; r < rows; ++r) at.store(dx + r * p.columns, gradient(at, r));
+        });
+        return;
+    }
+    S* dresidual = static_cast<S*>(p.dresidual) + first * p.columns;
+    const S* dh = static_cast<const S*>(p.dh) + first * p.dh_stride;
+    if (p.keep_threshold != 0 && p.dx != nullptr)
+        for (int r = 0; r < rows; ++r) dropout_factors(p, first + r, scratch.factors[r]);
+    for_row<C>(p.columns, [&](auto at) {
+        for (int r = 0; r < rows; ++r) {
+            Vector<C> v = gradient(at, r);
+            if (p.dh != nullptr) v += at(dh + r * p.dh_stride);
+            if (p.dresidual != nullptr) at.store(dresidual + r * p.columns, v);
+            if (p.dx == nullptr) continue;
+            if (p.keep_threshold != 0) v *= at(scratch.factors[r]);
+            at.store(dx + r * p.columns, v);
+        }
+    });
+}
+
+// out[e] = the sum over chunks of partials[chunk][which][e]: chunk after chunk, as they lie in memory, while
+// out stays in the first cache.
+template <class C>
+void sum_chunks(const NormParams& p, int64_t which, void* out) {
+    C* total = static_cast<C*>(out);
+    std::fill_n(total, p.columns, C(0));
+    for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
+        const C* partial = static_cast<const C*>(p.partials) + (2 * chunk + which) * p.columns;
+        for_row<C>(p.columns, [&](auto at) { at.store(total, at(total) + at(partial)); });
+    }
+}
+
+}  // namespace
+
+void norm_backward(const NormParams& p) {
+    with_types(p, [&](auto type, auto residual_type, auto centred) {
+        using T = typename decltype(type)::type;
+        using S = typename decltype(residual_type)::type;
+        using C = Compute<T>;
+        const int64_t rows_per_chunk = ceil_div(p.rows, p.chunks);
+        // Neighbouring chunks go to one thread: two threads that write to one fresh page both wait for it.
+        const int64_t tasks = std::min(p.threads, p.chunks), chunks_per_task = ceil_div(p.chunks, tasks);
+        parallel_for(tasks, p.threads, [&](int64_t task) {
+            const Scratch<C> scratch(p);
+            const int64_t end = std::min(p.chunks, (task + 1) * chunks_per_task);
+            for (int64_t chunk = task * chunks_per_task; chunk < end; ++chunk) {
+                C* dweight = static_cast<C*>(p.partials) + chunk * 2 * p.columns;
+                C* dbias = dweight + p.columns;
+                std::fill_n(dweight, 2 * p.columns, C(0));
+                for_rows(chunk * rows_per_chunk, std::min(p.rows, (chunk + 1) * rows_per_chunk),
+                         [&](int64_t row, auto rows) {
+                             backward_rows<T, S, decltype(centred)::value, decltype(rows)::value>(
+                                 p, row, scratch, dweight, dbias);
+                         });
+            }
+        });
+        if (p.dweight != nullptr) sum_chunks<C>(p, 0, p.dweight);
+        if (p.dbias != nullptr) sum_chunks<C>(p, 1, p.dbias);
+    });
+}
+
+}  // namespace lmkern

@@ -1,0 +1,119 @@
+// The norms forward on the CPU: a row is read from memory once, kept in the first cache as float32, and read
+// from there twice more.
+#include "norm/common.hpp"
+#include "norm/cpu.hpp"
+
+namespace lmkern {
+namespace {
+
+// A thread's scratch memory.
+template <class C>
+struct Scratch {
+    C* weight;                  // (E,)
+    C* bias;                    // (E,)
+    C* rows[kRowsTogether];     // (E,) each
+    C* factors[kRowsTogether];  // (E,) each: dropout
+
+    explicit Scratch(const NormParams& p) {
+        Workspace& workspace = Workspace::of_this_thread();
+        const int64_t width = scratch_width(p);
+        workspace.reserve(static_cast<size_t>((2 + 2 * kRowsTogether) * width) * sizeof(C));
+        weight = workspace.take<C>(width);
+        bias = workspace.take<C>(width);
+        for (C*& row : rows) row = workspace.take<C>(width);
+        for (C*& row : factors) row = workspace.take<C>(width);
+        widen_parameter(p, p.weight, static_cast<C>(p.offset), C(1), weight);
+        widen_parameter(p, p.bias, C(0), C(0), bias);
+    }
+};
+
+template <class T, class S, bool centred, int rows>
+void forward_rows(const NormParams& p, int64_t first, const Scratch<Compute<T>>& scratch) {
+    using C = Compute<T>;
+    const C columns = static_cast<C>(p.columns);
+    const T* x[rows];
+    T* y[rows];
+    const S* residual[rows];
+    S* h[rows];
+    // What is normalised, as C.
+    C* wide[rows];
+    for (int r = 0; r < rows; ++r) {
+        x[r] = static_cast<const T*>(p.x) + (first + r) * p.x_stride;
+        y[r] = static_cast<T*>(p.y) + (first + r) * p.columns;
+        residual[r] = static_cast<const S*>(p.residual) + (first + r) * p.residual_stride;
+        h[r] = static_cast<S*>(p.h) + (first + r) * p.columns;
+        wide[r] = scratch.rows[r];
+    }
+
+    // Sums of h, or of its squares where that is all there is to know.
+    auto read = [&](auto source) {
+        return sums_over_row<C, rows, 2>(p.columns, [&](auto at, auto add) {
+            for (int r = 0; r < rows; ++r) {
+                const Vector<C> v = source(at, r);
+                at.store(wide[r], v);
+                add(r, centred ? v : v * v);
+            }
+        });
+    };
+    std::array<C, rows> sums;
+    if (p.residual == nullptr) {
+        sums = read([&](auto at, int r) { return at(x[r]); });
+    } else if (p.keep_threshold == 0) {
+        sums = read([&](auto at, int r) {
+            at.store(h[r], at(residual[r]) + at(x[r]));
+            return at(h[r]);
+        });
+    } else {
+        for (int r = 0; r < rows; ++r) dropout_factors(p, first + r, scratch.factors[r]);
+        sums = read([&](auto at, int r) {
+            at.store(h[r], at(residual[r]) + at(x[r]) * at(scratch.factors[r]));
+            return at(h[r]);
+        });
+    }
+
+    C mean[rows], rstd[rows];
+    if constexpr (centred) {
+        for (int r = 0; r < rows; ++r) mean[r] = sums[r] / columns;
+        sums = sums_over_row<C, rows, 2>(p.columns, [&](auto at, auto add) {
+            for (int r = 0; r < rows; ++r) {
+                const Vector<C> off = at.inside(at(wide[r]) - mean[r]);
+                add(r, off * off);
+            }
+        });
+    }
+    for (int r = 0; r < rows; ++r) {
+        rstd[r] = C(1) / std::sqrt(sums[r] / columns + static_cast<C>(p.eps));
+        if constexpr (centred) static_cast<C*>(p.mean)[first + r] = mean[r];
+        static_cast<C*>(p.rstd)[first + r] = rstd[r];
+    }
+    for_row<C>(p.columns, [&](auto at) {
+        const Vector<C> weight = at(scratch.weight);
+        for (int r = 0; r < rows; ++r) {
+            if constexpr (centred)
+                at.store(y[r], (at(wide[r]) - mean[r]) * rstd[r] * weight + at(scratch.bias));
+            else
+                at.store(y[r], at(wide[r]) * rstd[r] * weight);
+        }
+    });
+}
+
+}  // namespace
+
+void norm_forward(const NormParams& p) {
+    with_types(p, [&](auto type, auto residual_type, auto centred) {
+        using T = typename decltype(type)::type;
+        using S = typename decltype(residual_type)::type;
+        // A range of rows for each thread: two threads that write to one fresh page both wait for it.
+        const int64_t tasks = std::min(p.threads, ceil_div(p.rows, kRowsPerTask));
+        const int64_t rows_per_task = ceil_div(p.rows, std::max<int64_t>(tasks, 1));
+        parallel_for(tasks, p.threads, [&](int64_t task) {
+            const Scratch<Compute<T>> scratch(p);
+            for_rows(task * rows_per_task, std::min(p.rows, (task + 1) * rows_per_task),
+                     [&](int64_t row, auto rows) {
+                         forward_rows<T, S, decltype(centred)::value, decltype(rows)::value>(p, row, scratch);
+                     });
+        });
+    });
+}
+
+}  // namespace lmkern

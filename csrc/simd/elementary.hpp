@@ -1,0 +1,165 @@
+// Elementary functions over vectors, each to the accuracy that the stored type T can hold: results for 16-bit
+// types stop at errors of 3e-5, an eighth of float16's half unit. float64 is the C library's or Taylor's.
+#pragma once
+
+#include <type_traits>
+
+#include "simd/vector.hpp"
+
+namespace lmkern {
+
+template <class C>
+inline Vector<C> abs(Vector<C> x) {
+    using I = typename IntegerOf<C>::type;
+    constexpr I magnitude = sizeof(C) == 4 ? I(0x7fffffff) : I(0x7fffffffffffffff);
+    return bit_cast<Vector<C>>(bit_cast<Integers<C>>(x) & magnitude);
+}
+
+inline Vector<float> sqrt(Vector<float> x) {
+#if defined(__AVX512F__)
+    return bit_cast<Vector<float>>(_mm512_maskz_sqrt_ps(0xffff, bit_cast<__m512>(x)));
+#elif defined(__AVX2__)
+    return bit_cast<Vector<float>>(_mm256_sqrt_ps(bit_cast<__m256>(x)));
+#else
+    for (int lane = 0; lane < kLanes<float>; ++lane) x[lane] = std::sqrt(x[lane]);
+    return x;
+#endif
+}
+
+inline Vector<double> sqrt(Vector<double> x) {
+#if defined(__AVX512F__)
+    return bit_cast<Vector<double>>(_mm512_maskz_sqrt_pd(0xff, bit_cast<__m512d>(x)));
+#elif defined(__AVX2__)
+    return bit_cast<Vector<double>>(_mm256_sqrt_pd(bit_cast<__m256d>(x)));
+#else
+    for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::sqrt(x[lane]);
+    return x;
+#endif
+}
+
+// always_inline below: GCC calls a function of this size out of line, and its vectors go through memory.
+
+template <class V>
+inline V min(V a, V b) {
+    return a < b ? a : b;
+}
+
+// 2^r for |r| <= 1/2 by powers of r, and the normal distribution's tail by powers of t (below): coefficients
+// that make the largest relative error the least.
+struct ShortSeries {
+    static constexpr float exp2[] = {0.9999992614f, 0.6931218147f, 0.2402474484f, 0.05591786028f,
+                                     0.009570101433f};  // 3e-6
+    static constexpr float c = 0.376f;
+    static constexpr float tail[] = {0.14947758f, 0.15791395f, 0.08471160f, 0.19874431f,
+                                     -0.09085729f};  // 3e-5
+};
+struct LongSeries {
+    static constexpr float exp2[] = {1.0f,
+                                     0.6931472057f,
+                                     0.2402264689f,
+                                     0.05550328777f,
+                                     0.009618488959f,
+                                     0.001339993122f,
+                                     0.0001534581152f};  // 2e-9
+    static constexpr float c = 0.264f;
+    static constexpr float tail[] = {0.1053447488f, 0.1048060747f,  0.1027300920f,
+                                     0.0586007583f, 0.1422694502f,  -0.1229712889f,
+                                     0.2244788131f, -0.1460516303f, 0.0307929752f};  // 1.4e-8
+};
+template <class T>
+using Series = std::conditional_t<sizeof(T) == 2, ShortSeries, LongSeries>;
+
+// coefficients[0] + coefficients[1] x + ...
+template <int terms>
+[[gnu::always_inline]] inline Vector<float> polynomial(const float (&coefficients)[terms], Vector<float> x) {
+    Vector<float> value = broadcast(coefficients[terms - 1]);
+    for (int term = terms - 2; term >= 0; --term) value = value * x + coefficients[term];
+    return value;
+}
+
+// 2^x for x <= 0; under 2^-126 it is 0.
+template <class Series>
+[[gnu::always_inline]] inline Vector<float> exp2(Vector<float> x) {
+#if defined(__AVX512F__)
+    const __m512 z = bit_cast<__m512>(x);
+    const __m512 n = _mm512_maskz_roundscale_ps(0xffff, z, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Vector<float> fraction = polynomial(Series::exp2, x - bit_cast<Vector<float>>(n));
+    return bit_cast<Vector<float>>(_mm512_maskz_scalef_ps(0xffff, bit_cast<__m512>(fraction), n));
+#else
+    using K = ExpConstants<float>;
+    x = max(broadcast(-127.0f), x);
+    const Vector<float> shifted = x + K::round_magic;
+    const Integers<float> n =
+        bit_cast<Integers<float>>(shifted) - bit_cast<Integers<float>>(broadcast(K::round_magic));
+    const Vector<float> scale = bit_cast<Vector<float>>((n + K::bias) << K::mantissa_bits);
+    return polynomial(Series::exp2, x - (shifted - K::round_magic)) * scale;
+#endif
+}
+
+// 1 / x for 1 <= x < 2^100.
+inline Vector<float> reciprocal(Vector<float> x) {
+#if defined(__AVX512F__)
+    // 14 bits, and Newton's step.
+    const Vector<float> r = bit_cast<Vector<float>>(_mm512_maskz_rcp14_ps(0xffff, bit_cast<__m512>(x)));
+    return r * (1.0f - x * r) + r;
+#else
+    return 1.0f / x;
+#endif
+}
+inline Vector<double> reciprocal(Vector<double> x) {
+    return 1.0 / x;
+}
+
+// e^(-x) for x >= 0, as good as T can hold.
+template <class T>
+[[gnu::always_inline]] inline Vector<Compute<T>> exp_of_negative(Vector<Compute<T>> x) {
+    if constexpr (sizeof(T) == 8)
+        return exp<double>(-x);
+    else
+        return exp2<Series<T>>(x * -1.44269504f);
+}
+
+template <class C>
+struct Sigmoid {
+    Vector<C> value;  // 1 / (1 + e^-x)
+    Vector<C> slope;  // value (1 - value)
+};
+
+// With the exponential of -|x| nothing overflows, and the slope has no difference that cancels.
+template <class T, class C = Compute<T>>
+[[gnu::always_inline]] inline Sigmoid<C> sigmoid(Vector<C> x) {
+    const Vector<C> e = exp_of_negative<T>(abs<C>(x));
+    const Vector<C> r = reciprocal(e + C(1));
+    return {x < C(0) ? e * r : r, e * r * r};
+}
+
+// The standard normal distribution beyond |x|.
+template <class C>
+struct NormalTail {
+    Vector<C> kernel;  // e^(-x^2 / 2)
+    Vector<C> tail;    // P(X > |x|)
+};
+
+// The tail is a power series under the kernel, which the derivative needs anyway:
+//
+//     P(X > |x|) = e^(-x^2 / 2) t (k0 + k1 t + k2 t^2 + ...),    t = 1 / (1 + c |x|)
+//
+// (the form of Abramowitz and Stegun 7.1.26). It keeps the tail's relative accuracy, which 1 - erf(x) loses.
+template <class T, class C = Compute<T>>
+[[gnu::always_inline]] inline NormalTail<C> normal_tail(Vector<C> x) {
+    // Beyond 40 both are 0 in float64 too; an infinity would make 0 * infinity.
+    const Vector<C> size = min(broadcast(C(40)), abs<C>(x));
+    const Vector<C> kernel = exp_of_negative<T>(size * size * C(0.5));
+    if constexpr (sizeof(T) == 8) {
+        Vector<double> tail;
+        for (int lane = 0; lane < kLanes<double>; ++lane)
+            tail[lane] = 0.5 * std::erfc(size[lane] * 0.70710678118654752440);
+        return {kernel, tail};
+    } else {
+        using S = Series<T>;
+        const Vector<float> t = reciprocal(size * S::c + 1.0f);
+        return {kernel, polynomial(S::tail, t) * (t * kernel)};
+    }
+}
+
+}  // namespace lmkern

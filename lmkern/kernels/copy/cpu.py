@@ -1,0 +1,63 @@
+"""Copies on the CPU: csrc/copy/cpu_*.cpp, called through csrc/copy/params.hpp."""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from lmkern.kernels import cpu_call, native
+from lmkern.kernels.backends import Call
+from lmkern.kernels.cpu_call import DTYPE_CODES, unavailable
+
+__all__ = ["backward", "forward", "unavailable", "unsupported"]
+
+# CopyParams: 2 pointers; 2 strides; 3 sizes; transposed, two dtypes, threads.
+_PARAMS = struct.Struct("=2q 2q 3q 4q")
+
+
+def unsupported(call: Call) -> str | None:
+    return cpu_call.unsupported(call)
+
+
+def forward(x: Tensor, *, dtype: torch.dtype, transposed: bool) -> Tensor:
+    if not transposed:
+        y = torch.empty_like(x, dtype=dtype)
+        # In the order of memory, where both have the same; else row by row.
+        flat = x.stride() == y.stride()
+        rows = x.as_strided((1, 1, x.numel()), (0, 0, 1)) if flat else _rows(x.contiguous())
+        _call(rows, y, transposed=False)
+        return y
+    y = x.new_empty(*x.mT.shape, dtype=dtype)
+    if x.dim() > 2 and x.mT.is_contiguous():
+        # The transposed order is already there.
+        _call(x.mT.reshape(1, 1, -1), y, transposed=False)
+    else:
+        _call(_rows(x), y, transposed=True)
+    return y
+
+
+def backward(dy: Tensor, *, dtype: torch.dtype, transposed: bool) -> Tensor:
+    return forward(dy, dtype=dtype, transposed=transposed)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as (B, R, C), the elements of a row next to each other."""
+    x = x.reshape(-1, *x.shape[-2:]) if x.dim() > 3 else x.reshape((1,) * (3 - x.dim()) + x.shape)
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+
+
+def _call(x: Tensor, y: Tensor, *, transposed: bool) -> None:
+    native.module().copy_forward(
+        _PARAMS.pack(
+            x.data_ptr(),
+            y.data_ptr(),
+            *x.stride()[:2],
+            *x.shape,
+            transposed,
+            DTYPE_CODES[x.dtype],
+            DTYPE_CODES[y.dtype],
+            native.threads(),
+        )
+    )

@@ -1,0 +1,55 @@
+"""Embedding on the CPU: csrc/embedding/cpu_*.cpp, called through csrc/embedding/params.hpp."""
+
+from __future__ import annotations
+
+import struct
+
+from torch import Tensor
+
+from lmkern.kernels import cpu_call, native
+from lmkern.kernels.backends import Call
+from lmkern.kernels.cpu_call import DTYPE_CODES, pointer, unavailable
+
+__all__ = ["backward", "forward", "unavailable", "unsupported"]
+
+# EmbeddingParams: 7 pointers; dy_stride, count, columns, vocabulary, padding_idx, dtype, threads.
+_PARAMS = struct.Struct("=7q 7q")
+
+
+def unsupported(call: Call) -> str | None:
+    return cpu_call.unsupported(call)
+
+
+def forward(tokens: Tensor, weight: Tensor) -> Tensor:
+    y = weight.new_empty(tokens.shape[0], weight.shape[1])
+    pointers = (tokens, weight, y, None, None, None, None)
+    native.module().embedding_forward(
+        _PARAMS.pack(
+            *(pointer(tensor) for tensor in pointers),
+            0,
+            *y.shape,
+            weight.shape[0],
+            -1,
+            DTYPE_CODES[weight.dtype],
+            native.threads(),
+        )
+    )
+    return y
+
+
+def backward(dy: Tensor, tokens: Tensor, *, vocabulary: int, padding_idx: int) -> Tensor:
+    dweight = dy.new_empty(vocabulary, dy.shape[1])
+    starts, order = tokens.new_empty(vocabulary + 1), tokens.new_empty(tokens.shape)
+    pointers = (tokens, None, None, dy, dweight, starts, order)
+    native.module().embedding_backward(
+        _PARAMS.pack(
+            *(pointer(tensor) for tensor in pointers),
+            dy.stride(0),
+            *dy.shape,
+            vocabulary,
+            padding_idx,
+            DTYPE_CODES[dy.dtype],
+            native.threads(),
+        )
+    )
+    return dweight

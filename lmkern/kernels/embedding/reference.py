@@ -1,0 +1,32 @@
+"""Embedding in eager torch: the specification that every other backend is compared with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lmkern.kernels.backends import Call
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def unsupported(call: Call) -> str | None:
+    return None
+
+
+def forward(tokens: Tensor, weight: Tensor) -> Tensor:
+    if tokens.device.type == "cpu" and tokens.numel():
+        low, high = (int(token) for token in tokens.aminmax())
+        if low < 0 or high >= weight.shape[0]:
+            raise IndexError(f"embedding: tokens must lie in [0, {weight.shape[0]}); got {low} to {high}")
+    return weight.index_select(0, tokens)
+
+
+def backward(dy: Tensor, tokens: Tensor, *, vocabulary: int, padding_idx: int) -> Tensor:
+    dtype = torch.promote_types(dy.dtype, torch.float32)
+    dweight = dy.new_zeros(vocabulary, dy.shape[1], dtype=dtype)
+    kept = tokens != padding_idx
+    dweight.index_add_(0, tokens[kept], dy[kept].to(dtype))
+    return dweight.to(dy.dtype)

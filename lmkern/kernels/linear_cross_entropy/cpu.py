@@ -1,0 +1,206 @@
+"""Linear + cross-entropy on the CPU, by chunks of tokens whose logits are held one chunk at a time.
+
+torch multiplies matrices; csrc/cross_entropy turns a chunk's logits into its loss and, in their place, their
+gradient. In bfloat16 with AMX the weight's gradient is a product of our own, csrc/linear_cross_entropy:
+torch has none of bfloat16 into float32.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmkern.kernels import cpu_call, native
+from lmkern.kernels.backends import Call
+from lmkern.kernels.cpu_call import pointer, unavailable
+from lmkern.kernels.cross_entropy import cpu as cross_entropy
+
+__all__ = ["backward", "forward", "unavailable", "unsupported"]
+
+# WeightGradientParams: 5 pointers; x_stride, dlogits_stride, tokens, vocabulary, width, first, threads.
+_WEIGHT_PARAMS = struct.Struct("=5q 7q")
+# InputGradientParams: 3 pointers; dlogits_stride, weight_stride, tokens, vocabulary, width, threads.
+_INPUT_PARAMS = struct.Struct("=3q 6q")
+
+# A chunk's logits take at most so many bytes, unless it has this few tokens.
+_CHUNK_BYTES = 2**27
+_CHUNK_TOKENS = 256
+# What the tokens of a chunk, V and E are rounded up to in csrc/linear_cross_entropy.
+_SIDE = 32
+
+# Tokens from which on our own product gives dx: it shares them out among the threads by 256.
+_AMX_TOKENS = 512
+
+# Rows of dweight that a product in float32 of 16-bit factors makes at once.
+_WIDENED_ROWS = 4096
+
+
+def unsupported(call: Call) -> str | None:
+    return cpu_call.unsupported(call)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    dloss: Tensor,
+    *,
+    needs: tuple[bool, bool, bool],
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    R, V = x.shape[0], weight.shape[0]
+    wide = cpu_call.statistics_dtype(x)
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "softcap": softcap,
+    }
+    chunk = _chunk_tokens(R, V * x.element_size())
+    buffer = x.new_empty(min(chunk, R), V)
+    loss = x.new_empty(R, dtype=wide)
+    dx = x.new_empty(x.shape) if needs[0] else None
+    dweight = _weight_sum(x, weight) if needs[1] else None
+    dbias = x.new_zeros(V, dtype=wide) if needs[2] else None
+    for start in range(0, R, chunk):
+        part = slice(start, min(R, start + chunk))
+        logits = buffer[: part.stop - start]  # (T, V)
+        if bias is None:
+            torch.mm(x[part], weight.T, out=logits)
+        else:
+            torch.addmm(bias, x[part], weight.T, out=logits)
+        if not any(needs):
+            loss[part] = cross_entropy.forward(logits, targets[part], **options)[0]
+            continue
+        loss[part] = cross_entropy.forward_in_place(logits, targets[part], dloss[part], **options)
+        if dx is not None:
+            _input_gradient(logits, weight, dx[part])
+        if dweight is not None:
+            dweight.add(logits, x[part])
+        if dbias is not None:
+            dbias += logits.sum(0, dtype=wide)
+    return (
+        loss,
+        dx,
+        None if dweight is None else dweight.result(),
+        None if dbias is None else dbias.to(x.dtype),
+    )
+
+
+def backward(
+    dloss: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    needs: tuple[bool, bool, bool],
+    **options: Any,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return forward(x, weight, bias, targets, dloss, needs=needs, **options)[1:]
+
+
+def _chunk_tokens(R: int, row_bytes: int) -> int:
+    """Tokens of a chunk: a function of the shapes alone, and chunks of one size but for the last."""
+    most = max(_CHUNK_TOKENS, _CHUNK_BYTES // max(row_bytes, 1))
+    chunks = max(1, -(-R // most))
+    return _rounded_up(-(-R // chunks))
+
+
+def _rounded_up(n: int) -> int:
+    return max(_SIDE, -(-n // _SIDE) * _SIDE)
+
+
+def _amx(x: Tensor) -> bool:
+    """Whether the products of our own take tensors of x's dtype."""
+    return x.dtype == torch.bfloat16 and hasattr(native.module(), "weight_gradient_add")
+
+
+def _input_gradient(dlogits: Tensor, weight: Tensor, dx: Tensor) -> None:
+    """dx (T, E) = dlogits (T, V) @ weight (V, E)."""
+    if not _amx(dx) or dx.shape[0] < _AMX_TOKENS or weight.stride(1) != 1:
+        torch.mm(dlogits, weight, out=dx)
+        return
+    native.module().input_gradient(
+        _INPUT_PARAMS.pack(
+            *(pointer(tensor) for tensor in (dlogits, weight, dx)),
+            dlogits.stride(0),
+            weight.stride(0),
+            dx.shape[0],
+            *weight.shape,
+            native.threads(),
+        )
+    )
+
+
+class _WeightSum:
+    """dlogits^T @ x summed over chunks in float32 (float64), by torch's products."""
+
+    def __init__(self, x: Tensor, weight: Tensor) -> None:
+        self.dtype = weight.dtype
+        self.sums = weight.new_zeros(weight.shape, dtype=cpu_call.statistics_dtype(x))
+
+    def add(self, dlogits: Tensor, x: Tensor) -> None:
+        """dlogits (T, V), x (T, E)."""
+        if self.sums.dtype == x.dtype:
+            self.sums.addmm_(dlogits.T, x)
+            return
+        x = x.to(self.sums.dtype)
+        for first in range(0, self.sums.shape[0], _WIDENED_ROWS):
+            rows = slice(first, first + _WIDENED_ROWS)
+            self.sums[rows].addmm_(dlogits[:, rows].to(self.sums.dtype).T, x)
+
+    def result(self) -> Tensor:
+        return self.sums.to(self.dtype)
+
+
+class _AmxWeightSum:
+    """The same in bfloat16 on AMX; float32 sums."""
+
+    def __init__(self, x: Tensor, weight: Tensor) -> None:
+        self.weight = weight
+        rows, columns = (_rounded_up(n) for n in weight.shape)
+        self.sums = weight.new_empty(rows * columns, dtype=torch.float32)
+        self.chunks = 0
+
+    def add(self, dlogits: Tensor, x: Tensor) -> None:
+        x = x if x.stride(1) == 1 else x.contiguous()
+        packed_x = x.new_empty(_rounded_up(x.shape[0]) * _rounded_up(x.shape[1]))
+        native.module().weight_gradient_add(self._pack(x, dlogits, packed_x, None, x.shape[0]))
+        self.chunks += 1
+
+    def result(self) -> Tensor:
+        dweight = self.weight.new_empty(self.weight.shape)
+        if self.chunks == 0:
+            return dweight.zero_()
+        native.module().weight_gradient_store(self._pack(None, None, None, dweight, 0))
+        return dweight
+
+    def _pack(
+        self,
+        x: Tensor | None,
+        dlogits: Tensor | None,
+        packed_x: Tensor | None,
+        dweight: Tensor | None,
+        tokens: int,
+    ) -> bytes:
+        return _WEIGHT_PARAMS.pack(
+            *(pointer(tensor) for tensor in (x, dlogits, packed_x, self.sums, dweight)),
+            0 if x is None else x.stride(0),
+            0 if dlogits is None else dlogits.stride(0),
+            tokens,
+            *self.weight.shape,
+            self.chunks == 0,
+            native.threads(),
+        )
+
+
+def _weight_sum(x: Tensor, weight: Tensor) -> _WeightSum | _AmxWeightSum:
+    return _AmxWeightSum(x, weight) if _amx(x) else _WeightSum(x, weight)

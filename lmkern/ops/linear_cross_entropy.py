@@ -1,0 +1,307 @@
+"""Linear + cross-entropy as a differentiable function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmkern.kernels import backends
+from lmkern.ops.dispatch import autocast, direct, statistics_dtype
+from lmkern.ops.losses import check_options, check_range, check_targets, reduce
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+NAME = "linear_cross_entropy"
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """The cross-entropy of x @ weight^T + bias, a language model's loss, never holding all of these logits.
+
+    x: (..., E) float32, float16, bfloat16 or float64; weight: (V, E); bias: (V,) or None; all of one dtype,
+        any strides. Under autocast they are cast as torch.nn.functional.linear casts them.
+    targets: (...) int64 in [0, V), or ignore_index for a token that does not count.
+    label_smoothing, z_loss, softcap, reduction: as in `lmkern.cross_entropy`.
+    backend: "cpu" or "reference"; default the fastest that applies.
+
+    The logits are made and used up a chunk of tokens at a time, and their gradient at once: for "mean" and
+    "sum" the gradients of x, weight and bias are computed in the forward pass, if they will be wanted, and
+    kept for backward; for "none" backward computes the logits a second time. The weight's gradient is summed
+    over the tokens in float32 (float64 for float64).
+
+    Returns a scalar, or (...) for "none": float32 whatever the dtype of x, float64 for float64. Raises
+    ValueError for shapes, dtypes and options, IndexError for a target out of range on the CPU,
+    UnsupportedBackend if the named backend cannot run this here.
+    """
+    check_options(NAME, label_smoothing, z_loss, softcap, reduction)
+    _check(x, weight, bias)
+    check_targets(NAME, "x", targets, x.shape[:-1], x.device)
+    given = (x, weight) if bias is None else (x, weight, bias)
+    x, weight, *rest = autocast(*given)
+    bias = rest[0] if rest else None
+    if any(tensor.dtype != x.dtype or tensor.dtype not in DTYPES for tensor in (x, weight, *rest)):
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        got = ", ".join(str(tensor.dtype) for tensor in given)
+        raise ValueError(
+            f"{NAME}: x, weight and bias must share one dtype of {dtypes}; cast them first; got {got}"
+        )
+    rows, flat_targets = x.reshape(targets.numel(), x.shape[-1]), targets.reshape(-1)
+    early = reduction != "none" and torch.is_grad_enabled()
+    needs = [early and tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)]
+    options = (ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0), reduction)
+    arguments = (rows, weight, bias, flat_targets, *options, needs, backend)
+    if direct(*given, targets):
+        loss = _LinearCrossEntropy.apply(*arguments)
+    else:
+        loss = torch.ops.lmkern.linear_cross_entropy(*arguments)[0]
+    return loss.view(targets.shape) if reduction == "none" else loss  # type: ignore[no-any-return]
+
+
+def _kernel(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> Any:
+    return backends.select(backends.Call(NAME, {"x": x, "weight": weight, "bias": bias}, {}, backend))
+
+
+def _named(
+    needs: list[bool], ignore_index: int, label_smoothing: float, z_loss: float, softcap: float
+) -> dict[str, Any]:
+    return {
+        "needs": tuple(needs),
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "softcap": softcap,
+    }
+
+
+def _shares(x: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor]:
+    """What a token's loss is multiplied by: while the gradient is computed, and afterwards.
+
+    A float16 gradient of a mean over many tokens would vanish before the caller's loss scale could lift it.
+    """
+    one = x.new_ones((), dtype=statistics_dtype(x))
+    if reduction != "mean":
+        return one, one
+    share = one / (targets != ignore_index).sum().clamp(min=1)
+    return (one, share) if x.dtype == torch.float16 else (share, one)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    reduction: str,
+    needs: list[bool],
+    backend: str | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    check_range(NAME, targets, weight.shape[0], ignore_index)
+    share, _ = _shares(x, targets, ignore_index, reduction)
+    loss, dx, dweight, dbias = _kernel(x, weight, bias, backend).forward(
+        x,
+        weight,
+        bias,
+        targets.contiguous(),
+        share.expand(targets.shape),
+        **_named(needs, ignore_index, label_smoothing, z_loss, softcap),
+    )
+    return reduce(loss, targets, ignore_index, reduction), dx, dweight, dbias
+
+
+def _backward(
+    dloss: Tensor,
+    gradients: Sequence[Tensor | None],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    reduction: str,
+    needs: list[bool],
+    backend: str | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of forward times dloss, in place; computed anew where forward left none."""
+    share, later = _shares(x, targets, ignore_index, reduction)
+    if any(need and gradient is None for need, gradient in zip(needs, gradients, strict=True)):
+        gradients = _kernel(x, weight, bias, backend).backward(
+            dloss if reduction == "none" else share.expand(targets.shape),
+            x,
+            weight,
+            bias,
+            targets.contiguous(),
+            **_named(needs, ignore_index, label_smoothing, z_loss, softcap),
+        )
+    factor = later if reduction == "none" else dloss * later
+    if factor.device.type != "cpu" or factor != 1:
+        gradients = [None if gradient is None else gradient.mul_(factor) for gradient in gradients]
+    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))  # type: ignore[return-value]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The direct path: the registered op below without the dispatcher in between."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        loss, *gradients = _forward(*inputs)
+        ctx.save_for_backward(*inputs[:4])
+        ctx.options, ctx.backend = inputs[4:9], inputs[10]
+        # They are given away by the first backward; a second one, after retain_graph, computes them anew.
+        ctx.gradients = gradients
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, [None] * 3
+        needs = list(ctx.needs_input_grad[:3])
+        arguments = (*ctx.saved_tensors, *ctx.options, needs, ctx.backend)
+        return (*_backward(dloss, gradients, *arguments), *[None] * 8)
+
+
+@torch.library.custom_op("lmkern::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    reduction: str,
+    needs: list[bool],
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = (ignore_index, label_smoothing, z_loss, softcap, reduction)
+    loss, *gradients = _forward(x, weight, bias, targets, *options, needs, backend)
+    return loss, *_filled(x, gradients)
+
+
+@_linear_cross_entropy_op.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    reduction: str,
+    needs: list[bool],
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss = x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=statistics_dtype(x))
+    return loss, *_fake_gradients(x, weight, bias, needs)
+
+
+@torch.library.custom_op("lmkern::linear_cross_entropy_backward", mutates_args=())
+def _linear_cross_entropy_backward_op(
+    dloss: Tensor,
+    dx: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    reduction: str,
+    early: list[bool],
+    needs: list[bool],
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kept = [g.clone() if had else None for g, had in zip((dx, dweight, dbias), early, strict=True)]
+    options = (ignore_index, label_smoothing, z_loss, softcap, reduction)
+    gradients = _backward(dloss, kept, x, weight, bias, targets, *options, needs, backend)
+    return _filled(x, gradients)
+
+
+@_linear_cross_entropy_backward_op.register_fake
+def _(
+    dloss: Tensor,
+    dx: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    reduction: str,
+    early: list[bool],
+    needs: list[bool],
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_gradients(x, weight, bias, needs)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[1:], *inputs[:4])
+    ctx.options, ctx.early, ctx.backend = inputs[4:9], inputs[9], inputs[10]
+
+
+def _registered_gradients(ctx: Any, dloss: Tensor, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    # Through the registered backward, which has no derivative of its own and says so to a double backward.
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = torch.ops.lmkern.linear_cross_entropy_backward(
+        dloss, *ctx.saved_tensors, *ctx.options, ctx.early, needs, ctx.backend
+    )
+    wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+    return (*wanted, *[None] * 8)
+
+
+torch.library.register_autograd(
+    "lmkern::linear_cross_entropy", _registered_gradients, setup_context=_setup_context
+)
+
+
+def _filled(x: Tensor, gradients: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """A registered op returns tensors only; a gradient nobody asked for is an empty one."""
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]
+
+
+def _fake_gradients(
+    x: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    wanted = zip((x, weight, bias), needs, strict=True)
+    return tuple(x.new_empty(t.shape) if need and t is not None else x.new_empty(0) for t, need in wanted)  # type: ignore[return-value]
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """ValueError in words for what no backend can make sense of."""
+    if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{NAME}: x must be (..., E) and weight (V, E); got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{NAME}: bias must be (V,), ({weight.shape[0]},); got {tuple(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{NAME}: {name} must be on x's device {x.device}; got {tensor.device}")

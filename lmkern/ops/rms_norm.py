@@ -1,0 +1,166 @@
+"""RMS norm as a differentiable function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmkern.kernels import backends
+from lmkern.ops.dispatch import direct, statistics_dtype, wants_gradient
+from lmkern.ops.norm_arguments import (
+    as_matrix,
+    as_vector,
+    check_beside,
+    check_input,
+    parameters,
+    rows,
+    to_dtype_of,
+)
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    offset: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """torch.nn.functional.rms_norm, argument for argument, on lmkern's kernels.
+
+    y = x / sqrt(mean(x^2) + eps) * (offset + weight) over the last len(normalized_shape) dimensions.
+
+    input: (*, *normalized_shape), float32, float16, bfloat16 or float64, any strides.
+    weight: normalized_shape, in input's dtype, or float32 beside a 16-bit input; None: no factor at all.
+    eps: default the spacing of numbers at 1 in the dtype of the sums: float32's, float64's for float64.
+    offset: 1 where weights are stored as their distance from one (Gemma).
+    backend: "cpu" or "reference"; default the fastest that applies.
+
+    Returns input's shape and dtype, contiguous. The mean square and the sum of the weight's gradient are
+    float32 (float64 for float64). Raises ValueError for shapes, dtypes and devices; UnsupportedBackend if the
+    named backend cannot run this here. Zhang and Sennrich 2019, arXiv:1910.07467.
+    """
+    shape = tuple(normalized_shape)
+    check_input("rms_norm", input, shape)
+    check_beside("rms_norm", "weight", weight, shape, input)
+    if eps is None:
+        eps = torch.finfo(statistics_dtype(input)).eps
+    x, weight = as_matrix(input, shape), as_vector(weight)
+    if not direct(x, weight):
+        y = torch.ops.lmkern.rms_norm(x, weight, eps, offset, backend)[0]
+    elif wants_gradient(x, weight):
+        y = _RMSNorm.apply(x, weight, eps, offset, backend)
+    else:
+        y = _forward(_kernel(x, weight, backend), x, weight, eps, offset)[0]
+    return y if x is input else y.view(input.shape)  # type: ignore[no-any-return]
+
+
+def _kernel(x: Tensor, weight: Tensor | None, backend: str | None) -> ModuleType:
+    return backends.select(backends.Call("rms_norm", {"x": x, "weight": weight}, {}, backend))
+
+
+def _forward(
+    kernel: ModuleType, x: Tensor, weight: Tensor | None, eps: float, offset: float
+) -> tuple[Tensor, Tensor]:
+    return kernel.forward(rows(x), parameters(weight, None)[0], eps=eps, offset=offset)  # type: ignore[no-any-return]
+
+
+def _backward(
+    kernel: ModuleType,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    offset: float,
+    needs: Sequence[bool],
+) -> Gradients:
+    dx, dweight = kernel.backward(
+        rows(dy), rows(x), parameters(weight, None)[0], rstd, offset=offset, needs=tuple(needs)
+    )
+    return dx, to_dtype_of(dweight, weight)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The direct path: the registered op below without the dispatcher in between."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, eps: float, offset: float, backend: str | None
+    ) -> Tensor:
+        ctx.kernel, ctx.offset = _kernel(x, weight, backend), offset
+        y, rstd = _forward(ctx.kernel, x, weight, eps, offset)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
+        x, weight, rstd = ctx.saved_tensors
+        gradients = _backward(ctx.kernel, dy, x, weight, rstd, ctx.offset, ctx.needs_input_grad[:2])
+        return (*gradients, None, None, None)
+
+
+@torch.library.custom_op("lmkern::rms_norm", mutates_args=())
+def _rms_norm_op(
+    x: Tensor, weight: Tensor | None, eps: float, offset: float, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    return _forward(_kernel(x, weight, backend), x, weight, eps, offset)
+
+
+@_rms_norm_op.register_fake
+def _(
+    x: Tensor, weight: Tensor | None, eps: float, offset: float, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=statistics_dtype(x))
+
+
+@torch.library.custom_op("lmkern::rms_norm_backward", mutates_args=())
+def _rms_norm_backward_op(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    offset: float,
+    backend: str | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor]:
+    gradients = _backward(_kernel(x, weight, backend), dy, x, weight, rstd, offset, needs)
+    # A registered op returns tensors only; a gradient nobody asked for is an empty one.
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]
+
+
+@_rms_norm_backward_op.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    offset: float,
+    backend: str | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor]:
+    wanted = zip((x, weight), needs, strict=True)
+    return tuple(t.new_empty(t.shape) if need and t is not None else x.new_empty(0) for t, need in wanted)  # type: ignore[return-value]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, ctx.offset, ctx.backend = inputs
+    ctx.save_for_backward(x, weight, output[1])
+
+
+def _registered_gradients(ctx: Any, dy: Tensor, *_statistics: Tensor | None) -> Gradients:
+    # Through the registered backward, which has no derivative of its own and says so to a double backward.
+    needs = list(ctx.needs_input_grad[:2])
+    gradients = torch.ops.lmkern.rms_norm_backward(dy, *ctx.saved_tensors, ctx.offset, ctx.backend, needs)
+    wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+    return (*wanted, None, None, None)
+
+
+torch.library.register_autograd("lmkern::rms_norm", _registered_gradients, setup_context=_setup_context)
