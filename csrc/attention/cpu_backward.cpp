@@ -147,8 +147,9 @@ private:
         return gathered;
     }
 
-    // Delta of the rows from `row` on, as many as a vector has lanes, each summed in the order in which a product sums
-    // dP: where one key has the weight to itself, and out is its value, dP - delta is then 0 and no rounding error.
+    // Delta of the rows from `row` on, as many as a vector has lanes, each summed in the order in which a
+    // product sums dP: where one key has the weight to itself, and out is its value, dP - delta is then 0 and
+    // no rounding error.
     void row_products(Matrix<const T> out, Matrix<const T> dout, int64_t row, C* delta) const {
         const int64_t rows = std::min(lanes, queries_ - row);
         C blocks[2][lanes * 256] = {};
@@ -163,7 +164,8 @@ private:
             C squares[2][lanes * lanes];
             for (int which = 0; which < 2; ++which)
                 transpose_square(blocks[which] + d, width_, squares[which], lanes);
-            for (int64_t j = 0; j < lanes; ++j) part += load(squares[0] + j * lanes) * load(squares[1] + j * lanes);
+            for (int64_t j = 0; j < lanes; ++j)
+                part += load(squares[0] + j * lanes) * load(squares[1] + j * lanes);
         }
         store(delta + row, sums + part, rows);
     }
@@ -385,7 +387,7 @@ private:
         if (keeps && part_.dbias) add_bias_gradient(head, at);
         if (keeps && !part_.dbias && p_.drelative_bias != nullptr)
             score_rows.add_relative_gradient(dweights_, at,
-                                             static_cast<C*>(p_.drelative_bias) +
+                                             static_cast<double*>(p_.drelative_bias) +
                                                  (s_.index * p_.heads + head) * (2 * p_.relative_radius + 1));
     }
 

@@ -169,7 +169,8 @@ private:
         const int64_t n = round_up(b.queries, E::kRowStep);
         const Block<C> acc{acc_ + b.row * width_, width_};
         const auto values = E::right_rows(v_, first - packed_from_, D_);
-        // A weight of 0 makes NaN of a value that is not finite: rows that see none of these keys stay as they were.
+        // A weight of 0 makes NaN of a value that is not finite: rows that see none of these keys stay as
+        // they were.
         std::vector<C> before;
         if (!values_finite_) before.assign(acc.data, acc.data + b.queries * width_);
         if (b.begun)
