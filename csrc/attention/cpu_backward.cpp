@@ -123,23 +123,51 @@ private:
                             ? nullptr
                             : static_cast<const C*>(p_.dlse) + (s_.batch * p_.heads + head) * p_.n_q + row;
         C* delta = delta_of(head);
-        for (int64_t i = 0; i < queries_; ++i) {
-            T gathered[2][256];
-            const T* a = whole_row(out, i, gathered[0]);
-            const T* b = whole_row(dout, i, gathered[1]);
-            Vector<C> sums{};
-            int64_t d = 0;
-            for (; d + lanes <= D_; d += lanes) sums += load(a + d) * load(b + d);
-            if (d < D_) sums += load(a + d, D_ - d) * load(b + d, D_ - d);
-            const C total = sum<C>(sums);
-            delta[i] = total - (dlse == nullptr ? C(0) : dlse[i]);
-        }
+        if constexpr (sizeof(T) == 2)
+            for (int64_t i = 0; i < queries_; ++i) delta[i] = row_product(out, dout, i);
+        else
+            for (int64_t i = 0; i < queries_; i += lanes) row_products(out, dout, i, delta);
+        for (int64_t i = 0; i < queries_ && dlse != nullptr; ++i) delta[i] -= dlse[i];
+    }
+
+    C row_product(Matrix<const T> out, Matrix<const T> dout, int64_t row) const {
+        T gathered[2][256];
+        const T* a = whole_row(out, row, gathered[0]);
+        const T* b = whole_row(dout, row, gathered[1]);
+        Vector<C> sums{};
+        int64_t d = 0;
+        for (; d + lanes <= D_; d += lanes) sums += load(a + d) * load(b + d);
+        if (d < D_) sums += load(a + d, D_ - d) * load(b + d, D_ - d);
+        return sum<C>(sums);
     }
 
     const T* whole_row(Matrix<const T> from, int64_t row, T* gathered) const {
         if (from.column_stride == 1) return from.row(row);
         for (int64_t d = 0; d < D_; ++d) gathered[d] = from.row(row)[d * from.column_stride];
         return gathered;
+    }
+
+    // Delta of the rows from `row` on, as many as a vector has lanes, each summed in the order in which a
+    // product sums dP: where one key has the weight to itself, and out is its value, dP - delta is then 0 and
+    // no rounding error.
+    void row_products(Matrix<const T> out, Matrix<const T> dout, int64_t row, C* delta) const {
+        const int64_t rows = std::min(lanes, queries_ - row);
+        C blocks[2][lanes * 256] = {};
+        pack(out.row(row), out.row_stride, out.column_stride, rows, D_, Block<C>{blocks[0], width_});
+        pack(dout.row(row), dout.row_stride, dout.column_stride, rows, D_, Block<C>{blocks[1], width_});
+        Vector<C> sums{}, part{};
+        for (int64_t d = 0; d < D_; d += lanes) {
+            if (d % kPartDepth<C> == 0) {
+                sums += part;
+                part = Vector<C>{};
+            }
+            C squares[2][lanes * lanes];
+            for (int which = 0; which < 2; ++which)
+                transpose_square(blocks[which] + d, width_, squares[which], lanes);
+            for (int64_t j = 0; j < lanes; ++j)
+                part += load(squares[0] + j * lanes) * load(squares[1] + j * lanes);
+        }
+        store(delta + row, sums + part, rows);
     }
 
     void pack_keys() {
@@ -333,7 +361,10 @@ private:
 #pragma GCC unroll 4
                 for (int n = 0; n < 4; ++n) {
                     const int64_t r = i + n / 2, place = r * kScoreStride + j + n % 2 * lanes;
-                    Vector<C> weight = Exp::of(load(scores_.data + place) * factor - lse_[row + r]);
+                    const Vector<C> score = load(scores_.data + place);
+                    Vector<C> weight = Exp::of(score * factor - lse_[row + r]);
+                    // Also in a row whose lse is NaN.
+                    if (masked) weight = score == -infinity ? Vector<C>{} : weight;
                     Vector<C> dweight = load(dweights_.data + place);
                     Vector<C> kept = weight;
                     if (drops) {
@@ -356,7 +387,7 @@ private:
         if (keeps && part_.dbias) add_bias_gradient(head, at);
         if (keeps && !part_.dbias && p_.drelative_bias != nullptr)
             score_rows.add_relative_gradient(dweights_, at,
-                                             static_cast<C*>(p_.drelative_bias) +
+                                             static_cast<double*>(p_.drelative_bias) +
                                                  (s_.index * p_.heads + head) * (2 * p_.relative_radius + 1));
     }
 

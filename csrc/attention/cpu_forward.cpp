@@ -141,6 +141,7 @@ private:
         const auto k = head_of<const T>(p_.k, p_.k_strides, s_.batch, task_.head_kv, s_.first_key);
         const auto v = head_of<const T>(p_.v, p_.v_strides, s_.batch, task_.head_kv, s_.first_key);
         bounds_ = Exp::base2;
+        values_finite_ = true;
         k_square_ = 0;
         for (int64_t key = first; key < end; key += E::kKeys) {
             const int64_t n = std::min(E::kKeys, end - key);
@@ -149,6 +150,7 @@ private:
             const auto v_facts =
                 E::pack_right_rows({v.row(key), v.row_stride, v.column_stride}, n, D_, key - first, v_);
             k_square_ = std::max(k_square_, k_facts.largest_square);
+            values_finite_ &= v_facts.finite;
             bounds_ = bounds_ && k_facts.finite && v_facts.finite && v_facts.largest <= kLargestValue;
         }
     }
@@ -167,10 +169,22 @@ private:
         const int64_t n = round_up(b.queries, E::kRowStep);
         const Block<C> acc{acc_ + b.row * width_, width_};
         const auto values = E::right_rows(v_, first - packed_from_, D_);
+        // A weight of 0 makes NaN of a value that is not finite: rows that see none of these keys stay as
+        // they were.
+        std::vector<C> before;
+        if (!values_finite_) before.assign(acc.data, acc.data + b.queries * width_);
         if (b.begun)
             E::template product<true>(E::scores_left(weights_, kWeightStride), values, n, width_, keys, acc);
         else
             E::template product<false>(E::scores_left(weights_, kWeightStride), values, n, width_, keys, acc);
+        for (int64_t i = 0; i < b.queries && !values_finite_; ++i) {
+            const int64_t query = b.first_query + i;
+            if (band.begin(query) < end && band.end(query) > begin) continue;
+            if (b.begun)
+                std::copy_n(before.data() + i * width_, width_, acc.data + i * width_);
+            else
+                std::fill_n(acc.data + i * width_, width_, C(0));
+        }
         b.begun = true;
     }
 
@@ -317,7 +331,7 @@ private:
     int64_t keys_at_once_, rows_together_;
     bool in_parts_;
     int64_t packed_from_ = -1;
-    bool bounds_ = false;
+    bool bounds_ = false, values_finite_ = true;
     C k_square_ = 0;
     Operand *q_, *k_, *v_, *weights_;
     C *acc_, *row_sum_, *row_max_, *correction_;

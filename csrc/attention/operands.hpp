@@ -69,7 +69,8 @@ struct VectorEngine {
         Left depth(int64_t k) const { return {data + k * depth_stride, row_stride, depth_stride}; }
     };
 
-    static constexpr int64_t kStep = 2 * kLanes<C>;
+    // Dropout draws the bits of 8 keys at a time.
+    static constexpr int64_t kStep = std::max<int64_t>(2 * kLanes<C>, 8);
     // A multiple of the rows of a product's tile, and of the terms that a sum adds before it joins the rest.
     static constexpr int64_t kQueries = 48;
     // Keys of a block of scores; keys packed together.

@@ -29,7 +29,7 @@ struct AttentionParams {
     const void* relative_bias;    // (H or 1, 2 relative_radius + 1), C, or null
     const void* sinks;            // (H,), C, or null
     void* dbias;                  // as bias is, C, zeroed, or null
-    void* drelative_bias;         // (sequences, H, 2 relative_radius + 1), C, zeroed, or null
+    void* drelative_bias;         // (sequences, H, 2 relative_radius + 1), double, zeroed, or null
     const int32_t* cu_seqlens_q;  // (sequences + 1,), or null
     const int32_t* cu_seqlens_k;  // likewise
     Strides q_strides, k_strides, v_strides, out_strides, dout_strides, dq_strides, dk_strides, dv_strides;

@@ -101,7 +101,7 @@ public:
     // Adds a block of the gradient of scores to that of the relative bias, along its diagonals: first within
     // the block, since sums of sums have smaller errors than long ones.
     static constexpr int64_t kDiagonals = 64 + 64;
-    void add_relative_gradient(Block<C> gradient, const BlockPlace& at, C* drelative) const {
+    void add_relative_gradient(Block<C> gradient, const BlockPlace& at, double* drelative) const {
         const int64_t keys = std::min(at.keys, band_.n_k - at.first_key), last = at.queries - 1;
         C diagonals[kDiagonals + lanes] = {};
         for (int64_t i = 0; i < at.queries; ++i)
@@ -109,17 +109,18 @@ public:
                 C* place = diagonals + last - i + j;
                 store(place, load(place) + load(gradient.data + i * gradient.stride + j));
             }
-        C* target = drelative + p_.relative_radius + at.first_key - at.first_query - s_.offset - last;
+        double* target = drelative + p_.relative_radius + at.first_key - at.first_query - s_.offset - last;
         for (int64_t t = 0; t < keys + last; ++t) target[t] += diagonals[t];
     }
 
 private:
-    // row[j] += from[j * stride], stride 0, 1 or any.
+    // row[j] += from[j * stride], stride 0, 1 or any. -inf hides a key whatever its score is, NaN too.
     template <class B>
     static void add(C* row, int64_t columns, const B* from, int64_t stride) {
         for (int64_t j = 0; j < columns; j += lanes) {
             const int64_t n = std::min(lanes, columns - j);
-            store(row + j, load(row + j) + gathered(from + j * stride, stride, n));
+            const Vector<C> added = gathered(from + j * stride, stride, n);
+            store(row + j, added == -std::numeric_limits<C>::infinity() ? added : load(row + j) + added);
         }
     }
 

@@ -328,9 +328,10 @@ inline Vector<C> exp(Vector<C> x) {
 
 // 2^x to 2e-7, relative; x may be -inf (0) or NaN, and from 2^-126 down the result is 0.
 inline Vector<float> exp2(Vector<float> x) {
-    // The minimax polynomial of degree 5 on [0, 1), fitted to the relative error.
-    constexpr float c0 = 0x1.fffffep-1f, c1 = 0x1.62e4f6p-1f, c2 = 0x1.ebd5a8p-3f, c3 = 0x1.c95446p-5f,
-                    c4 = 0x1.26900cp-7f, c5 = 0x1.ec320ap-10f;
+    // The polynomial of degree 5 on [0, 1) with the smallest relative error, 8.2e-8, of those that give
+    // exactly 1 for 0.
+    constexpr float c0 = 1.0f, c1 = 0x1.62e4bap-1f, c2 = 0x1.ebdb6ap-3f, c3 = 0x1.c91c10p-5f,
+                    c4 = 0x1.277c1cp-7f, c5 = 0x1.e96910p-10f;
 #if defined(__AVX512DQ__)
     const __m512 v = bit_cast<__m512>(x);
     // x - floor(x), and at the end times 2^floor(x).

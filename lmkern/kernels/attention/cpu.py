@@ -59,7 +59,7 @@ def backward(
         dbias = options.bias.new_zeros(options.bias.shape, dtype=wide)
     if needs[4] and options.relative_bias is not None:
         # A part for each sequence and query head, so that none is added to by two threads.
-        drelative = q.new_zeros((sequences, heads, options.relative_bias.shape[1]), dtype=wide)
+        drelative = q.new_zeros((sequences, heads, options.relative_bias.shape[1]), dtype=torch.float64)
     tensors = {
         "q": q, "k": k, "v": v, "out": out, "lse": lse.contiguous(), "dout": dout,
         "dlse": None if dlse is None else dlse.contiguous(),
@@ -70,6 +70,7 @@ def backward(
         drelative = drelative.sum(0)
         if options.relative_bias.shape[0] == 1:
             drelative = drelative.sum(0, keepdim=True)
+        drelative = drelative.to(wide)
     if dbias is not None and options.bias is not None:
         dbias = dbias.to(options.bias.dtype)
     dsinks = None
@@ -80,11 +81,11 @@ def backward(
 
 def _sink_gradient(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, sinks: Tensor) -> Tensor:
     """A sink's score has the value zero: its gradient is -weight * delta, summed over the queries."""
-    delta = (dout.to(lse.dtype) * out).sum(-1)  # (B, H, N_q)
+    delta = (dout.to(lse.dtype) * out).sum(-1, dtype=torch.float64)  # (B, H, N_q)
     if dlse is not None:
         delta = delta - dlse
-    weights = torch.exp(sinks[:, None] - lse.masked_fill(lse == -torch.inf, torch.inf))
-    return -(weights * delta).double().sum((0, 2)).to(lse.dtype)
+    weights = torch.exp(sinks[:, None].double() - lse.masked_fill(lse == -torch.inf, torch.inf))
+    return -(weights * delta).sum((0, 2)).to(lse.dtype)
 
 
 def _pack(tensors: Mapping[str, Tensor | None], options: Options) -> bytes:
