@@ -15,7 +15,14 @@ import lmkern
 from lmkern.kernels import native
 from lmkern.testing import AttentionShape, attention_inputs
 
-ENTRY_POINTS = [(op, name) for op in ("attention", "layer_norm") for name in ("forward", "backward")]
+OPS = ("attention", "cross_entropy", "layer_norm")
+ENTRY_POINTS = [(op, f"{op}_{name}", "_PARAMS") for op in OPS for name in ("forward", "backward")]
+# In the module for AMX alone.
+ENTRY_POINTS += [
+    ("linear_cross_entropy", "input_gradient", "_INPUT_PARAMS"),
+    ("linear_cross_entropy", "weight_gradient_add", "_WEIGHT_PARAMS"),
+    ("linear_cross_entropy", "weight_gradient_store", "_WEIGHT_PARAMS"),
+]
 
 # Seconds; a hang, not a slow machine.
 PATIENCE = 60
@@ -55,13 +62,16 @@ def test_an_unknown_instruction_set_is_refused(chosen_again: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("name", native.INSTRUCTION_SETS)
-@pytest.mark.parametrize(("op", "entry"), ENTRY_POINTS)
-def test_packed_call_has_the_size_that_was_compiled(op: str, entry: str, name: str) -> None:
+@pytest.mark.parametrize(("op", "entry", "layout"), ENTRY_POINTS)
+def test_packed_call_has_the_size_that_was_compiled(op: str, entry: str, layout: str, name: str) -> None:
     module = native.cpu_modules().get(name)
     if module is None:
         pytest.skip(f"this processor has no {name}")
-    params: struct.Struct = importlib.import_module(f"lmkern.kernels.{op}.cpu")._PARAMS
-    function = getattr(module, f"{op}_{entry}")
+    if op == "linear_cross_entropy" and name != "amx":
+        assert not hasattr(module, entry)
+        return
+    params: struct.Struct = getattr(importlib.import_module(f"lmkern.kernels.{op}.cpu"), layout)
+    function = getattr(module, entry)
     for size in (0, params.size - 8, params.size + 8):
         with pytest.raises(ValueError, match="does not match the compiled module; rebuild it"):
             function(bytes(size))
