@@ -21,6 +21,7 @@ from lmkern.testing.results import (
 from lmkern.testing.shapes import (
     ATTENTION_BENCHMARK_SHAPES,
     ATTENTION_SHAPES,
+    CROSS_ENTROPY_BENCHMARK_SHAPES,
     CROSS_ENTROPY_SHAPES,
     LAYER_NORM_BENCHMARK_SHAPES,
     LAYER_NORM_SHAPES,
@@ -36,6 +37,7 @@ from lmkern.testing.targets import Target, targets
 __all__ = [
     "ATTENTION_BENCHMARK_SHAPES",
     "ATTENTION_SHAPES",
+    "CROSS_ENTROPY_BENCHMARK_SHAPES",
     "CROSS_ENTROPY_SHAPES",
     "LAYER_NORM_BENCHMARK_SHAPES",
     "LAYER_NORM_SHAPES",
