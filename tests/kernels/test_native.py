@@ -25,7 +25,6 @@ from lmkern.kernels.linear_cross_entropy import cpu as linear_cross_entropy
 from lmkern.kernels.rotary import cpu as rotary_cpu
 from lmkern.testing import AttentionShape, attention_inputs
 
-<<<<<<< HEAD
 Call = Callable[[], tuple[torch.Tensor, ...]]
 
 OPS = [op for op in backends.op_names() if "cpu" in backends.backend_names(op)]
@@ -53,16 +52,6 @@ ENTRY_POINTS = {
 }
 # Products on tiles, which only one module has.
 ON_TILES = {"input_gradient", "weight_gradient_add", "weight_gradient_store"}
-=======
-OPS = ("attention", "cross_entropy", "layer_norm")
-ENTRY_POINTS = [(op, f"{op}_{name}", "_PARAMS") for op in OPS for name in ("forward", "backward")]
-# In the module for AMX alone.
-ENTRY_POINTS += [
-    ("linear_cross_entropy", "input_gradient", "_INPUT_PARAMS"),
-    ("linear_cross_entropy", "weight_gradient_add", "_WEIGHT_PARAMS"),
-    ("linear_cross_entropy", "weight_gradient_store", "_WEIGHT_PARAMS"),
-]
->>>>>>> w-loss
 
 # Seconds; a hang, not a slow machine.
 PATIENCE = 60
@@ -102,7 +91,6 @@ def test_an_unknown_instruction_set_is_refused(chosen_again: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("name", native.INSTRUCTION_SETS)
-<<<<<<< HEAD
 def test_every_entry_point_is_known_here(name: str) -> None:
     module = native.cpu_modules().get(name)
     if module is None:
@@ -121,19 +109,6 @@ def test_packed_call_has_the_size_that_was_compiled(entry: str, name: str) -> No
         return
     function, size_in_python = getattr(module, entry), ENTRY_POINTS[entry].size
     for size in (0, size_in_python - 8, size_in_python + 8):
-=======
-@pytest.mark.parametrize(("op", "entry", "layout"), ENTRY_POINTS)
-def test_packed_call_has_the_size_that_was_compiled(op: str, entry: str, layout: str, name: str) -> None:
-    module = native.cpu_modules().get(name)
-    if module is None:
-        pytest.skip(f"this processor has no {name}")
-    if op == "linear_cross_entropy" and name != "amx":
-        assert not hasattr(module, entry)
-        return
-    params: struct.Struct = getattr(importlib.import_module(f"lmkern.kernels.{op}.cpu"), layout)
-    function = getattr(module, entry)
-    for size in (0, params.size - 8, params.size + 8):
->>>>>>> w-loss
         with pytest.raises(ValueError, match="does not match the compiled module; rebuild it"):
             function(bytes(size))
 
