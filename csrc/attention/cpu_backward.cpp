@@ -369,8 +369,9 @@ private:
                     Vector<C> kept = weight;
                     if (drops) {
                         const uint16_t* bits = bits_ + n / 2 * bits_stride + j + n % 2 * lanes;
-                        kept = dropout.keep(weight * scale, bits);
-                        dweight = dropout.keep(dweight * scale, bits);
+                        const Vector<C> keep = dropout.keep(broadcast(scale), bits);
+                        kept = weight * keep;
+                        dweight = dweight * keep;
                     }
                     Vector<C> dscore = weight * (dweight - delta_[row + r]);
                     if (masked || keeps) dscore = weight == 0 ? Vector<C>{} : dscore;
