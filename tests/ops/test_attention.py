@@ -299,7 +299,15 @@ def test_repeats_are_bit_equal(target: Target) -> None:
     N_k=st.integers(1, 700), D=st.integers(1, 40), causal=st.booleans(),
 )  # fmt: skip
 def test_bits_depend_on_threads_in_the_backward_pass_alone(
-    target: Target, dtype: torch.dtype, B: int, H_kv: int, group: int, N_q: int, N_k: int, D: int, causal: bool
+    target: Target,
+    dtype: torch.dtype,
+    B: int,
+    H_kv: int,
+    group: int,
+    N_q: int,
+    N_k: int,
+    D: int,
+    causal: bool,
 ) -> None:
     shape = AttentionShape(B, H_kv * group, N_q, D, N_k, H_kv, causal)
     inputs, call = attention_inputs(shape, dtype), our_attention(shape, "cpu")
