@@ -62,7 +62,7 @@ void parallel_for(int64_t tasks, int64_t threads, const Body& body) {
 #pragma omp parallel num_threads(static_cast<int>(tasks))
         {
             FlushDenormals flush;
-        Workspace::Use workspace;
+            Workspace::Use workspace;
 #pragma omp for schedule(static, 1)
             for (int64_t task = 0; task < tasks; ++task) guarded(task);
         }
@@ -70,7 +70,7 @@ void parallel_for(int64_t tasks, int64_t threads, const Body& body) {
 #pragma omp parallel num_threads(static_cast<int>(threads))
         {
             FlushDenormals flush;
-        Workspace::Use workspace;
+            Workspace::Use workspace;
 #pragma omp for schedule(dynamic, 1)
             for (int64_t task = 0; task < tasks; ++task) guarded(task);
         }

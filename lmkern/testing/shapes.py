@@ -236,6 +236,11 @@ LAYER_NORM_BENCHMARK_SHAPES = (
     LayerNormShape(8, 768, "generation: the cost of the call itself"),
 )
 
+CROSS_ENTROPY_BENCHMARK_SHAPES = (
+    CrossEntropyShape(4096, 50_304, "GPT-2 small's logits in training"),
+    CrossEntropyShape(4096, 4096, "a small vocabulary: rows in the first cache"),
+)
+
 LINEAR_CROSS_ENTROPY_BENCHMARK_SHAPES = (
     LinearCrossEntropyShape(4096, 50_304, 768, "GPT-2 small's head in training"),
     LinearCrossEntropyShape(4096, 4096, 384, "a small model with a small vocabulary"),
