@@ -1,6 +1,13 @@
 """Input factories, shape lists and error budgets, shared by tests and benchmarks only."""
 
-from lmkern.testing.error_budget import Errors, geometric_mean, mean_over_budget, measure, over_budget
+from lmkern.testing.error_budget import (
+    Errors,
+    geometric_mean,
+    mean_over_budget,
+    measure,
+    over_budget,
+    pooled,
+)
 from lmkern.testing.inputs import (
     LAYOUTS,
     attention_inputs,
@@ -73,6 +80,7 @@ __all__ = [
     "our_attention",
     "over_budget",
     "poisoned_memory",
+    "pooled",
     "seeded_randn",
     "targets",
     "torchs_attention",

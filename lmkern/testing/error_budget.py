@@ -65,6 +65,24 @@ def measure(ours: Tensor, torchs: Tensor, exact: Tensor | Array, *, at_least: fl
     )
 
 
+def pooled(draws: Sequence[Errors]) -> Errors:
+    """Errors over several draws of the inputs: the largest of one draw is the luck of a row, torch's too."""
+    elements = sum(e.elements for e in draws)
+
+    def typical(errors: Sequence[float]) -> float:
+        squares = sum(x**2 * e.elements for x, e in zip(errors, draws, strict=True))
+        return math.sqrt(squares / max(elements, 1))
+
+    return Errors(
+        ours_worst=max(e.ours_worst for e in draws),
+        torchs_worst=max(e.torchs_worst for e in draws),
+        ours_typical=typical([e.ours_typical for e in draws]),
+        torchs_typical=typical([e.torchs_typical for e in draws]),
+        unit=max(e.unit for e in draws),
+        elements=elements,
+    )
+
+
 def unit_in_last_place(size: float, dtype: torch.dtype) -> float:
     """The distance between neighbouring numbers of dtype at a number of this size."""
     info = torch.finfo(dtype)

@@ -91,7 +91,11 @@ def torchs_attention(
 
 
 def attention_errors(
-    ours: dict[str, Tensor], shape: AttentionShape, features: AttentionFeatures, dtype: torch.dtype
+    ours: dict[str, Tensor],
+    shape: AttentionShape,
+    features: AttentionFeatures,
+    dtype: torch.dtype,
+    seed: int = 0,
 ) -> dict[str, Errors]:
     """Errors of our results and torch's for the inputs that `attention_inputs` and `attention_options` make.
 
@@ -99,7 +103,7 @@ def attention_errors(
     terms' sizes: the terms hold out, which is rounded to that dtype; and such a gradient has few elements,
     each a sum of thousands, and how well the last bits of those cancel is chance.
     """
-    torchs, exact, sizes = _known(shape, features, dtype)
+    torchs, exact, sizes = _known(shape, features, dtype, seed)
     errors = {}
     for name, value in ours.items():
         at_least = 0.0
@@ -112,10 +116,11 @@ def attention_errors(
 
 @cache
 def _known(
-    shape: AttentionShape, features: AttentionFeatures, dtype: torch.dtype
+    shape: AttentionShape, features: AttentionFeatures, dtype: torch.dtype, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, Array], dict[str, Array]]:
     """Torch's results, the exact ones, and those with the absolute values of terms added up."""
-    inputs, options = attention_inputs(shape, dtype), attention_options(shape, features, dtype)
+    inputs = attention_inputs(shape, dtype, seed=seed)
+    options = attention_options(shape, features, dtype, seed=seed)
     torchs = torchs_attention(*inputs, shape, options)
     exact = long_double.attention(*inputs, shape, options=options)
     if len(exact) == len(("out", "lse", "dq", "dk", "dv")):
