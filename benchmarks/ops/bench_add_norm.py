@@ -13,7 +13,7 @@ from lmkern.ops import add_norm
 from lmkern.testing import LayerNormShape, layer_norm_inputs
 
 OP = "add_norm"
-CASES = (Case(LayerNormShape(4096, 768)), Case(LayerNormShape(16384, 1024), kept_memory=True))
+CASES = (Case(LayerNormShape(4096, 768)), Case(LayerNormShape(16384, 1024), main=True, kept_memory=True))
 QUICK_CASES = (Case(LayerNormShape(32, 48), main=True),)
 
 

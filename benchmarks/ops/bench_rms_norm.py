@@ -12,7 +12,7 @@ from lmkern.ops import rms_norm
 from lmkern.testing import LayerNormShape, layer_norm_inputs
 
 OP = "rms_norm"
-CASES = (Case(LayerNormShape(4096, 768)), Case(LayerNormShape(16384, 1024), kept_memory=True))
+CASES = (Case(LayerNormShape(4096, 768), main=True), Case(LayerNormShape(16384, 1024), kept_memory=True))
 QUICK_CASES = (Case(LayerNormShape(32, 48), main=True),)
 
 EPS = 1e-6
