@@ -51,6 +51,8 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> str:
 def roofline(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float]) -> str:
     """FLOP/s over FLOP per byte, one point a row, under the copy's slope and each dtype's matrix product."""
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    # A copy computes nothing, and has no place on these axes.
+    rows = [row for row in rows if row["flops"]]
     intensities = np.array([row["flops"] / row["bytes"] for row in rows])
     x = np.geomspace(intensities.min() / 2, intensities.max() * 2, 200)
     with matplotlib.rc_context(STYLE):
