@@ -4,8 +4,8 @@
 #include "core/parallel_for.hpp"
 #include "core/workspace.hpp"
 #include "norm/params.hpp"
-#include "norm/row.hpp"
 #include "simd/philox.hpp"
+#include "simd/row.hpp"
 
 namespace lmkern {
 

@@ -1,5 +1,8 @@
-// A row in vectors: whole ones, and the tail that is shorter than one.
+// A row in vectors: whole ones and a last part, and sums over it.
 #pragma once
+
+#include <algorithm>
+#include <array>
 
 #include "simd/vector.hpp"
 
@@ -45,6 +48,36 @@ inline void for_row(int64_t columns, const Body& body) {
     int64_t column = 0;
     for (; column + kLanes<C> <= columns; column += kLanes<C>) body(Whole<C>{column});
     if (column < columns) body(Tail<C>{column, columns - column});
+}
+
+// The sums over the columns of what body(at, add) adds: add(which, vector). Running sums take turns and start
+// anew every 32 additions: short chains are fast, and their rounding errors small; the total of the chains
+// carries its own (Kahan's summation). The order of the additions does not depend on count.
+template <class C, int count, int turns, class Body>
+inline std::array<C, count> sums_over_row(int64_t columns, const Body& body) {
+    constexpr int64_t lanes = kLanes<C>, block = 32 * turns * lanes;
+    Vector<C> total[count] = {}, lost[count] = {};
+    for (int64_t column = 0; column < columns;) {
+        const int64_t end = std::min(columns, column + block);
+        Vector<C> running[turns][count] = {};
+        auto step = [&](auto at, int turn) {
+            body(at, [&](int which, Vector<C> v) { running[turn][which] += v; });
+        };
+        for (; column + turns * lanes <= end; column += turns * lanes)
+            for (int turn = 0; turn < turns; ++turn) step(Whole<C>{column + turn * lanes}, turn);
+        for (; column + lanes <= end; column += lanes) step(Whole<C>{column}, 0);
+        if (column < end) step(Tail<C>{column, end - column}, turns - 1);
+        column = end;
+        for (int turn = 0; turn < turns; ++turn)
+            for (int which = 0; which < count; ++which) {
+                const Vector<C> more = running[turn][which] - lost[which], grown = total[which] + more;
+                lost[which] = (grown - total[which]) - more;
+                total[which] = grown;
+            }
+    }
+    std::array<C, count> sums;
+    for (int which = 0; which < count; ++which) sums[which] = sum<C>(total[which]);
+    return sums;
 }
 
 }  // namespace lmkern
