@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "lmkern", "font.family": "sans-serif", "font.size": 9.5}
 COLOURS = {"float32": TRAIN, "bfloat16": VALIDATION}
 # One an op, in the order of the rows; from the start again when they run out.
-MARKERS = "os^Dv<>pPX*hd8H"
+MARKERS = "osD^v<>pP*XhdH8"
 AHEAD, BEHIND = TRAIN, VALIDATION
 
 
@@ -58,7 +58,7 @@ def roofline(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float]) -
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 4.2), layout="constrained")
         axes = figure.subplots()
-        plain(axes, "GFLOP/s over arithmetic intensity")
+        plain(axes, "GFLOP/s over arithmetic intensity; hollow: backward")
         for dtype in dtypes:
             roof = np.minimum(x * ceilings["copy"], ceilings[dtype]) / 1e9
             label = f"{dtype} ceiling"
@@ -73,12 +73,14 @@ def roofline(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float]) -
 
 
 def _points(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Filled for forward, hollow for backward; one legend entry a kind."""
+    """Filled for forward, hollow for backward; one legend entry an op."""
     kinds: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     for row in rows:
         point = (row["flops"] / row["bytes"], row["flops"] / row["ours"]["median"] / 1e9)
         kinds.setdefault((row["op"], row["direction"], row["dtype"]), []).append(point)
     ops = list(dict.fromkeys(op for op, _, _ in kinds))
+    for op, marker in zip(ops, MARKERS, strict=False):
+        axes.plot([], [], linestyle="none", marker=marker, markersize=5, color=INK, label=op)
     for (op, direction, dtype), points in kinds.items():
         colour = COLOURS.get(dtype, INK)
         axes.plot(
@@ -88,7 +90,6 @@ def _points(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             markersize=5,
             color=colour,
             markerfacecolor=colour if direction == "forward" else "none",
-            label=f"{op} {direction} {dtype}",
         )
 
 
