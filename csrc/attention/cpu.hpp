@@ -9,7 +9,8 @@ namespace lmkern {
 // Reads q, k, v; writes out and lse.
 void attention_forward(const AttentionParams& p);
 
-// Reads q, k, v, out, lse, dout and dlse; writes those of dq, dk and dv that are not null.
+// Reads q, k, v, out, lse, dout and dlse; writes those of dq, dk, dv, dbias and
+// drelative_bias that are not null.
 void attention_backward(const AttentionParams& p);
 
 }  // namespace lmkern

@@ -60,24 +60,6 @@ void clear_non_finite(Block<C> from, int64_t rows, int64_t columns, Block<C> to)
         }
 }
 
-// to[column][row] = from[row][column] * factor; the columns of `to` beyond `rows` are zero.
-template <class C>
-void transpose(Block<C> from, int64_t rows, int64_t columns, C factor, Block<C> to) {
-    constexpr int64_t lanes = kLanes<C>;
-    for (int64_t row = 0; row < padded<C>(rows); row += lanes)
-        for (int64_t column = 0; column < columns; column += lanes) {
-            const int64_t n_columns = columns - column < lanes ? columns - column : lanes;
-            C square[lanes][lanes];
-            for (int64_t i = 0; i < lanes; ++i) {
-                Vector<C> v{};
-                if (row + i < rows) v = load(from.data + (row + i) * from.stride + column) * factor;
-                for (int64_t j = 0; j < lanes; ++j) square[j][i] = v[j];
-            }
-            for (int64_t j = 0; j < n_columns; ++j)
-                store(to.data + (column + j) * to.stride + row, load(square[j]));
-        }
-}
-
 // Writes a block's rows, each times its factor, to a (rows, columns) matrix with free strides.
 template <class T, class Factor>
 void unpack(Block<Compute<T>> from, int64_t rows, int64_t columns, T* to, int64_t row_stride,
