@@ -3,15 +3,16 @@
 //     p = exp(s - lse)      ds = p (dout v^T - delta)      delta = rowsum(dout out) - dlse
 //     dv = p^T dout         dk = softmax_scale ds^T q      dq = softmax_scale ds k
 //
-// Three kernels: delta; then a block for each tile of keys, which keeps dk and dv in registers, goes over the queries
-// and adds its part of dq to float32 sums in memory; then dq in its own type. The tiles of keys add to a
-// block of dq in their order, so the bits are the same every time.
+// Three kernels: delta; then a block for each tile of keys, which keeps dk and dv in registers, goes over the
+// queries and adds its part of dq to float32 sums in memory; then dq in its own type. The tiles of keys add
+// to a block of dq in their order, so the bits are the same every time.
 #include "attention/cuda_common.hpp"
 
 namespace lmkern::cuda {
 namespace {
 
-// Warpgroup 0: warp 0 copies, warp 1 brings lse and delta, warp 2 adds dq to memory. Each consumer owns 64 keys.
+// Warpgroup 0: warp 0 copies, warp 1 brings lse and delta, warp 2 adds dq to memory. Each consumer owns 64
+// keys.
 constexpr int kConsumers = 2, kKeys = 64 * kConsumers;
 constexpr int kConsumerThreads = kConsumers * kWarpgroup, kThreads = kConsumerThreads + kWarpgroup;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
@@ -21,8 +22,8 @@ constexpr int kQueries = 64, kStages = 2;
 template <int D>
 constexpr int kPart = kQueries * (D / kConsumers);
 
-// Named barriers. dq_empty: the sums of the step before are read (and everybody is done with its ds); dq_full: this
-// step's are written. ds and tail: among the consumers.
+// Named barriers. dq_empty: the sums of the step before are read (and everybody is done with its ds);
+// dq_full: this step's are written. ds and tail: among the consumers.
 enum : int { kDqEmpty = 1, kDqFull, kDs, kTail };
 constexpr int kDqThreads = kConsumerThreads + 32;
 
@@ -58,16 +59,19 @@ struct Work {
     int begin, end;  // blocks of queries
 
     __device__ Work(const AttentionParams& p, const KeyTile& tile)
-        : sequence(sequence_of(p, tile.sequence)), band(p, sequence), key_block(tile.block),
-          first_key(static_cast<int>(tile.block * kKeys)), head_kv(static_cast<int>(tile.head_kv)),
+        : sequence(sequence_of(p, tile.sequence)),
+          band(p, sequence),
+          key_block(tile.block),
+          first_key(static_cast<int>(tile.block * kKeys)),
+          head_kv(static_cast<int>(tile.head_kv)),
           group(static_cast<int>(p.heads / p.heads_kv)) {
         const QueryBlocks queries(band, sequence.n_q, first_key, kKeys, kQueries);
         begin = static_cast<int>(queries.begin);
         end = static_cast<int>(queries.end);
     }
 
-    // step(query head, block of queries): every warp's loop. The last block first: under a causal mask all tiles
-    // of keys need it, and begin with it one after the other.
+    // step(query head, block of queries): every warp's loop. The last block first: under a causal mask all
+    // tiles of keys need it, and begin with it one after the other.
     template <class Step>
     __device__ void for_steps(const Step& step) const {
         for (int head = head_kv * group; head < (head_kv + 1) * group; ++head)
@@ -129,7 +133,8 @@ __device__ void add_dq(const Call& call, Shared<T, D>& shared, const Work& work)
             const int64_t index = (s.batch * p.heads + head) * all + before + block;
             const int64_t turn = turn_of(work.band, block * kQueries, work.key_block, kKeys);
             ptx::wait_for(call.turns + index, static_cast<int>(turn));
-            ptx::cp_reduce_async_bulk_add(call.dq_sum + index * kConsumers * kPart<D>, shared.dq[0], sizeof(shared.dq));
+            ptx::cp_reduce_async_bulk_add(call.dq_sum + index * kConsumers * kPart<D>, shared.dq[0],
+                                          sizeof(shared.dq));
             ptx::cp_async_bulk_commit_group();
             // Not only read: in memory, before the next tile may add.
             ptx::cp_async_bulk_wait_group();
@@ -142,7 +147,8 @@ __device__ void add_dq(const Call& call, Shared<T, D>& shared, const Work& work)
 
 // The elements of scores (keys, queries) that are hidden become `value`.
 __device__ inline void fill_hidden(RegisterTile<kQueries>& tile, const TileBand& band, float value) {
-    const int key = made_here(RegisterTile<kQueries>::row(0)), query = made_here(RegisterTile<kQueries>::column(0));
+    const int key = made_here(RegisterTile<kQueries>::row(0)),
+              query = made_here(RegisterTile<kQueries>::column(0));
 #pragma unroll
     for (int pair = 0; pair < kQueries / 8; ++pair)
 #pragma unroll
@@ -190,13 +196,13 @@ __device__ void consume(const Call& call, Shared<T, D>& shared, const Work& work
         ptx::wgmma_fence();
 #pragma unroll
         for (int column = 0; column < D; column += 16)
-            ptx::wgmma<0, 0>(scores.element, shared.k.along_columns(own_row, column), q.along_columns(0, column),
-                             column > 0, T{});
+            ptx::wgmma<0, 0>(scores.element, shared.k.along_columns(own_row, column),
+                             q.along_columns(0, column), column > 0, T{});
         ptx::wgmma_commit_group();
 #pragma unroll
         for (int column = 0; column < D; column += 16)
-            ptx::wgmma<0, 0>(dp.element, shared.v.along_columns(own_row, column), dout.along_columns(0, column),
-                             column > 0, T{});
+            ptx::wgmma<0, 0>(dp.element, shared.v.along_columns(own_row, column),
+                             dout.along_columns(0, column), column > 0, T{});
         ptx::wgmma_commit_group();
 
         const TileBand band = first_band.from_query(first_query);
@@ -219,7 +225,8 @@ __device__ void consume(const Call& call, Shared<T, D>& shared, const Work& work
         ptx::wgmma_fence();
 #pragma unroll
         for (int query = 0; query < kQueries; query += 16)
-            ptx::wgmma<1>(dv.element, weights.part[query / 16], dout.along_rows(query, 0), add || query > 0, T{});
+            ptx::wgmma<1>(dv.element, weights.part[query / 16], dout.along_rows(query, 0), add || query > 0,
+                          T{});
         ptx::wgmma_commit_group();
 
         ptx::wgmma_wait_group<1>(dp.element);
@@ -263,8 +270,7 @@ __device__ void consume(const Call& call, Shared<T, D>& shared, const Work& work
 #pragma unroll
         for (int key = 0; key < kKeys; key += 16)
             ptx::wgmma<1, 1>(dq.element, shared.ds.along_rows(key, 0),
-                             shared.k.along_rows(key, own_row * D / 128),
-                             key > 0, T{});
+                             shared.k.along_rows(key, own_row * D / 128), key > 0, T{});
         ptx::wgmma_commit_group();
         ptx::wgmma_wait_group<1>(dk.element, dv.element);
         release();
@@ -289,8 +295,8 @@ __device__ void consume(const Call& call, Shared<T, D>& shared, const Work& work
                    p.dv_strides.row, rows, static_cast<int>(p.head_dim));
 }
 
-// Grid: a block for each tile of the schedule; one that adds to dq later than another comes later. Products: 10 N_q N_k D
-// of a query head, half of it if causal.
+// Grid: a block for each tile of the schedule; one that adds to dq later than another comes later. Products:
+// 10 N_q N_k D of a query head, half of it if causal.
 template <class T, int D>
 __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_constant__ Call call) {
     Shared<T, D>& shared = *reinterpret_cast<Shared<T, D>*>(ptx::dynamic_shared());
@@ -359,7 +365,8 @@ __global__ void __launch_bounds__(kConsumerThreads) dq_kernel(const __grid_const
     const Sequence s = sequence_of(p, blockIdx.z);
     const int64_t block = blockIdx.x, head = blockIdx.y;
     if (block * kQueries >= s.n_q) return;
-    const int part = static_cast<int>(threadIdx.x) / kWarpgroup, thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+    const int part = static_cast<int>(threadIdx.x) / kWarpgroup,
+              thread = static_cast<int>(threadIdx.x) % kWarpgroup;
     const int64_t index = (s.batch * p.heads + head) * blocks_of_head(p, kQueries) +
                           blocks_before(p, s.index, kQueries) + block;
     const float* from = call.dq_sum + (index * kConsumers + part) * kPart<D>;
@@ -367,12 +374,14 @@ __global__ void __launch_bounds__(kConsumerThreads) dq_kernel(const __grid_const
 #pragma unroll
     for (int i = 0; i < D / kConsumers / 2; i += 4) {
         const float4 four = *reinterpret_cast<const float4*>(from + (i / 4 * kWarpgroup + thread) * 4);
-        dq.element[i] = four.x, dq.element[i + 1] = four.y, dq.element[i + 2] = four.z, dq.element[i + 3] = four.w;
+        dq.element[i] = four.x, dq.element[i + 1] = four.y, dq.element[i + 2] = four.z,
+        dq.element[i + 3] = four.w;
     }
     const int64_t first_query = block * kQueries;
     const int first_column = part * (D / kConsumers);
     const float scale = static_cast<float>(p.softmax_scale), factor[2] = {scale, scale};
-    store_rows(dq, factor, at<T>(p.dq, p.dq_strides, s.batch, head, s.first_query + first_query) + first_column,
+    store_rows(dq, factor,
+               at<T>(p.dq, p.dq_strides, s.batch, head, s.first_query + first_query) + first_column,
                p.dq_strides.row, s.n_q - first_query, static_cast<int>(p.head_dim) - first_column);
 }
 
@@ -393,20 +402,24 @@ void attention_backward(const CudaAttentionParams& c) {
             float* delta = static_cast<float*>(c.delta);
             float* dq_sum = static_cast<float*>(c.dq_sum);
             if (const int64_t rows = p.batch * p.heads * p.n_q; rows > 0)
-                launch(delta_kernel<T>, dim3(count(ceil_div(rows, kDeltaRows))), dim3(kDeltaThreads), c.stream,
-                       DeltaCall{p, delta}, what);
+                launch(delta_kernel<T>, dim3(count(ceil_div(rows, kDeltaRows))), dim3(kDeltaThreads),
+                       c.stream, DeltaCall{p, delta}, what);
             const KeySchedule schedule(p, kKeys);
-            const Call call{
-                map_of(p.q, p.q_strides, p.batch, p.heads, p.n_q, p.head_dim, kQueries),
-                map_of(p.k, p.k_strides, p.batch, p.heads_kv, p.n_k, p.head_dim, kKeys),
-                map_of(p.v, p.v_strides, p.batch, p.heads_kv, p.n_k, p.head_dim, kKeys),
-                map_of(p.dout, p.dout_strides, p.batch, p.heads, p.n_q, p.head_dim, kQueries),
-                p, schedule, delta, dq_sum, static_cast<int*>(c.turns)};
+            const Call call{map_of(p.q, p.q_strides, p.batch, p.heads, p.n_q, p.head_dim, kQueries),
+                            map_of(p.k, p.k_strides, p.batch, p.heads_kv, p.n_k, p.head_dim, kKeys),
+                            map_of(p.v, p.v_strides, p.batch, p.heads_kv, p.n_k, p.head_dim, kKeys),
+                            map_of(p.dout, p.dout_strides, p.batch, p.heads, p.n_q, p.head_dim, kQueries),
+                            p,
+                            schedule,
+                            delta,
+                            dq_sum,
+                            static_cast<int*>(c.turns)};
             if (schedule.tiles > 0)
-                launch(backward_kernel<T, D>, dim3(count(schedule.tiles)), dim3(kThreads), c.stream, call, what,
-                       sizeof(Shared<T, D>));
+                launch(backward_kernel<T, D>, dim3(count(schedule.tiles)), dim3(kThreads), c.stream, call,
+                       what, sizeof(Shared<T, D>));
             if (p.dq != nullptr && p.n_q > 0)
-                launch(dq_kernel<T, D>, dim3(count(ceil_div(p.n_q, kQueries)), count(p.heads), count(p.sequences)),
+                launch(dq_kernel<T, D>,
+                       dim3(count(ceil_div(p.n_q, kQueries)), count(p.heads), count(p.sequences)),
                        dim3(kConsumerThreads), c.stream, DqCall{p, dq_sum}, what);
         }
     });

@@ -33,9 +33,10 @@ void with_tile(const AttentionParams& p, const Body& body) {
 }
 
 // The copy engine's view of a (B, H, N, D) tensor, in boxes of `rows` tokens and 64 columns.
-inline CUtensorMap map_of(const void* start, const Strides& strides, int64_t batch, int64_t heads, int64_t tokens,
-                          int64_t head_dim, int rows) {
-    return tensor_map(start, {batch, heads, tokens, head_dim}, {strides.batch, strides.head, strides.row}, rows);
+inline CUtensorMap map_of(const void* start, const Strides& strides, int64_t batch, int64_t heads,
+                          int64_t tokens, int64_t head_dim, int rows) {
+    return tensor_map(start, {batch, heads, tokens, head_dim}, {strides.batch, strides.head, strides.row},
+                      rows);
 }
 
 template <class T>
@@ -46,8 +47,8 @@ __device__ T* at(void* start, const Strides& strides, int64_t batch, int64_t hea
 inline std::string describe(const char* pass, const CudaAttentionParams& call) {
     const AttentionParams& p = call.attention;
     const auto shape = [&](int64_t heads, int64_t tokens) {
-        return "(" + std::to_string(p.batch) + ", " + std::to_string(heads) + ", " + std::to_string(tokens) + ", " +
-               std::to_string(p.head_dim) + ")";
+        return "(" + std::to_string(p.batch) + ", " + std::to_string(heads) + ", " + std::to_string(tokens) +
+               ", " + std::to_string(p.head_dim) + ")";
     };
     return std::string("attention ") + pass + " on q " + shape(p.heads, p.n_q) + ", k and v " +
            shape(p.heads_kv, p.n_k) + ", " + std::to_string(p.sequences) + " sequences, CUDA device " +

@@ -1,9 +1,9 @@
-// Attention forward on Hopper. Dao 2023, arXiv:2307.08691 (online softmax by tiles of queries); Shah et al. 2024,
-// arXiv:2407.08608 (copies, products and softmax of one tile at the same time).
+// Attention forward on Hopper. Dao 2023, arXiv:2307.08691 (online softmax by tiles of queries); Shah et al.
+// 2024, arXiv:2407.08608 (copies, products and softmax of one tile at the same time).
 //
-// A block has three warpgroups. The producer copies tiles of q, k and v into shared memory; each consumer owns 64 of
-// the tile's 128 queries and holds their scores, weights and output in registers. The products of a
-// consumer are issued while the other computes its softmax; they take turns.
+// A block has three warpgroups. The producer copies tiles of q, k and v into shared memory; each consumer
+// owns 64 of the tile's 128 queries and holds their scores, weights and output in registers. The products of
+// a consumer are issued while the other computes its softmax; they take turns.
 #include "attention/cuda_common.hpp"
 
 namespace lmkern::cuda {
@@ -18,8 +18,8 @@ constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 // Named barriers: the turn of consumer 0 and of consumer 1 to issue products; a tail that was zeroed.
 constexpr int kTurn = 1, kTail = 3;
 
-// A row's maximum may grow by 2^8 before its sums are scaled anew: the weights stay below 2^8, and what they are
-// divided by in the end is of the same scale.
+// A row's maximum may grow by 2^8 before its sums are scaled anew: the weights stay below 2^8, and what they
+// are divided by in the end is of the same scale.
 constexpr float kMaxGrowth = 8.0f;
 
 // A tile of keys: what 227 KB have room for twice, beside the queries, which are also held twice if they fit.
@@ -54,7 +54,9 @@ struct Work {
     KeyBlocks keys;
 
     __device__ Work(const AttentionParams& p, const QueryTile& tile)
-        : head(tile.head), sequence(sequence_of(p, tile.sequence)), band(p, sequence),
+        : head(tile.head),
+          sequence(sequence_of(p, tile.sequence)),
+          band(p, sequence),
           first_query(tile.block * kQueries),
           keys(band, first_query, min(first_query + kQueries, sequence.n_q) - 1, KEYS) {}
 };
@@ -76,7 +78,8 @@ __device__ void produce(const Call& call, Shared<T, D>& shared) {
         ptx::mbarrier_wait(&shared.q_empty[q_ring.stage], q_ring.parity ^ 1, "q_empty");
         ptx::mbarrier_arrive_expect_tx(&shared.q_full[q_ring.stage], sizeof(shared.q[0].bytes));
         shared.q[q_ring.stage].load(&call.q, &shared.q_full[q_ring.stage],
-                                    static_cast<int>(work.sequence.first_query + work.first_query), head, batch);
+                                    static_cast<int>(work.sequence.first_query + work.first_query), head,
+                                    batch);
         q_ring.next();
 
         // From the last block to the first. The consumers read a block's keys one step before its values.
@@ -84,8 +87,8 @@ __device__ void produce(const Call& call, Shared<T, D>& shared) {
                               Ring<kStages>& ring, int64_t block, const char* name) {
             ptx::mbarrier_wait(&empty[ring.stage], ring.parity ^ 1, name);
             ptx::mbarrier_arrive_expect_tx(&full[ring.stage], sizeof(tiles[0].bytes));
-            tiles[ring.stage].load(&map, &full[ring.stage], static_cast<int>(work.sequence.first_key + block * KEYS),
-                                   head_kv, batch);
+            tiles[ring.stage].load(&map, &full[ring.stage],
+                                   static_cast<int>(work.sequence.first_key + block * KEYS), head_kv, batch);
             ring.next();
         };
         load(shared.k, call.k, shared.k_full, shared.k_empty, k_ring, work.keys.end - 1, "k_empty");
@@ -147,8 +150,8 @@ __device__ void hide(RegisterTile<KEYS>& scores, const TileBand& band) {
 }
 
 template <class T, int D>
-__device__ void write(const AttentionParams& p, const Work<kKeys<D>>& work, int consumer, RegisterTile<D>& acc,
-                      const OnlineSoftmax<kKeys<D>>& softmax) {
+__device__ void write(const AttentionParams& p, const Work<kKeys<D>>& work, int consumer,
+                      RegisterTile<D>& acc, const OnlineSoftmax<kKeys<D>>& softmax) {
     const Sequence& s = work.sequence;
     const int64_t first_query = work.first_query + consumer * 64;
     float inverse[2];
@@ -323,10 +326,11 @@ void attention_forward(const CudaAttentionParams& c) {
         const TileSchedule schedule(p, kQueries, (int64_t{24} << 20) / bytes);
         const Call call{map_of(p.q, p.q_strides, p.batch, p.heads, p.n_q, p.head_dim, kQueries),
                         map_of(p.k, p.k_strides, p.batch, p.heads_kv, p.n_k, p.head_dim, kKeys<D>),
-                        map_of(p.v, p.v_strides, p.batch, p.heads_kv, p.n_k, p.head_dim, kKeys<D>), p, schedule};
+                        map_of(p.v, p.v_strides, p.batch, p.heads_kv, p.n_k, p.head_dim, kKeys<D>), p,
+                        schedule};
         const int64_t blocks = std::min(schedule.tiles, c.processors);
-        launch(forward_kernel<T, D>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), c.stream, call, what,
-               sizeof(Shared<T, D>));
+        launch(forward_kernel<T, D>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), c.stream, call,
+               what, sizeof(Shared<T, D>));
     });
 }
 

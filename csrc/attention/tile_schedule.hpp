@@ -1,5 +1,5 @@
-// Which tile of queries a block takes next, and which keys it needs: plain arithmetic, the same on the host, where
-// it is tested, and on the device.
+// Which tile of queries a block takes next, and which keys it needs: plain arithmetic, the same on the host,
+// where it is tested, and on the device.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +13,8 @@ struct QueryTile {
     int64_t sequence, head, block;  // block < 0: beyond the last document's tiles, nothing to do
 };
 
-// A persistent grid takes the tiles t = blockIdx, blockIdx + gridDim, and so on. Heads are taken `together`, as many
-// as have room for their keys and values in the L2 cache, and within such a group the last block of
+// A persistent grid takes the tiles t = blockIdx, blockIdx + gridDim, and so on. Heads are taken `together`,
+// as many as have room for their keys and values in the L2 cache, and within such a group the last block of
 // queries first, which under a causal mask is the longest.
 struct TileSchedule {
     int64_t rows;      // queries of a tile
@@ -51,7 +51,8 @@ struct TileSchedule {
 struct KeyBlocks {
     int64_t begin, end;
 
-    constexpr KeyBlocks(const Band& band, int64_t first_query, int64_t last_query, int64_t keys) : begin(0), end(0) {
+    constexpr KeyBlocks(const Band& band, int64_t first_query, int64_t last_query, int64_t keys)
+        : begin(0), end(0) {
         const int64_t first = band.begin(first_query), last = band.end(last_query);
         if (last <= first) return;
         begin = first / keys;
@@ -64,7 +65,8 @@ struct TileBand {
     int before, after, keys;
 
     constexpr TileBand(const Band& band, int64_t first_query, int64_t first_key)
-        : before(near(band.before + first_query - first_key)), after(near(band.after + first_query - first_key)),
+        : before(near(band.before + first_query - first_key)),
+          after(near(band.after + first_query - first_key)),
           keys(near(band.n_k - first_key)) {}
 
     // Counted from a later query.
@@ -92,8 +94,8 @@ private:
     static constexpr int64_t kFar = int64_t{1} << 30;
 };
 
-// The backward's grid has a block for each tile of keys and key/value head, in the order of the head, the sequence
-// and the tile.
+// The backward's grid has a block for each tile of keys and key/value head, in the order of the head, the
+// sequence and the tile.
 struct KeyTile {
     int64_t sequence, head_kv, block;  // block < 0: beyond the last document's tiles
 };
@@ -137,8 +139,8 @@ struct QueryBlocks {
     }
 };
 
-// The tiles of keys that see a block of queries add to its dq one after the other, in their order: how many come
-// before this one.
+// The tiles of keys that see a block of queries add to its dq one after the other, in their order: how many
+// come before this one.
 constexpr int64_t turn_of(const Band& band, int64_t first_query, int64_t key_block, int64_t keys) {
     return key_block - band.begin(first_query) / keys;
 }

@@ -44,7 +44,8 @@ private:
     bool changed_ = false;
 };
 
-// kernel<<<grid, block, shared, stream>>>(params) on the current device. shared: bytes of dynamic shared memory.
+// kernel<<<grid, block, shared, stream>>>(params) on the current device. shared: bytes of dynamic shared
+// memory.
 template <class Params, class What>
 void launch(void (*kernel)(Params), dim3 grid, dim3 block, int64_t stream, Params params, const What& what,
             size_t shared = 0) {
@@ -55,7 +56,8 @@ void launch(void (*kernel)(Params), dim3 grid, dim3 block, int64_t stream, Param
                                    cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
               what);
     void* arguments[] = {&params};
-    check(cudaLaunchKernel(kernel, grid, block, arguments, shared, reinterpret_cast<cudaStream_t>(stream)), what);
+    check(cudaLaunchKernel(kernel, grid, block, arguments, shared, reinterpret_cast<cudaStream_t>(stream)),
+          what);
 }
 
 }  // namespace lmkern

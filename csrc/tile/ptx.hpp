@@ -133,7 +133,8 @@ __device__ inline float ex2(float x) {
     return y;
 }
 
-// Until a counter in global memory has a value; what was written before the addition that gave it is seen then.
+// Until a counter in global memory has a value; what was written before the addition that gave it is seen
+// then.
 __device__ inline void wait_for(const int* counter, int value) {
     int found;
     do {

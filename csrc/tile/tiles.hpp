@@ -10,8 +10,8 @@ namespace lmkern {
 
 constexpr int kWarpgroup = 128;
 
-// The value, for what is derived from it in a loop: the compiler would rather derive it all before the loop and keep
-// it, in registers that are not there.
+// The value, for what is derived from it in a loop: the compiler would rather derive it all before the loop
+// and keep it, in registers that are not there.
 __device__ inline int made_here(int value) {
     asm volatile("" : "+r"(value));
     return value;
@@ -34,14 +34,16 @@ struct alignas(1024) SharedTile {
     }
 
     // One thread starts the copy of rows first_row to first_row + ROWS of a head; kBytes are counted.
-    __device__ void load(const ptx::TensorMap* map, ptx::Barrier* barrier, int first_row, int head, int batch) {
+    __device__ void load(const ptx::TensorMap* map, ptx::Barrier* barrier, int first_row, int head,
+                         int batch) {
 #pragma unroll
         for (int column = 0; column < COLUMNS; column += kChunkColumns)
-            ptx::cp_async_bulk_tensor(bytes + column / 64 * kChunkBytes, map, barrier, column, first_row, head,
-                                      batch);
+            ptx::cp_async_bulk_tensor(bytes + column / 64 * kChunkBytes, map, barrier, column, first_row,
+                                      head, batch);
     }
 
-    // For wgmma, a factor whose 16 summands are columns: rows from `row`, a multiple of 8, columns from `column`.
+    // For wgmma, a factor whose 16 summands are columns: rows from `row`, a multiple of 8, columns from
+    // `column`.
     __device__ uint64_t along_columns(int row, int column) const {
         return descriptor(column / 64 * kChunkBytes + row * 128 + column % 64 * 2, 0);
     }
@@ -53,8 +55,8 @@ struct alignas(1024) SharedTile {
     }
 
 private:
-    // Units of 16 bytes: the start; the distance of chunks, which only a transposed factor reads; the distance
-    // of groups of 8 rows; in the two highest bits the code of the 128-byte swizzle.
+    // Units of 16 bytes: the start; the distance of chunks, which only a transposed factor reads; the
+    // distance of groups of 8 rows; in the two highest bits the code of the 128-byte swizzle.
     __device__ uint64_t descriptor(int start, int chunk_distance) const {
         const uint64_t address = ptx::shared_address(bytes) + start;
         return (address & 0x3FFFF) >> 4 | static_cast<uint64_t>(chunk_distance >> 4) << 16 |
@@ -63,8 +65,8 @@ private:
 };
 
 // (64, COLUMNS) float32 in the registers of a warpgroup, as wgmma leaves its sums (PTX ISA 8.5, figure of
-// 9.7.15.5.1.2 "D"): warp w has the rows 16 w to 16 w + 15, and lane l of them the rows l / 4 and l / 4 + 8; of
-// each 8 columns it has the pair from 2 (l % 4). The four lanes of a row are a quad.
+// 9.7.15.5.1.2 "D"): warp w has the rows 16 w to 16 w + 15, and lane l of them the rows l / 4 and l / 4 + 8;
+// of each 8 columns it has the pair from 2 (l % 4). The four lanes of a row are a quad.
 template <int COLUMNS>
 struct RegisterTile {
     float element[COLUMNS / 2];
@@ -108,7 +110,8 @@ struct FactorTile {
 
 // To rows first_row to first_row + 63 of a shared tile.
 template <class T, int COLUMNS, int ROWS>
-__device__ void store_factor(const FactorTile<T, COLUMNS>& from, SharedTile<T, ROWS, COLUMNS>& to, int first_row) {
+__device__ void store_factor(const FactorTile<T, COLUMNS>& from, SharedTile<T, ROWS, COLUMNS>& to,
+                             int first_row) {
     static_assert(COLUMNS == 64, "store_factor: one chunk, within which a column is an exclusive or");
     const int thread = made_here(static_cast<int>(threadIdx.x)) % kWarpgroup;
     const int row = first_row + thread / 32 * 16 + thread % 32 / 4;
@@ -144,11 +147,11 @@ __device__ inline void quad_transpose(uint32_t (&word)[4]) {
     (high ? word[1] : word[3]) = e;
 }
 
-// The tile, row r times factor[half], to `to` (rows, columns) of row stride `stride`; 16-byte aligned, columns a
-// multiple of 8. A factor of 0 gives 0, whatever the element is.
+// The tile, row r times factor[half], to `to` (rows, columns) of row stride `stride`; 16-byte aligned,
+// columns a multiple of 8. A factor of 0 gives 0, whatever the element is.
 template <class T, int COLUMNS>
-__device__ void store_rows(RegisterTile<COLUMNS>& tile, const float (&factor)[2], T* to, int64_t stride, int64_t rows,
-                           int columns) {
+__device__ void store_rows(RegisterTile<COLUMNS>& tile, const float (&factor)[2], T* to, int64_t stride,
+                           int64_t rows, int columns) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = RegisterTile<COLUMNS>::row(half);
@@ -163,7 +166,8 @@ __device__ void store_rows(RegisterTile<COLUMNS>& tile, const float (&factor)[2]
             quad_transpose(word);
             const int column = (first + static_cast<int>(threadIdx.x) % 4) * 8;
             if (row < rows && column < columns)
-                *reinterpret_cast<uint4*>(to + row * stride + column) = uint4{word[0], word[1], word[2], word[3]};
+                *reinterpret_cast<uint4*>(to + row * stride + column) =
+                    uint4{word[0], word[1], word[2], word[3]};
         }
     }
 }

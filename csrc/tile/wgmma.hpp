@@ -1,10 +1,10 @@
-// The product of a warpgroup: d (64, N) = a (64, 16) @ b (16, N), plus d if `add`, N 32 to 256, 16-bit factors, float32
-// sums. PTX ISA 8.5, section 9.7.15.5.
+// The product of a warpgroup: d (64, N) = a (64, 16) @ b (16, N), plus d if `add`, N 32 to 256, 16-bit
+// factors, float32 sums. PTX ISA 8.5, section 9.7.15.5.
 //
 // Asynchronous: wgmma_fence before the first product of a group and after other writes to its registers,
-// wgmma_commit_group after the last, and nothing of d, a or the shared memory of a and b may be touched before
-// wgmma_wait_group. What element of d is whose: RegisterTile. a or b as 64 bits: SharedTile. With `transpose`
-// neighbours in shared memory run along the 64 or the N, without it along the 16.
+// wgmma_commit_group after the last, and nothing of d, a or the shared memory of a and b may be touched
+// before wgmma_wait_group. What element of d is whose: RegisterTile. a or b as 64 bits: SharedTile. With
+// `transpose` neighbours in shared memory run along the 64 or the N, without it along the 16.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +19,8 @@ __device__ inline void wgmma_fence() {
 __device__ inline void wgmma_commit_group() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-// Until at most `pending` of the latest groups are not done. results: the sums that are read next; the compiler
-// may not read them earlier.
+// Until at most `pending` of the latest groups are not done. results: the sums that are read next; the
+// compiler may not read them earlier.
 template <int pending, class... Results>
 __device__ void wgmma_wait_group(Results&... results) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");

@@ -1,12 +1,12 @@
-// Enough of CUDA to run the project's kernels on the CPU, for tests: this folder comes before CUDA's own headers
-// and before csrc/.
+// Enough of CUDA to run the project's kernels on the CPU, for tests: this folder comes before CUDA's own
+// headers and before csrc/.
 //
-// A thread of a block is a fiber. The warps run one after the other, each as far as it gets, in ascending order in
-// one block and in descending order in the next, so that a barrier that is missing is seen in the result;
-// within a warp, shuffles are barriers. What is asynchronous (tile/ptx.hpp, tile/wgmma.hpp) happens as late as it
-// may: a copy when no thread can go on, a product when it is waited for. Refused: a warp of which some
-// threads wait at a shuffle or barrier and others do not, a load that is not aligned, and threads that wait
-// for each other.
+// A thread of a block is a fiber. The warps run one after the other, each as far as it gets, in ascending
+// order in one block and in descending order in the next, so that a barrier that is missing is seen in the
+// result; within a warp, shuffles are barriers. What is asynchronous (tile/ptx.hpp, tile/wgmma.hpp) happens
+// as late as it may: a copy when no thread can go on, a product when it is waited for. Refused: a warp of
+// which some threads wait at a shuffle or barrier and others do not, a load that is not aligned, and threads
+// that wait for each other.
 //
 // Not here: device memory, streams, anything between blocks, the rounding of fast mathematics.
 #pragma once
@@ -211,7 +211,8 @@ inline float __shfl_xor_sync(unsigned mask, float value, int offset) {
 
 inline int __any_sync(unsigned, bool value) {
     return exchange(value, [](const cuda_emulator::Fiber* warp, unsigned) {
-        return std::any_of(warp, warp + cuda_emulator::kWarp, [](const auto& lane) { return lane.offered != 0; });
+        return std::any_of(warp, warp + cuda_emulator::kWarp,
+                           [](const auto& lane) { return lane.offered != 0; });
     });
 }
 

@@ -1,4 +1,5 @@
-// csrc/tile/ptx.hpp on the CPU: the same names, as the PTX manual defines them. Shared memory is NaN when a block starts.
+// csrc/tile/ptx.hpp on the CPU: the same names, as the PTX manual defines them. Shared memory is NaN when a
+// block starts.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -79,8 +80,8 @@ inline uint32_t swizzled(uint32_t address) {
     return address ^ (address >> 7 & 7) << 4;
 }
 
-inline void cp_async_bulk_tensor(void* to, const TensorMap* map, Barrier* barrier, int column, int row, int head,
-                                 int batch) {
+inline void cp_async_bulk_tensor(void* to, const TensorMap* map, Barrier* barrier, int column, int row,
+                                 int head, int batch) {
     cuda_emulator::copies.push_back([=] {
         const TensorMap& m = *map;
         const uint32_t address = shared_address(to);
@@ -90,8 +91,8 @@ inline void cp_async_bulk_tensor(void* to, const TensorMap* map, Barrier* barrie
                 uint16_t value = 0;
                 if (inside)
                     std::memcpy(&value,
-                                m.start + batch * m.strides[0] + head * m.strides[1] + (row + r) * m.strides[2] +
-                                    (column + c) * 2,
+                                m.start + batch * m.strides[0] + head * m.strides[1] +
+                                    (row + r) * m.strides[2] + (column + c) * 2,
                                 2);
                 std::memcpy(cuda_emulator::shared_memory + swizzled(address + r * 128 + c * 2), &value, 2);
             }

@@ -7,7 +7,8 @@ using CUtensorMap = lmkern::ptx::TensorMap;
 
 namespace lmkern {
 
-inline CUtensorMap tensor_map(const void* start, const int64_t (&sizes)[4], const int64_t (&strides)[3], int rows) {
+inline CUtensorMap tensor_map(const void* start, const int64_t (&sizes)[4], const int64_t (&strides)[3],
+                              int rows) {
     CUtensorMap map{static_cast<const unsigned char*>(start), {}, {}, rows};
     for (int i = 0; i < 4; ++i) map.sizes[i] = sizes[i];
     for (int i = 0; i < 3; ++i) map.strides[i] = strides[i] * 2;

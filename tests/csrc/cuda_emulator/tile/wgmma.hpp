@@ -37,9 +37,11 @@ inline float widened(uint16_t bits, bool brain) {
 inline float factor_at(uint64_t descriptor, bool transposed, int outer, int k, bool brain) {
     const uint32_t start = (descriptor & 0x3FFF) << 4;
     const uint32_t leading = (descriptor >> 16 & 0x3FFF) << 4, stride = (descriptor >> 32 & 0x3FFF) << 4;
-    if (descriptor >> 62 != 1) throw std::logic_error("cuda_emulator: the descriptor is not of the 128-byte swizzle");
-    const uint32_t address = transposed ? start + outer / 64 * leading + outer % 64 * 2 + k / 8 * stride + k % 8 * 128
-                                        : start + outer / 8 * stride + outer % 8 * 128 + k * 2;
+    if (descriptor >> 62 != 1)
+        throw std::logic_error("cuda_emulator: the descriptor is not of the 128-byte swizzle");
+    const uint32_t address =
+        transposed ? start + outer / 64 * leading + outer % 64 * 2 + k / 8 * stride + k % 8 * 128
+                   : start + outer / 8 * stride + outer % 8 * 128 + k * 2;
     uint16_t bits;
     std::memcpy(&bits, shared_memory + lmkern::ptx::swizzled(address), 2);
     return widened(bits, brain);
@@ -53,10 +55,12 @@ inline void multiply(const Product& product, unsigned here, size_t group_index) 
     for (int half = 0; half < 2; ++half)
         for (int k = 0; k < 16; ++k) {
             if (product.a_registers == nullptr) {
-                a[half][k] = factor_at(product.a, product.a_transposed, first_row + half * 8, k, product.brain);
+                a[half][k] =
+                    factor_at(product.a, product.a_transposed, first_row + half * 8, k, product.brain);
                 continue;
             }
-            const Product& other = products[quad + static_cast<unsigned>(k % 8 / 2)].groups.front()[group_index];
+            const Product& other =
+                products[quad + static_cast<unsigned>(k % 8 / 2)].groups.front()[group_index];
             const uint32_t word = other.a_registers[k / 8 * 2 + half];
             a[half][k] = widened(static_cast<uint16_t>(word >> (k % 2 * 16)), product.brain);
         }
