@@ -71,6 +71,12 @@ inline bool descending = false;
 inline bool misaligned = false;
 // Copies that have been started and not made.
 inline std::deque<std::function<void()>> copies;
+inline void start_copy(std::function<void()> copy) {
+    if (descending)
+        copy();
+    else
+        copies.push_back(std::move(copy));
+}
 // Called before each block: what one block leaves behind, the next does not find.
 inline std::vector<void (*)()> at_block_start;
 // makecontext passes no pointer; one kernel runs at a time.
@@ -87,6 +93,13 @@ inline void wait_until(std::function<bool()> condition, const std::string& name)
     fibers[current].condition = std::move(condition);
     fibers[current].waits_for = name;
     wait_in(State::polling);
+}
+
+// Lets every other warp go as far as it gets.
+inline unsigned round_of_warps = 0;
+inline void step_aside() {
+    const unsigned now = round_of_warps;
+    wait_until([=] { return round_of_warps != now; }, "nothing");
 }
 
 inline void start_fiber() {
@@ -151,6 +164,7 @@ inline void run_block() {
     const unsigned warps = (threads + kWarp - 1) / kWarp;
     while (true) {
         bool moved = false;
+        ++round_of_warps;
         for (unsigned turn = 0; turn < warps; ++turn) {
             const unsigned first = (descending ? warps - 1 - turn : turn) * kWarp;
             moved |= run_warp(first, std::min(first + kWarp, threads));

@@ -63,13 +63,18 @@ inline void mbarrier_init(Barrier* barrier, uint32_t arrivals) {
     *barrier = {static_cast<int>(arrivals), static_cast<int>(arrivals), 0, 0};
 }
 inline void fence_mbarrier_init() {}
-inline void mbarrier_arrive(Barrier* barrier) {
+inline void arrive(Barrier* barrier) {
     --barrier->pending;
     barrier->settle();
 }
+inline void mbarrier_arrive(Barrier* barrier) {
+    arrive(barrier);
+    // Who waited may be faster than who arrived.
+    cuda_emulator::step_aside();
+}
 inline void mbarrier_arrive_expect_tx(Barrier* barrier, uint32_t bytes) {
     barrier->bytes += bytes;
-    mbarrier_arrive(barrier);
+    arrive(barrier);
 }
 inline void mbarrier_wait(Barrier* barrier, uint32_t parity, const char* name) {
     cuda_emulator::wait_until([=] { return barrier->parity != parity; }, name);
@@ -82,7 +87,7 @@ inline uint32_t swizzled(uint32_t address) {
 
 inline void cp_async_bulk_tensor(void* to, const TensorMap* map, Barrier* barrier, int column, int row,
                                  int head, int batch) {
-    cuda_emulator::copies.push_back([=] {
+    cuda_emulator::start_copy([=] {
         const TensorMap& m = *map;
         const uint32_t address = shared_address(to);
         for (int r = 0; r < m.rows; ++r)
@@ -104,7 +109,7 @@ inline void cp_async_bulk_tensor(void* to, const TensorMap* map, Barrier* barrie
 inline void cp_reduce_async_bulk_add(float* to, const float* from, uint32_t bytes) {
     const unsigned thread = cuda_emulator::current;
     ++cuda_emulator::bulk_pending[thread];
-    cuda_emulator::copies.push_back([=] {
+    cuda_emulator::start_copy([=] {
         for (uint32_t i = 0; i < bytes / 4; ++i) to[i] += from[i];
         --cuda_emulator::bulk_pending[thread];
     });
