@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from lmkern.models.config import check_fields, check_heads, require
+from lmkern.models.tied import tie
 from lmkern.nn import (
     Block,
     Embedding,
@@ -55,36 +56,21 @@ class GPTConfig:
     """Of the norms."""
 
     def __post_init__(self) -> None:
-        def require(holds: bool, what: str, got: object) -> None:
-            if not holds:
-                raise ValueError(f"GPTConfig: {what}; got {got}")
-
-        for name in ("vocab_size", "context", "layers", "heads", "width"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        for name in ("kv_heads", "feed_forward"):
-            require(getattr(self, name) >= 0, f"{name} must be at least 0", getattr(self, name))
-        require(
-            self.width % self.heads == 0,
-            "width must be a multiple of heads",
-            f"width {self.width}, heads {self.heads}",
+        check_fields(
+            self,
+            at_least_1=("vocab_size", "context", "layers", "heads", "width"),
+            at_least_0=("kv_heads", "feed_forward"),
+            probabilities=("dropout",),
+            positive=("eps",),
+            choices={"positions": Positions, "activation": Activation},
         )
+        check_heads(self, self.width, self.heads, self.kv_heads)
         require(
-            self.heads % (self.kv_heads or self.heads) == 0,
-            "heads must be a multiple of kv_heads",
-            f"heads {self.heads}, kv_heads {self.kv_heads}",
-        )
-        require(
+            self,
             self.positions != "rotary" or self.head_dim % 2 == 0,
             "rotary positions need an even head_dim (width / heads)",
             f"{self.head_dim}",
         )
-        require(0.0 <= self.dropout < 1.0, "dropout must lie in [0, 1)", self.dropout)
-        require(self.eps > 0.0, "eps must be positive", self.eps)
-        for name, kind in (("positions", Positions), ("activation", Activation)):
-            value = getattr(self, name)
-            require(
-                value in get_args(kind), f"{name} must be one of {', '.join(get_args(kind))}", repr(value)
-            )
 
     @property
     def head_dim(self) -> int:
@@ -147,10 +133,7 @@ class GPT(nn.Module):
         )
         self.norm = LayerNorm(config.width, eps=config.eps, bias=config.bias)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
-        self.head.weight = self.embedding.weight
-        self.register_state_dict_post_hook(_drop_head)
-        self.register_load_state_dict_pre_hook(_restore_head)
-        self.register_load_state_dict_post_hook(_tie_head)
+        tie(self)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -225,29 +208,3 @@ class GPT(nn.Module):
             raise ValueError(
                 f"GPT: the cache is for a batch of {cache.batch}; got tokens {tuple(tokens.shape)}"
             )
-
-
-def _drop_head(
-    module: nn.Module, state: MutableMapping[str, Tensor], prefix: str, metadata: dict[str, Any]
-) -> None:
-    """Leaves the shared matrix in the state_dict once: safetensors refuses two names for one memory."""
-    del state[prefix + "head.weight"]
-
-
-def _restore_head(
-    module: nn.Module, state: MutableMapping[str, Tensor], prefix: str, *_unused: object
-) -> None:
-    embedding = state.get(prefix + "embedding.weight")
-    head = state.get(prefix + "head.weight")
-    if embedding is not None and head is None:
-        state[prefix + "head.weight"] = embedding
-    elif embedding is not None and head is not None and not torch.equal(embedding, head):
-        raise ValueError(
-            f"GPT: {prefix}head.weight and {prefix}embedding.weight are one matrix here; "
-            "the state_dict has two that differ. Its model was not tied and cannot be loaded"
-        )
-
-
-def _tie_head(module: nn.Module, _incompatible_keys: object) -> None:
-    """load_state_dict(assign=True) puts two parameters where one was."""
-    cast(GPT, module).head.weight = cast(GPT, module).embedding.weight
