@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from lmkern.files import checksum, damage, replacing
+from lmkern.models.bert import Bert, BertConfig
 from lmkern.models.gpt import GPT, GPTConfig
+from lmkern.models.llama import Llama, LlamaConfig
 from lmkern.models.t5 import T5, T5Config
 from lmkern.models.transformer import Transformer, TransformerConfig
 
@@ -25,10 +27,16 @@ VERSION = 1
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 
-Model = GPT | T5 | Transformer
+Model = Bert | GPT | Llama | T5 | Transformer
 
 _ARCHITECTURES: Mapping[str, tuple[Callable[..., Model], Callable[..., Any]]] = MappingProxyType(
-    {"GPT": (GPT, GPTConfig), "T5": (T5, T5Config), "Transformer": (Transformer, TransformerConfig)}
+    {
+        "Bert": (Bert, BertConfig),
+        "GPT": (GPT, GPTConfig),
+        "Llama": (Llama, LlamaConfig),
+        "T5": (T5, T5Config),
+        "Transformer": (Transformer, TransformerConfig),
+    }
 )
 _NAMES = f"{', '.join(sorted(_ARCHITECTURES)[:-1])} or {max(_ARCHITECTURES)}"
 

@@ -44,7 +44,9 @@ class T5Config:
     max_distance: int = 128
     """Tokens from which on all distances share a bucket."""
     tied: bool = True
-    """The embedding is the head too; its logits are then scaled by 1 / sqrt(width)."""
+    """The embedding is the head too."""
+    scaled: bool = True
+    """Logits are scaled by 1 / sqrt(width), as in the first T5; not since 1.1."""
     eps: float = 1e-6
     """Of the norms."""
     pad: int = 0
@@ -131,6 +133,8 @@ class T5(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
         nn.init.normal_(self.embedding.weight)
+        if self.config.scaled:
+            nn.init.normal_(self.head.weight)
         for table in (self.encoder_bias, self.decoder_bias):
             nn.init.normal_(table, std=1 / math.sqrt(self.config.width))
         # Scores are not divided by sqrt(D): the queries begin smaller by that.
@@ -262,7 +266,7 @@ class T5(nn.Module):
                 memory_mask=mask,
             )
         x = self.dropout(self.decoder_norm(x))
-        return x * self.config.width**-0.5 if self.config.tied else x  # type: ignore[no-any-return]
+        return x * self.config.width**-0.5 if self.config.scaled else x  # type: ignore[no-any-return]
 
 
 def _block(config: T5Config, *, decoder: bool) -> Block:

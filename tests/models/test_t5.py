@@ -9,7 +9,7 @@ from lmkern.models import T5, T5Config
 SIZES = {"vocab_size": 61, "layers": 2, "heads": 4, "width": 32, "buckets": 8, "max_distance": 16}
 VARIANTS = {
     "relu": {},
-    "gated": {"activation": "geglu_tanh", "feed_forward": 48, "tied": False},
+    "gated": {"activation": "geglu_tanh", "feed_forward": 48, "tied": False, "scaled": False},
     "wide-heads": {"head_dim": 12, "decoder_layers": 1},
 }
 
