@@ -7,6 +7,13 @@ from lmkern.nn.embedding import Embedding
 from lmkern.nn.feed_forward import FeedForward
 from lmkern.nn.norm import LayerNorm, RMSNorm
 from lmkern.nn.positions import LearnedPositions, Rotary, SinusoidalPositions, sinusoidal_positions
+from lmkern.nn.transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
 __all__ = [
     "Block",
@@ -21,5 +28,10 @@ __all__ = [
     "Rotary",
     "SelfAttention",
     "SinusoidalPositions",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
     "sinusoidal_positions",
 ]
