@@ -17,7 +17,7 @@ def _layer(**options):
 
 def _transformer(**options):
     torch.manual_seed(0)
-    return lmkern.nn.Transformer(WIDTH, HEADS, 2, 2, HIDDEN, batch_first=True, **options)
+    return lmkern.nn.Transformer(WIDTH, HEADS, 1, 1, HIDDEN, batch_first=True, **options)
 
 
 def _padding(*lengths):
@@ -193,9 +193,13 @@ def test_activation_checkpointing_gives_the_same_gradients_with_dropout():
 
 def test_compiles_whole_and_once_for_every_batch():
     model = _transformer(dropout=0.0)
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
     mask = nn.Transformer.generate_square_subsequent_mask(5)
     for batch in (2, 3, 5):
         src, tgt = torch.randn(batch, 6, WIDTH), torch.randn(batch, 5, WIDTH)
@@ -207,7 +211,7 @@ def test_compiles_whole_and_once_for_every_batch():
             y = module(src, tgt, **options)
             results.append((y, torch.autograd.grad(y.square().sum(), list(model.parameters()))))
         torch.testing.assert_close(*results)
-    assert counter.frame_count == 1
+    assert len(graphs) == 1
 
 
 def test_exports_the_inference_forward():
@@ -220,14 +224,8 @@ def test_exports_the_inference_forward():
         torch.testing.assert_close(exported.module()(src, tgt, **options), model(src, tgt, **options))
 
 
-def test_functional_gradients():
+def test_vmap_maps_the_forward():
     layer = _layer(dropout=0.0, norm_first=True)
-    parameters = dict(layer.named_parameters())
-    x = torch.randn(2, 4, WIDTH)
-
-    def loss(parameters):
-        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
-
-    gradients = torch.func.grad(loss)(parameters)
-    expected = torch.autograd.grad(loss(parameters), list(parameters.values()))
-    torch.testing.assert_close(list(gradients.values()), list(expected))
+    x = torch.randn(3, 2, 4, WIDTH)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.vmap(layer)(x), torch.stack([layer(each) for each in x]))
