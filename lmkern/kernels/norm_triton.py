@@ -13,7 +13,7 @@ from torch import Tensor
 from lmkern.kernels import philox, triton_runtime
 from lmkern.kernels.backends import Call
 
-__all__ = ["NOTE", "backward", "constants", "forward", "sums_constants", "unavailable", "unsupported"]
+__all__ = ["NOTE", "backward", "constants", "forward", "unavailable", "unsupported"]
 
 NOTE = triton_runtime.NOTE
 
@@ -31,6 +31,13 @@ SUMS_BLOCK = 1024
 
 # Elements a thread holds of each of the backward's four tiles (h_hat, dy, dweight, dbias).
 ELEMENTS_PER_THREAD = 16
+
+# Programs of a persistent kernel that a multiprocessor of sm_90 holds at once, by their warps.
+RESIDENT = {
+    "backward": {4: 3, 8: 2, 16: 1, 32: 1},
+    "rows": {4: 5, 8: 3, 16: 1, 32: 1},
+    "sums": {4: 6, 8: 3, 16: 1, 32: 1},
+}
 
 # Philox makes the bits of so many columns at once.
 _MIN_BLOCK_E = 8
@@ -64,15 +71,15 @@ def forward(
     h = None if residual is None else residual.new_empty((rows, width))
     rstd = x.new_empty(rows, dtype=triton_runtime.compute_dtype(x))
     mean = torch.empty_like(rstd) if centred else None
-    options = constants(width)
+    dropout = _dropout(dropout_p, seed)
+    options = constants("forward", width)
+    held = _held("forward", width, seed is not None)
+    kernel = triton_kernels.forward_kernel if held else triton_kernels.wide_forward_kernel
     if programs := -(-rows // options["BLOCK_R"]):
-        kernel = (
-            triton_kernels.forward_kernel if width <= MAX_WIDTH else triton_kernels.wide_forward_kernel
-        )
         with triton_runtime.device_of(x):
             kernel[(programs,)](
                 x, x.stride(0), residual, 0 if residual is None else residual.stride(0), weight, bias,
-                y, h, mean, rstd, *_dropout(dropout_p, seed), rows, width, eps, offset, **options,
+                y, h, mean, rstd, *dropout, rows, width, eps, offset, **options,
             )  # fmt: skip
     return y, h, mean, rstd
 
@@ -109,44 +116,58 @@ def backward(
                 *results, *dropout, rows, width, offset, **options,
             )  # fmt: skip
 
-    by_row, sums = any(needs[:2]), any(needs[2:])
-    fused = by_row and width <= (MAX_FUSED_WIDTH if sums else MAX_WIDTH)
-    options = constants(width) if fused else sums_constants(width)
+    by_row, sums, dropped = any(needs[:2]), any(needs[2:]), seed is not None
+    fused = by_row and sums and _held("backward", width, dropped)
+    if by_row and not fused:
+        options = constants("rows", width, dropout=dropped)
+        if _held("rows", width, dropped):
+            kernel, programs = triton_kernels.backward_kernel, _programs(h, "rows", options, 1)
+        else:
+            kernel, programs = triton_kernels.wide_backward_kernel, rows
+        launch(kernel, (programs, 1), (dx, dresidual, None, None), options)
+    name = "backward" if fused else "sums"
+    options = constants(name, width, dropout=dropped)
     blocks = 1 if fused else -(-width // options["BLOCK_E"])
-    # As many programs as are resident at once: 16 warps a multiprocessor at 128 registers a thread.
-    resident = triton_runtime.processors(h.device) * max(1, 16 // options["num_warps"])
-    programs = min(-(-rows // options["BLOCK_R"]), max(1, resident // max(1, blocks)))
+    programs = _programs(h, name, options, blocks)
     partials = rstd.new_empty((sum(needs[2:]), programs, width))
     parts = iter(partials)
-    partial_sums = tuple(next(parts) if need else None for need in needs[2:])
-    if by_row and not fused:
-        kernel = (
-            triton_kernels.backward_kernel if width <= MAX_WIDTH else triton_kernels.wide_backward_kernel
-        )
-        launch(kernel, (rows, 1), (dx, dresidual, None, None), constants(width))
-    if fused:
-        launch(triton_kernels.backward_kernel, (programs, 1), (dx, dresidual, *partial_sums), options)
-    elif sums:
-        launch(triton_kernels.backward_kernel, (programs, blocks), (None, None, *partial_sums), options)
+    results = [next(parts) if need else None for need in needs[2:]]
+    if sums:
+        rows_too = (dx, dresidual) if fused else (None, None)
+        launch(triton_kernels.backward_kernel, (programs, blocks), (*rows_too, *results), options)
     totals = iter(partials.sum(1))
     dweight, dbias = (next(totals) if need else None for need in needs[2:])
     return dx, dresidual, dweight, dbias
 
 
-def constants(width: int) -> dict[str, int]:
-    """The compile-time arguments of the kernels for rows of this width."""
-    if width > MAX_WIDTH:
+def constants(kernel: str, width: int, *, dropout: bool = False) -> dict[str, int]:
+    """The compile-time arguments of a kernel for rows of this width.
+
+    kernel: "forward"; "backward", dx or dresidual with the sums; "rows", those alone; "sums", these alone.
+    """
+    if kernel == "sums":
+        width = min(width, SUMS_BLOCK)
+    elif not _held(kernel, width, dropout):
         return {"BLOCK_R": 1, "BLOCK_E": WIDE_BLOCK, "num_warps": 8}
     block_e = max(_MIN_BLOCK_E, 1 << max(width - 1, 0).bit_length())
-    block_r = max(1, TILE // block_e)
     # A program has at most 1024 threads: 32 a warp, 64 on AMD's GPUs.
     num_warps = min(32 if torch.version.hip is None else 16, max(4, block_e // (32 * ELEMENTS_PER_THREAD)))
-    return {"BLOCK_R": block_r, "BLOCK_E": block_e, "num_warps": num_warps}
+    options = {"BLOCK_R": max(1, TILE // block_e), "BLOCK_E": block_e, "num_warps": num_warps}
+    # With two stages the next rows are on their way while these are computed; the bits of dropout take the
+    # registers for that.
+    return options if kernel == "forward" else options | {"STAGES": 1 if dropout or num_warps > 16 else 2}
 
 
-def sums_constants(width: int) -> dict[str, int]:
-    """Those of backward_kernel where it sums columns alone."""
-    return constants(min(width, SUMS_BLOCK))
+def _held(kernel: str, width: int, dropout: bool) -> bool:
+    """Whether a program holds whole rows of this width in registers."""
+    most = MAX_FUSED_WIDTH if kernel == "backward" or (kernel == "rows" and dropout) else MAX_WIDTH
+    return width <= most
+
+
+def _programs(h: Tensor, kernel: str, options: dict[str, int], blocks: int) -> int:
+    """Programs that share the rows of a block of columns: as many as are resident at once."""
+    resident = triton_runtime.processors(h.device) * RESIDENT[kernel][options["num_warps"]]
+    return min(-(-h.shape[0] // options["BLOCK_R"]), max(1, resident // max(1, blocks)))
 
 
 def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:

@@ -1,4 +1,4 @@
-"""Dropout, residual and norm on GPUs through Triton: lmkern/kernels/layer_norm/triton_kernels.py, the kernels of all norms."""
+"""Dropout, residual and norm on GPUs through Triton: lmkern/kernels/norm_triton.py."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from torch import Tensor
 
 from lmkern.kernels import norm_triton
 from lmkern.kernels.add_norm.options import Options
-from lmkern.kernels.norm_triton import NOTE, constants, unavailable, unsupported
+from lmkern.kernels.norm_triton import NOTE, unavailable, unsupported
 
-__all__ = ["NOTE", "backward", "constants", "forward", "unavailable", "unsupported"]
+__all__ = ["NOTE", "backward", "forward", "unavailable", "unsupported"]
 
 
 def forward(

@@ -1,13 +1,13 @@
-"""Layer norm on GPUs through Triton: lmkern/kernels/layer_norm/triton_kernels.py, the kernels of all norms."""
+"""Layer norm on GPUs through Triton: lmkern/kernels/norm_triton.py."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from lmkern.kernels import norm_triton
-from lmkern.kernels.norm_triton import NOTE, constants, unavailable, unsupported
+from lmkern.kernels.norm_triton import NOTE, unavailable, unsupported
 
-__all__ = ["NOTE", "backward", "constants", "forward", "unavailable", "unsupported"]
+__all__ = ["NOTE", "backward", "forward", "unavailable", "unsupported"]
 
 
 def forward(

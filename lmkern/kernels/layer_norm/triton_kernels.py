@@ -62,7 +62,9 @@ def forward_kernel(
         x = tl.where((columns < E)[None, :], x - mean[:, None], 0.0)
         tl.store(mean_ptr + rows, mean, mask=rows < R)
     rstd = _reciprocal_root(tl.sum(x * x, 1) / E, eps)
-    y = _scaled(x * rstd[:, None], weight_ptr, bias_ptr, offset, columns, E)
+    y = _shifted(
+        x * rstd[:, None] * _factors(weight_ptr, offset, columns, E, x.dtype), bias_ptr, columns, E
+    )
     store_rows(y_ptr, y, rows, R, E, columns, E)
     tl.store(rstd_ptr + rows, rstd, mask=rows < R)
 
@@ -123,7 +125,8 @@ def wide_forward_kernel(
             x = load_rows(h_ptr, rows, R, E, columns, E)
         else:
             x = load_rows(x_ptr, rows, R, stride_x, columns, E)
-        y = _scaled((x - mean[:, None]) * rstd[:, None], weight_ptr, bias_ptr, offset, columns, E)
+        y = (x - mean[:, None]) * rstd[:, None] * _factors(weight_ptr, offset, columns, E, dtype)
+        y = _shifted(y, bias_ptr, columns, E)
         store_rows(y_ptr, y, rows, R, E, columns, E)
 
 
@@ -140,6 +143,7 @@ def backward_kernel(
     R, E, offset: tl.float64,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,  # at least E and 8 where dx or dresidual is wanted
+    STAGES: tl.constexpr,  # how many blocks of rows are on their way at once
 ):  # fmt: skip
     """Persistent programs: program p takes row blocks p, p + programs, p + 2 programs, ...
 
@@ -159,7 +163,9 @@ def backward_kernel(
     dtype: tl.constexpr = compute_dtype(rstd_ptr.dtype.element_ty)
     dweight = tl.zeros([BLOCK_R, BLOCK_E], dtype)
     dbias = tl.zeros([BLOCK_R, BLOCK_E], dtype)
-    for first_row in range(program * BLOCK_R, R, tl.num_programs(0) * BLOCK_R):
+    # Before the loop, or every row would bring it from L2 again.
+    factors = _factors(weight_ptr, offset, columns, E, dtype)
+    for first_row in tl.range(program * BLOCK_R, R, tl.num_programs(0) * BLOCK_R, num_stages=STAGES):
         rows = first_row + tl.arange(0, BLOCK_R)
         # Padding has dy = 0, which keeps it out of every sum.
         dy = load_rows(dy_ptr, rows, R, stride_dy, columns, E)
@@ -169,7 +175,7 @@ def backward_kernel(
         if dbias_ptr is not None:
             dbias += dy
         if dx_ptr is not None or dresidual_ptr is not None:
-            dh = _scaled(dy, weight_ptr, None, offset, columns, E)
+            dh = dy * factors
             along = tl.sum(dh * h_hat, 1)[:, None] / E
             if mean_ptr is not None:
                 dh -= tl.sum(dh, 1)[:, None] / E
@@ -209,7 +215,7 @@ def wide_backward_kernel(
         columns = first + lanes
         dy = load_rows(dy_ptr, rows, R, stride_dy, columns, E)
         h_hat, _ = _normalised(h_ptr, stride_h, mean_ptr, rstd_ptr, rows, R, columns, E)
-        dh = _scaled(dy, weight_ptr, None, offset, columns, E)
+        dh = dy * _factors(weight_ptr, offset, columns, E, dtype)
         along += dh * h_hat
         total += dh
     mean_along = tl.sum(along, 1)[:, None] / E
@@ -218,7 +224,7 @@ def wide_backward_kernel(
         columns = first + lanes
         dy = load_rows(dy_ptr, rows, R, stride_dy, columns, E)
         h_hat, rstd = _normalised(h_ptr, stride_h, mean_ptr, rstd_ptr, rows, R, columns, E)
-        dh = _scaled(dy, weight_ptr, None, offset, columns, E)
+        dh = dy * _factors(weight_ptr, offset, columns, E, dtype)
         if mean_ptr is not None:
             dh -= mean_dh
         dh = (dh - h_hat * mean_along) * rstd
@@ -234,11 +240,18 @@ def _reciprocal_root(variance, eps):
 
 
 @triton.jit
-def _scaled(x, weight_ptr, bias_ptr, offset, columns, E):
-    """x * (offset + weight) + bias, each where there is one."""
+def _factors(weight_ptr, offset, columns, E, dtype: tl.constexpr):
+    """offset + weight as a row; 1 without a weight."""
+    factors = tl.full((), 1.0, dtype)
     if weight_ptr is not None:
-        weight = tl.load(weight_ptr + columns, mask=columns < E, other=0.0).to(x.dtype)
-        x *= (weight + tl.full((), offset, x.dtype))[None, :]
+        weight = tl.load(weight_ptr + columns, mask=columns < E, other=0.0).to(dtype)
+        factors = (weight + tl.full((), offset, dtype))[None, :]
+    return factors
+
+
+@triton.jit
+def _shifted(x, bias_ptr, columns, E):
+    """x + bias, where there is one."""
     if bias_ptr is not None:
         x += tl.load(bias_ptr + columns, mask=columns < E, other=0.0).to(x.dtype)[None, :]
     return x
