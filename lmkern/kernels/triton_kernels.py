@@ -17,22 +17,30 @@ def compute_dtype(dtype):
     return tl.float64 if dtype == tl.float64 else tl.float32
 
 
+# The interpreter cuts float32 off where it should round to bfloat16, and takes numbers under the smallest
+# normal one for others: these two move the bits by hand there.
+
+
 @triton.jit
 def wide(x):
     """x in the dtype that it is computed in."""
-    return x.to(compute_dtype(x.dtype))
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        y = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        y = x.to(compute_dtype(x.dtype))
+    return y
 
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
     """x in another dtype, rounded to the nearest, ties to even."""
     if INTERPRETED and dtype == tl.bfloat16 and x.dtype != tl.bfloat16:
-        # The interpreter cuts float32 off where it should round.
-        x = x.to(tl.float32)
-        bits = x.to(tl.uint32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    return x.to(dtype)
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        y = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        y = x.to(dtype)
+    return y
 
 
 @triton.jit

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from lmkern.kernels import backends, native, triton_runtime
+from lmkern.testing.interpreter import quicken
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class Target:
         Triton's interpreter computes with numpy, whose warnings of overflow and NaN are silenced.
         """
         if self.interpreted:
+            quicken()
             with np.errstate(all="ignore"), warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)
                 yield
