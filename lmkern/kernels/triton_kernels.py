@@ -80,9 +80,10 @@ def divide(x, y):
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + e^-x), of an exponential that cannot overflow."""
+    """1 / (1 + e^-x) and its derivative, of an exponential that cannot overflow and without a difference."""
     e = tl.exp(-tl.abs(x))
-    return tl.where(x < 0, e, 1.0) / (1.0 + e)
+    r = 1.0 / (1.0 + e)
+    return tl.where(x < 0, e * r, r), e * r * r
 
 
 @triton.jit
