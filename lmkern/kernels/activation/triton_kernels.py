@@ -152,16 +152,16 @@ def _normal_tail(x):
     kernel = tl.exp(-0.5 * size * size)
     t = 1.0 / (1.0 + 0.264 * size)
     if x.dtype == tl.float64:
-        series = _polynomial(2.1893939393939394 * (t - 0.5432525951557093), TAIL_DOUBLE)
+        series = _polynomial(2.1893939393939394 * (t - 0.5432525951557093), TAIL_DOUBLE, 22)
     else:
-        series = _polynomial(t, TAIL)
+        series = _polynomial(t, TAIL, 9)
     return kernel, kernel * t * series
 
 
 @triton.jit
-def _polynomial(x, COEFFICIENTS: tl.constexpr):
-    """COEFFICIENTS[0] + COEFFICIENTS[1] x + ..."""
-    y = tl.full(x.shape, COEFFICIENTS[len(COEFFICIENTS) - 1], x.dtype)
-    for i in tl.static_range(len(COEFFICIENTS) - 1):
-        y = y * x + COEFFICIENTS[len(COEFFICIENTS) - 2 - i]
+def _polynomial(x, COEFFICIENTS: tl.constexpr, TERMS: tl.constexpr):
+    """COEFFICIENTS[0] + COEFFICIENTS[1] x + ..., TERMS of them."""
+    y = tl.full(x.shape, COEFFICIENTS[TERMS - 1], x.dtype)
+    for i in tl.static_range(TERMS - 1):
+        y = y * x + COEFFICIENTS[TERMS - 2 - i]
     return y
