@@ -40,9 +40,10 @@ LEAST_SHARED_MEMORY = 64 * 1024
 Key = tuple[str, str, str, str]
 Constants = Mapping[str, int]
 
-# Set by `assume` and `override`.
+# Set by `assume`, `override` and `observe`.
 _assumed: str | None = None
-_overrides: dict[tuple[str, str], Constants] | None = None
+_overrides: Mapping[Key, Constants] | None = None
+_observed: dict[Key, dict[str, int]] | None = None
 
 
 def lookup(op: str, kernel: str, architecture: str, shape_class: str, default: Constants) -> dict[str, int]:
@@ -50,9 +51,12 @@ def lookup(op: str, kernel: str, architecture: str, shape_class: str, default: C
 
     default: every compile-time argument and launch option that may be tuned ("BLOCK_M", "num_warps", ...).
     """
+    key = (architecture, op, kernel, shape_class)
+    if _observed is not None:
+        _observed[key] = dict(default)
     if _overrides is not None:
-        return {**default, **_overrides.get((op, kernel), {})}
-    chosen = _chosen().get((architecture, op, kernel, shape_class))
+        return {**default, **_overrides.get(key, {})}
+    chosen = _chosen().get(key)
     if chosen is None:
         return dict(default)
     if unknown := chosen.keys() - default.keys():
@@ -105,14 +109,25 @@ def assume(architecture: str) -> Iterator[None]:
 
 
 @contextmanager
-def override(constants: Mapping[tuple[str, str], Constants]) -> Iterator[None]:
-    """Within it the kernels (op, kernel) have these constants, all others their defaults: for searching."""
+def override(constants: Mapping[Key, Constants]) -> Iterator[None]:
+    """Within it these keys have these constants, all others their defaults: for searching."""
     global _overrides
-    before, _overrides = _overrides, dict(constants)
+    before, _overrides = _overrides, constants
     try:
         yield
     finally:
         _overrides = before
+
+
+@contextmanager
+def observe() -> Iterator[dict[Key, dict[str, int]]]:
+    """Collects what is looked up within it, with its defaults."""
+    global _observed
+    before, _observed = _observed, {}
+    try:
+        yield _observed
+    finally:
+        _observed = before
 
 
 def cache_path() -> Path:

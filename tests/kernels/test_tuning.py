@@ -104,8 +104,10 @@ def test_an_entry_of_constants_that_the_kernel_has_not_is_not_used(path: Path) -
 
 def test_a_search_sees_its_candidate_and_defaults_never_the_file(path: Path) -> None:
     tuning.save(path, "sm_90", {KEY: {"BLOCK_M": 64}}, ABOUT)
-    with tuning.override({("attention", "forward"): {"num_warps": 4}}):
+    with tuning.override({KEY: {"num_warps": 4}}), tuning.observe() as seen:
         assert found() == {"BLOCK_M": 128, "num_warps": 4}
+        assert found(shape_class="2-64") == DEFAULT
+    assert seen == {KEY: DEFAULT, (*KEY[:3], "2-64"): DEFAULT}
     with tuning.override({}):
         assert found() == DEFAULT
     assert found()["BLOCK_M"] == 64
