@@ -41,9 +41,8 @@ def cross_entropy(
     backend: "triton", "cpu" or "reference"; default the fastest that applies.
 
     Returns a scalar, or (...) for "none": float32 whatever the logits, float64 for float64. Raises ValueError
-    for shapes, dtypes and options, IndexError for a target out of range (on a GPU
-    with LMKERN_CHECKED=1; its loss is NaN without), UnsupportedBackend if the
-    named backend cannot run this here.
+    for shapes, dtypes and options, IndexError for a target out of range (on a GPU with LMKERN_CHECKED=1; its
+    loss is NaN without), UnsupportedBackend if the named backend cannot run this here.
     """
     check_options(NAME, label_smoothing, z_loss, softcap, reduction)
     if logits.dim() < 1 or logits.dtype not in DTYPES:

@@ -44,9 +44,8 @@ def linear_cross_entropy(
     over the tokens in float32 (float64 for float64).
 
     Returns a scalar, or (...) for "none": float32 whatever the dtype of x, float64 for float64. Raises
-    ValueError for shapes, dtypes and options, IndexError for a target out of range (on a GPU
-    with LMKERN_CHECKED=1; its loss is NaN without),
-    UnsupportedBackend if the named backend cannot run this here.
+    ValueError for shapes, dtypes and options, IndexError for a target out of range (on a GPU with
+    LMKERN_CHECKED=1; its loss is NaN without), UnsupportedBackend if the named backend cannot run this here.
     """
     check_options(NAME, label_smoothing, z_loss, softcap, reduction)
     _check(x, weight, bias)

@@ -12,8 +12,8 @@ from unittest import mock
 def quicken() -> None:
     """Makes Triton's interpreter put its language in place once, and not at every launch and device function.
 
-    Looking through the language for what it must replace takes milliseconds, and most of its time on tensors as
-    small as a test's. Where another version of Triton has other names nothing changes.
+    Looking through the language for what it must replace takes milliseconds, and most of its time on tensors
+    as small as a test's. Where another version of Triton has other names nothing changes.
     """
     import triton.language as tl
     from triton.runtime import interpreter

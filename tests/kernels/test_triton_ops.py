@@ -1,4 +1,4 @@
-"""The Triton kernels of the row-wise ops, run by Triton's interpreter: any shape and any features, against the
+"""The Triton kernels of the row-wise ops in Triton's interpreter: any shape and any features, against the
 reference in float64."""
 
 from __future__ import annotations

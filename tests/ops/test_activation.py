@@ -254,7 +254,9 @@ def test_gradcheck(target: Target, function: str, gated: bool) -> None:
     torch.set_num_threads(1)
     x, bias, _ = inputs(3, 5, gated, torch.float64)
     with target.active():
-        assert torch.autograd.gradcheck(ours(function, gated, target.backend), leaves(x, bias), fast_mode=target.interpreted)
+        assert torch.autograd.gradcheck(
+            ours(function, gated, target.backend), leaves(x, bias), fast_mode=target.interpreted
+        )
 
 
 def test_named_forms_are_activation() -> None:

@@ -40,7 +40,9 @@ DTYPES = (
 )
 RESULTS = ("y", "dx", "dweight", "dbias")
 EPS = 1e-5
-TARGETS_DTYPES = [(target, *dtypes) for target in KERNELS for dtypes in target.some(DTYPES, 2) if target.takes(dtypes[0])]
+TARGETS_DTYPES = [
+    (target, *dtypes) for target in KERNELS for dtypes in target.some(DTYPES, 2) if target.takes(dtypes[0])
+]
 
 
 def ids(value: object) -> str:

@@ -1,6 +1,6 @@
 """Embedding on GPUs through Triton: grids, block sizes, allocation, and the order of the tokens.
 
-No atomics: torch sorts the tokens, keeping the order of equal ones, and each row of the gradient has one owner.
+No atomics: torch sorts the tokens, keeping the order of equal ones, and a row of the gradient has one owner.
 """
 
 from __future__ import annotations
