@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lmkern.kernels import triton_runtime
+from lmkern.kernels import triton_runtime, tuning
 from lmkern.kernels.backends import Call
 
 __all__ = ["NOTE", "backward", "constants", "forward", "unavailable", "unsupported"]
@@ -35,7 +35,7 @@ def forward(x: Tensor, bias: Tensor | None, *, function: str, gated: bool) -> Te
     R, width = x.shape
     F = width // 2 if gated else width
     y = x.new_empty(R, F)
-    options = constants("forward", F, function, gated)
+    options = constants("forward", x, F, function, gated)
     grid = (-(-R // options["BLOCK_R"]), -(-F // options["BLOCK_F"]))
     if all(grid):
         with triton_runtime.device_of(x):
@@ -56,7 +56,7 @@ def backward(
 
     R, width = x.shape
     F = width // 2 if gated else width
-    options = constants("backward", F, function, gated)
+    options = constants("backward", x, F, function, gated)
     blocks = -(-F // options["BLOCK_F"])
     programs = -(-R // options["BLOCK_R"])
     if needs[1]:
@@ -72,14 +72,11 @@ def backward(
     return dx, None if dbias is None else dbias.sum(0)
 
 
-def constants(kernel: str, F: int, function: str, gated: bool) -> dict[str, Any]:
+def constants(kernel: str, x: Tensor, F: int, function: str, gated: bool) -> dict[str, Any]:
     """The compile-time arguments of a kernel for F columns."""
     block_f = min(BLOCK_F, 1 << max(F - 1, 0).bit_length())
     tile = TILE[kernel] // 2 if gated else TILE[kernel]
-    return {
-        "FUNCTION": function,
-        "GATED": gated,
-        "BLOCK_R": max(1, tile // block_f),
-        "BLOCK_F": block_f,
-        "num_warps": NUM_WARPS,
-    }
+    default = {"BLOCK_R": max(1, tile // block_f), "BLOCK_F": block_f, "num_warps": NUM_WARPS}
+    shape_class = f"{x.element_size()}-{block_f}-{function}{'-gated' if gated else ''}"
+    chosen = tuning.lookup("activation", kernel, tuning.architecture(x.device), shape_class, default)
+    return {"FUNCTION": function, "GATED": gated, **chosen}
