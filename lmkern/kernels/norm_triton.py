@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmkern.kernels import philox, triton_runtime
+from lmkern.kernels import philox, triton_runtime, tuning
 from lmkern.kernels.backends import Call
 
 __all__ = ["NOTE", "backward", "constants", "forward", "unavailable", "unsupported"]
@@ -72,7 +72,7 @@ def forward(
     rstd = x.new_empty(rows, dtype=triton_runtime.compute_dtype(x))
     mean = torch.empty_like(rstd) if centred else None
     dropout = _dropout(dropout_p, seed)
-    options = constants("forward", width)
+    options = constants("forward", width, x.element_size(), tuning.architecture(x.device))
     held = _held("forward", width, seed is not None)
     kernel = triton_kernels.forward_kernel if held else triton_kernels.wide_forward_kernel
     if programs := -(-rows // options["BLOCK_R"]):
@@ -116,46 +116,51 @@ def backward(
                 *results, *dropout, rows, width, offset, **options,
             )  # fmt: skip
 
+    kind = h.element_size(), tuning.architecture(h.device)
     by_row, sums, dropped = any(needs[:2]), any(needs[2:]), seed is not None
     fused = by_row and sums and _held("backward", width, dropped)
     if by_row and not fused:
-        options = constants("rows", width, dropout=dropped)
+        options = constants("rows", width, *kind, dropout=dropped)
         if _held("rows", width, dropped):
             kernel, programs = triton_kernels.backward_kernel, _programs(h, "rows", options, 1)
         else:
             kernel, programs = triton_kernels.wide_backward_kernel, rows
         launch(kernel, (programs, 1), (dx, dresidual, None, None), options)
     name = "backward" if fused else "sums"
-    options = constants(name, width, dropout=dropped)
+    options = constants(name, width, *kind, dropout=dropped)
     blocks = 1 if fused else -(-width // options["BLOCK_E"])
     programs = _programs(h, name, options, blocks)
-    partials = rstd.new_empty((sum(needs[2:]), programs, width))
-    parts = iter(partials)
-    results = [next(parts) if need else None for need in needs[2:]]
+    results = [rstd.new_empty((programs, width)) if need else None for need in needs[2:]]
     if sums:
         rows_too = (dx, dresidual) if fused else (None, None)
         launch(triton_kernels.backward_kernel, (programs, blocks), (*rows_too, *results), options)
-    totals = iter(partials.sum(1))
-    dweight, dbias = (next(totals) if need else None for need in needs[2:])
+    dweight, dbias = (None if partial is None else partial.sum(0) for partial in results)
     return dx, dresidual, dweight, dbias
 
 
-def constants(kernel: str, width: int, *, dropout: bool = False) -> dict[str, int]:
-    """The compile-time arguments of a kernel for rows of this width.
+def constants(
+    kernel: str, width: int, itemsize: int, architecture: str, *, dropout: bool = False
+) -> dict[str, int]:
+    """The compile-time arguments of a kernel for rows of this width and elements of so many bytes.
 
     kernel: "forward"; "backward", dx or dresidual with the sums; "rows", those alone; "sums", these alone.
     """
     if kernel == "sums":
         width = min(width, SUMS_BLOCK)
-    elif not _held(kernel, width, dropout):
-        return {"BLOCK_R": 1, "BLOCK_E": WIDE_BLOCK, "num_warps": 8}
-    block_e = max(_MIN_BLOCK_E, 1 << max(width - 1, 0).bit_length())
+    held = kernel == "sums" or _held(kernel, width, dropout)
+    block_e = max(_MIN_BLOCK_E, 1 << max(width - 1, 0).bit_length()) if held else WIDE_BLOCK
     # A program has at most 1024 threads: 32 a warp, 64 on AMD's GPUs.
-    num_warps = min(32 if torch.version.hip is None else 16, max(4, block_e // (32 * ELEMENTS_PER_THREAD)))
-    options = {"BLOCK_R": max(1, TILE // block_e), "BLOCK_E": block_e, "num_warps": num_warps}
-    # With two stages the next rows are on their way while these are computed; the bits of dropout take the
-    # registers for that.
-    return options if kernel == "forward" else options | {"STAGES": 1 if dropout or num_warps > 16 else 2}
+    most_warps = 16 if architecture.startswith("gfx") else 32
+    default = {"num_warps": min(most_warps, max(4, block_e // (32 * ELEMENTS_PER_THREAD)))}
+    if held:
+        default["BLOCK_R"] = max(1, TILE // block_e)
+        if kernel != "forward":
+            # With two stages the next rows are on their way while these are computed; the bits of dropout
+            # take the registers for that.
+            default["STAGES"] = 1 if dropout or default["num_warps"] > 16 else 2
+    shape_class = f"{itemsize}-{block_e if held else 'wide'}{'-dropout' if dropout else ''}"
+    chosen = tuning.lookup("layer_norm", kernel, architecture, shape_class, default)
+    return {"BLOCK_R": 1, "BLOCK_E": block_e, **chosen}
 
 
 def _held(kernel: str, width: int, dropout: bool) -> bool:
@@ -166,7 +171,7 @@ def _held(kernel: str, width: int, dropout: bool) -> bool:
 
 def _programs(h: Tensor, kernel: str, options: dict[str, int], blocks: int) -> int:
     """Programs that share the rows of a block of columns: as many as are resident at once."""
-    resident = triton_runtime.processors(h.device) * RESIDENT[kernel][options["num_warps"]]
+    resident = triton_runtime.processors(h.device) * RESIDENT[kernel].get(options["num_warps"], 4)
     return min(-(-h.shape[0] // options["BLOCK_R"]), max(1, resident // max(1, blocks)))
 
 

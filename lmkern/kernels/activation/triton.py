@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from lmkern.kernels import triton_runtime
+from lmkern.kernels import triton_runtime, tuning
 from lmkern.kernels.backends import Call
 
 __all__ = ["NOTE", "backward", "constants", "forward", "unavailable", "unsupported"]
 
 NOTE = triton_runtime.NOTE
 
-# Elements that a program works on at once, of which no more columns than this, and the threads that share them.
+# Elements that a program works on at once, columns among them at most, and the threads that share them.
 TILE = {"forward": 4096, "backward": 2048}
 BLOCK_F = 1024
 NUM_WARPS = 4
@@ -35,7 +35,7 @@ def forward(x: Tensor, bias: Tensor | None, *, function: str, gated: bool) -> Te
     R, width = x.shape
     F = width // 2 if gated else width
     y = x.new_empty(R, F)
-    options = constants("forward", F, function, gated)
+    options = constants("forward", x, F, function, gated)
     grid = (-(-R // options["BLOCK_R"]), -(-F // options["BLOCK_F"]))
     if all(grid):
         with triton_runtime.device_of(x):
@@ -56,14 +56,12 @@ def backward(
 
     R, width = x.shape
     F = width // 2 if gated else width
-    options = constants("backward", F, function, gated)
+    options = constants("backward", x, F, function, gated)
     blocks = -(-F // options["BLOCK_F"])
     programs = -(-R // options["BLOCK_R"])
     if needs[1]:
         # Few enough for their sums to be little, and as many as are resident at once.
-        programs = min(
-            programs, max(1, triton_runtime.processors(x.device) * RESIDENT // max(1, blocks))
-        )
+        programs = min(programs, max(1, triton_runtime.processors(x.device) * RESIDENT // max(1, blocks)))
     dx = x.new_empty(R, width) if needs[0] else None
     dbias = x.new_empty(programs, width, dtype=triton_runtime.compute_dtype(x)) if needs[1] else None
     if programs and blocks and any(needs):
@@ -74,14 +72,11 @@ def backward(
     return dx, None if dbias is None else dbias.sum(0)
 
 
-def constants(kernel: str, F: int, function: str, gated: bool) -> dict[str, Any]:
+def constants(kernel: str, x: Tensor, F: int, function: str, gated: bool) -> dict[str, Any]:
     """The compile-time arguments of a kernel for F columns."""
     block_f = min(BLOCK_F, 1 << max(F - 1, 0).bit_length())
     tile = TILE[kernel] // 2 if gated else TILE[kernel]
-    return {
-        "FUNCTION": function,
-        "GATED": gated,
-        "BLOCK_R": max(1, tile // block_f),
-        "BLOCK_F": block_f,
-        "num_warps": NUM_WARPS,
-    }
+    default = {"BLOCK_R": max(1, tile // block_f), "BLOCK_F": block_f, "num_warps": NUM_WARPS}
+    shape_class = f"{x.element_size()}-{block_f}-{function}{'-gated' if gated else ''}"
+    chosen = tuning.lookup("activation", kernel, tuning.architecture(x.device), shape_class, default)
+    return {"FUNCTION": function, "GATED": gated, **chosen}

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from lmkern.kernels import triton_runtime
+from lmkern.kernels import triton_runtime, tuning
 from lmkern.kernels.backends import Call
 
 __all__ = ["NOTE", "constants", "step", "unavailable", "unsupported"]
@@ -44,7 +44,7 @@ def step(
     from lmkern.kernels.adamw import triton_kernels
 
     count = param.numel()
-    options = constants()
+    options = constants(param)
     if programs := -(-count // options["BLOCK"]):
         with triton_runtime.device_of(param):
             triton_kernels.step_kernel[(programs,)](
@@ -54,6 +54,8 @@ def step(
             )  # fmt: skip
 
 
-def constants() -> dict[str, int]:
+def constants(param: Tensor) -> dict[str, int]:
     """The compile-time arguments of the kernel."""
-    return {"BLOCK": BLOCK, "num_warps": NUM_WARPS}
+    default = {"BLOCK": BLOCK, "num_warps": NUM_WARPS}
+    architecture = tuning.architecture(param.device)
+    return tuning.lookup("adamw", "step", architecture, str(param.element_size()), default)

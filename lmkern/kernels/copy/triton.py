@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lmkern.kernels import triton_runtime
+from lmkern.kernels import triton_runtime, tuning
 from lmkern.kernels.backends import Call
 
 __all__ = ["NOTE", "backward", "constants", "forward", "unavailable", "unsupported"]
@@ -33,13 +33,13 @@ def forward(x: Tensor, *, dtype: torch.dtype, transposed: bool) -> Tensor:
     if not x.numel():
         return y
     if (x.mT.is_contiguous() if transposed else x.stride() == y.stride()) or x.dim() == 0:
-        options = constants("flat")
+        options = constants("flat", x, y)
         programs = -(-x.numel() // options["BLOCK"])
         with triton_runtime.device_of(x):
             triton_kernels.flat_kernel[(programs,)](x, y, x.numel(), **options)
         return y
     batches = x.reshape(-1, *x.shape[-2:]) if x.dim() > 2 else x.reshape((1,) * (3 - x.dim()) + x.shape)
-    options = constants("tile")
+    options = constants("tile", x, y)
     B, R, C = batches.shape
     programs = B * -(-R // options["BLOCK_R"]) * -(-C // options["BLOCK_C"])
     with triton_runtime.device_of(x):
@@ -53,8 +53,9 @@ def backward(dy: Tensor, *, dtype: torch.dtype, transposed: bool) -> Tensor:
     return forward(dy, dtype=dtype, transposed=transposed)
 
 
-def constants(kernel: str) -> dict[str, int]:
+def constants(kernel: str, x: Tensor, y: Tensor) -> dict[str, int]:
     """The compile-time arguments of a kernel, but for TRANSPOSED."""
-    if kernel == "flat":
-        return {"BLOCK": BLOCK, "num_warps": NUM_WARPS}
-    return {"BLOCK_R": TILE, "BLOCK_C": TILE, "num_warps": NUM_WARPS}
+    default = {"BLOCK": BLOCK} if kernel == "flat" else {"BLOCK_R": TILE, "BLOCK_C": TILE}
+    shape_class = f"{x.element_size()}-{y.element_size()}"
+    architecture = tuning.architecture(x.device)
+    return tuning.lookup("copy", kernel, architecture, shape_class, {**default, "num_warps": NUM_WARPS})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lmkern.kernels import triton_runtime
+from lmkern.kernels import triton_runtime, tuning
 from lmkern.kernels.backends import Call
 
 __all__ = [
@@ -81,7 +81,7 @@ def backward(
 
     R, V = logits.shape
     dlogits = logits.new_empty(R, V)
-    options = constants("backward", V, label_smoothing, z_loss, softcap)
+    options = constants("backward", logits, label_smoothing, z_loss, softcap)
     grid = (R, -(-V // options["BLOCK_V"]))
     if all(grid):
         with triton_runtime.device_of(logits):
@@ -92,16 +92,18 @@ def backward(
     return dlogits
 
 
-def constants(kernel: str, V: int, label_smoothing: float, z_loss: float, softcap: float) -> dict[str, int]:
+def constants(
+    kernel: str, logits: Tensor, label_smoothing: float, z_loss: float, softcap: float
+) -> dict[str, int]:
     """The compile-time arguments of a kernel."""
-    block = min(BLOCK_V[kernel], max(64, 1 << max(V - 1, 0).bit_length()))
-    return {
-        "SMOOTHED": label_smoothing != 0,
-        "Z_LOSS": z_loss != 0,
-        "CAPPED": softcap != 0,
+    block = min(BLOCK_V[kernel], max(64, 1 << max(logits.shape[1] - 1, 0).bit_length()))
+    default = {
         "BLOCK_V": block,
         "num_warps": min(8, max(1, block // (32 * ELEMENTS_PER_THREAD[kernel]))),
     }
+    shape_class = f"{logits.element_size()}-{block}{'-capped' if softcap else ''}"
+    chosen = tuning.lookup("cross_entropy", kernel, tuning.architecture(logits.device), shape_class, default)
+    return {"SMOOTHED": label_smoothing != 0, "Z_LOSS": z_loss != 0, "CAPPED": softcap != 0, **chosen}
 
 
 def _forward(
@@ -125,7 +127,7 @@ def _forward(
         triton_kernels.forward_kernel[(R,)](
             logits, logits.stride(0), targets, *results, dloss, stride, dlogits, logits.stride(0), V,
             ignore_index, label_smoothing, z_loss, softcap,
-            **constants("forward", V, label_smoothing, z_loss, softcap),
+            **constants("forward", logits, label_smoothing, z_loss, softcap),
         )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Embedding on GPUs through Triton: grids, block sizes, allocation, and the order of the tokens.
 
-No atomics: torch sorts the tokens, keeping the order of equal ones, and each row of the gradient has one owner.
+No atomics: torch sorts the tokens, keeping the order of equal ones, and a row of the gradient has one owner.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lmkern.kernels import triton_runtime
+from lmkern.kernels import triton_runtime, tuning
 from lmkern.kernels.backends import Call
+from lmkern.kernels.checked import check_range
 
 __all__ = ["NOTE", "backward", "constants", "forward", "unavailable", "unsupported"]
 
@@ -33,9 +34,9 @@ def forward(tokens: Tensor, weight: Tensor) -> Tensor:
     from lmkern.kernels.embedding import triton_kernels
 
     (N,), (V, E) = tokens.shape, weight.shape
-    triton_runtime.check_range("embedding", "tokens", tokens, V)
+    check_range("embedding", "tokens", tokens, V)
     y = weight.new_empty(N, E)
-    options = constants("forward", E)
+    options = constants("forward", weight)
     grid = (-(-N // options["BLOCK_N"]), -(-E // options["BLOCK_E"]))
     if all(grid):
         with triton_runtime.device_of(weight):
@@ -51,7 +52,7 @@ def backward(dy: Tensor, tokens: Tensor, *, vocabulary: int, padding_idx: int) -
     in_order, order = torch.sort(tokens, stable=True)
     every = torch.arange(vocabulary + 1, device=tokens.device)
     starts = torch.searchsorted(in_order, every)
-    options = constants("backward", E)
+    options = constants("backward", dy)
     grid = (vocabulary, -(-E // options["BLOCK_E"]))
     if all(grid):
         with triton_runtime.device_of(dy):
@@ -61,8 +62,11 @@ def backward(dy: Tensor, tokens: Tensor, *, vocabulary: int, padding_idx: int) -
     return dweight
 
 
-def constants(kernel: str, E: int) -> dict[str, int]:
-    """The compile-time arguments of a kernel for rows of E columns."""
+def constants(kernel: str, x: Tensor) -> dict[str, int]:
+    """The compile-time arguments of a kernel for rows of x (N or V, E)."""
+    E = x.shape[1]
     block_e = min(BLOCK_E[kernel], 1 << max(E - 1, 0).bit_length())
     block_n = BLOCK_N[kernel] * BLOCK_E[kernel] // block_e
-    return {"BLOCK_N": min(block_n, 64), "BLOCK_E": block_e, "num_warps": NUM_WARPS}
+    default = {"BLOCK_N": min(block_n, 64), "BLOCK_E": block_e, "num_warps": NUM_WARPS}
+    shape_class = f"{x.element_size()}-{block_e}"
+    return tuning.lookup("embedding", kernel, tuning.architecture(x.device), shape_class, default)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lmkern.kernels import triton_runtime
+from lmkern.kernels import triton_runtime, tuning
 from lmkern.kernels.backends import Call
 from lmkern.kernels.rotary.layout import empty_like
 
@@ -41,7 +41,7 @@ def forward(
     B, H, N, D = x.shape
     P, pairs = cos.shape
     y = x if inplace else empty_like(x)
-    options = constants(D, pairs, interleaved, inplace)
+    options = constants(x, pairs, interleaved, inplace)
     token_blocks = -(-N // options["BLOCK_N"])
     if x.numel():
         with triton_runtime.device_of(x):
@@ -67,15 +67,17 @@ def backward(
     )
 
 
-def constants(D: int, pairs: int, interleaved: bool, inplace: bool) -> dict[str, int]:
+def constants(x: Tensor, pairs: int, interleaved: bool, inplace: bool) -> dict[str, int]:
     """The compile-time arguments of the kernel."""
     block_p = 1 << max(pairs - 1, 0).bit_length()
-    rest = D - 2 * pairs
+    rest = x.shape[3] - 2 * pairs
+    default = {"BLOCK_N": max(1, TILE // (2 * block_p)), "num_warps": NUM_WARPS}
+    shape_class = f"{x.element_size()}-{block_p}{'-interleaved' if interleaved else ''}"
+    chosen = tuning.lookup("rotary", "forward", tuning.architecture(x.device), shape_class, default)
     return {
         "INTERLEAVED": interleaved,
         "IN_PLACE": inplace,
-        "BLOCK_N": max(1, TILE // (2 * block_p)),
         "BLOCK_P": block_p,
         "BLOCK_REST": 1 << (rest - 1).bit_length() if rest else 0,
-        "num_warps": NUM_WARPS,
+        **chosen,
     }
