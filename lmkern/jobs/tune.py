@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import lmkern
-from lmkern.kernels import tuning
+from lmkern.kernels import backends, tuning
 from lmkern.kernels.tuning import Key
 from lmkern.machine import accelerator
 
@@ -74,7 +74,7 @@ def tune(
         raise ValueError(
             "tune-kernels: expected a CUDA or ROCm GPU; none is visible. Kernels run with their defaults"
         )
-    every = WORKLOADS if workloads is None else workloads
+    every = [work for work in workloads or WORKLOADS if "triton" in backends.backend_names(work.op)]
     chosen = [work for work in every if op in (None, work.op)]
     if not chosen:
         names = ", ".join(dict.fromkeys(work.op for work in every))
@@ -214,9 +214,9 @@ def _attention(D: int, dtype: torch.dtype, N: int, device: str) -> Call:
     return call
 
 
-def _cross_entropy(V: int, device: str) -> Call:
+def _cross_entropy(V: int, device: str, elements: int = 2**28) -> Call:
     generator = torch.Generator(device).manual_seed(0)
-    R = 2**28 // V
+    R = elements // V
     logits = torch.randn(R, V, generator=generator, device=device, dtype=torch.bfloat16).requires_grad_()
     targets = torch.arange(R, device=device) % V
 
@@ -227,10 +227,52 @@ def _cross_entropy(V: int, device: str) -> Call:
     return call
 
 
+def _activation(function: Any, gated: bool, device: str, rows: int = 2**13) -> Call:
+    """Forward and backward of 8,192 features with a bias."""
+    generator = torch.Generator(device).manual_seed(0)
+    x, dy = (
+        torch.randn(rows, width, generator=generator, device=device, dtype=torch.bfloat16)
+        for width in (16_384 if gated else 8192, 8192)
+    )
+    bias = torch.zeros(x.shape[1], device=device, dtype=torch.bfloat16)
+    inputs = [x.requires_grad_(), bias.requires_grad_()]
+
+    def call() -> Results:
+        y = lmkern.activation(*inputs, function, gated=gated, backend="triton")
+        return (y, *torch.autograd.grad(y, inputs, dy))
+
+    return call
+
+
+def _rotary(D: int, device: str, tokens: int = 8192) -> Call:
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(1, tokens, 64, D, generator=generator, device=device, dtype=torch.bfloat16)
+    angles = torch.rand(tokens, D // 2, generator=generator, device=device)
+    return lambda: (lmkern.rotary(x.transpose(1, 2), angles.cos(), angles.sin(), backend="triton"),)
+
+
+def _cached_attention(D: int, device: str, tokens: int = 16_384) -> Call:
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn(8, heads, n, D, generator=generator, device=device, dtype=torch.bfloat16)
+        for heads, n in ((32, 1), (8, tokens), (8, tokens))
+    )
+
+    def call() -> Results:
+        out = lmkern.cached_attention(q, k, v, backend="triton")
+        assert isinstance(out, Tensor)
+        return (out,)
+
+    return call
+
+
 WORKLOADS = (
     *(Workload("attention", partial(_attention, D, torch.bfloat16, 4096)) for D in (32, 64, 128, 256)),
     *(Workload("attention", partial(_attention, D, torch.float32, 2048)) for D in (32, 64, 128, 256)),
-    *(Workload("norm", partial(_norm, 2**power, 0.0)) for power in range(6, 18)),
-    *(Workload("norm", partial(_norm, 2**power, 0.1)) for power in range(9, 15)),
+    *(Workload("cached_attention", partial(_cached_attention, D)) for D in (64, 128)),
+    *(Workload("layer_norm", partial(_norm, 2**power, 0.0)) for power in range(6, 18)),
+    *(Workload("layer_norm", partial(_norm, 2**power, 0.1)) for power in range(9, 15)),
     *(Workload("cross_entropy", partial(_cross_entropy, V)) for V in (2048, 131_072)),
+    *(Workload("activation", partial(_activation, *kind)) for kind in (("silu", True), ("gelu", False))),
+    *(Workload("rotary", partial(_rotary, D)) for D in (64, 128)),
 )

@@ -16,7 +16,7 @@ from lmkern.jobs import tune as job
 from lmkern.jobs.tune import Workload, candidates, search, tune
 from lmkern.kernels import triton_runtime, tuning
 
-KEY = ("interpreter", "norm", "forward", "E64")
+KEY = ("interpreter", "layer_norm", "forward", "4-64")
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def test_what_is_found_is_kept_used_and_not_searched_again(
 
         return call
 
-    search_all = partial(tune, device="cpu", measure=measure, workloads=[Workload("norm", small)])
+    search_all = partial(tune, device="cpu", measure=measure, workloads=[Workload("layer_norm", small)])
     progress: list[tuple[object, ...]] = []
     (found,) = search_all(progress=lambda *words: progress.append(words))
     assert found.key == KEY
@@ -92,8 +92,8 @@ def test_what_is_found_is_kept_used_and_not_searched_again(
 
 
 def test_an_op_without_kernels_to_tune_is_refused() -> None:
-    with pytest.raises(ValueError, match="one of attention, norm, cross_entropy; got 'rotary'"):
-        tune("rotary", device="cpu")
+    with pytest.raises(ValueError, match=r"expected op to be one of .*layer_norm.*; got 'copy'"):
+        tune("copy", device="cpu")
 
 
 def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,9 +110,11 @@ def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str]) -
     "make",
     [
         partial(job._norm, 64, 0.0, elements=256),
-        partial(job._attention, 32, torch.bfloat16, 40),
+        partial(job._cross_entropy, 64, elements=256),
+        partial(job._activation, "silu", True, rows=1),
+        partial(job._rotary, 16, tokens=3),
     ],
-    ids=["norm", "attention"],
+    ids=["norm", "cross_entropy", "activation", "rotary"],
 )
 def test_workloads_look_constants_up(make: object) -> None:
     """The workloads' own code, on sizes that the interpreter can take."""
