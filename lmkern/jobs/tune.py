@@ -238,7 +238,7 @@ def _activation(function: Any, gated: bool, device: str, rows: int = 2**13) -> C
     inputs = [x.requires_grad_(), bias.requires_grad_()]
 
     def call() -> Results:
-        y = lmkern.activation(*inputs, function, gated=gated, backend="triton")
+        y = lmkern.activation(inputs[0], inputs[1], function, gated=gated, backend="triton")
         return (y, *torch.autograd.grad(y, inputs, dy))
 
     return call
