@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lmkern.data import Dataset
+from lmkern.data import Dataset, PairDataset
 from lmkern.files import write_json, write_text
 from lmkern.machine import accelerator, processor, versions
 from lmkern.training.checkpoint import list_checkpoints, remove_unfinished
@@ -78,7 +78,7 @@ def remove_derived(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def write_about(config: RunConfig, dataset: Dataset, folder: Path, resolved: dict[str, Any]) -> None:
+def write_about(config: RunConfig, dataset: Dataset | PairDataset, folder: Path, resolved: dict[str, Any]) -> None:
     """config.toml, as asked for, and run.json: data, command, versions and machine.
 
     resolved: what "auto" became (dtype, device, threads), and the measured ceiling.
