@@ -3,6 +3,7 @@
 from lmkern.nn.attention import KeyValueCache, MultiheadAttention, SelfAttention
 from lmkern.nn.block import Block
 from lmkern.nn.cross_attention import CrossAttention
+from lmkern.nn.dropout import Dropout
 from lmkern.nn.embedding import Embedding
 from lmkern.nn.feed_forward import FeedForward
 from lmkern.nn.norm import LayerNorm, RMSNorm
@@ -11,6 +12,7 @@ from lmkern.nn.positions import LearnedPositions, Rotary, SinusoidalPositions, s
 __all__ = [
     "Block",
     "CrossAttention",
+    "Dropout",
     "Embedding",
     "FeedForward",
     "KeyValueCache",
