@@ -1,4 +1,4 @@
-"""Batches of pairs as a pure function of (seed, step), of pairs of like lengths, so that little is padding."""
+"""Batches of pairs of like lengths, a pure function of (seed, step): little of them is padding."""
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class PairBatches:
                 f"{batch_tokens} tokens a batch; raise them"
             )
         self._sizes = sizes[self._pairs]
-        # Up and down by turns in the target's length: neighbours stay alike where the source's length changes.
+        # The target's length goes up and down by turns: neighbours stay alike where the source's changes.
         turn = np.where(self._sizes[:, 0] % 2, self._sizes[:, 1], -self._sizes[:, 1])
         self._key = (turn, self._sizes[:, 0])
         by_length = self._sizes[np.lexsort(self._key)]

@@ -81,9 +81,7 @@ def read_pairs(paths: Sequence[str | Path]) -> Iterator[Pair]:
         )
 
 
-def clean_pairs(
-    train: Sequence[str], validation: Sequence[str] = (), test: Sequence[str] = ()
-) -> PairCorpus:
+def clean_pairs(train: Sequence[str], validation: Sequence[str] = (), test: Sequence[str] = ()) -> PairCorpus:
     """The three splits, each from the files named for it; a split without files is held out of train.
 
     Of the training pairs those go that have an empty side, that stood before, and that stand in validation or
@@ -118,8 +116,8 @@ def clean_pairs(
     corpus.counts["pairs"] = sum(map(len, corpus.splits.values()))
     if empty := [name for name, pairs in corpus.splits.items() if not pairs]:
         raise ValueError(
-            f"prepare: no pairs for {', '.join(empty)}: {corpus.counts['read']} were read; give more, or name "
-            "files for validation and test"
+            f"prepare: no pairs for {', '.join(empty)}: {corpus.counts['read']} were read; give more, or "
+            "name files for validation and test"
         )
     return corpus
 

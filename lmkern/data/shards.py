@@ -131,8 +131,10 @@ def load(folder: str | Path) -> Dataset | PairDataset:
             raise ValueError(f"load: {found}; {_REMEDY}")
     tokenizer = load_tokenizer(folder / TOKENIZER)
     if manifest["format"] == PAIRS_FORMAT:
-        return PairDataset(manifest, tokenizer, *(_load_pairs(folder, name) for name in SPLITS))
-    return Dataset(manifest, tokenizer, *(_load_split(folder, name) for name in SPLITS))
+        pairs = [_load_pairs(folder, name) for name in SPLITS]
+        return PairDataset(manifest, tokenizer, pairs[0], pairs[1], pairs[2])
+    train, validation, test = (_load_split(folder, name) for name in SPLITS)
+    return Dataset(manifest, tokenizer, train, validation, test)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -69,7 +69,8 @@ def corpus_scores(outputs: Sequence[str], references: Sequence[str]) -> list[dic
     BLEU: Papineni et al. 2002; chrF: Popovic 2015; what the signature says: Post 2018, arXiv:1804.08771.
     """
     try:
-        from sacrebleu.metrics import BLEU, CHRF
+        from sacrebleu.metrics.bleu import BLEU
+        from sacrebleu.metrics.chrf import CHRF
     except ImportError:
         raise ImportError(
             "evaluate: BLEU and chrF need sacrebleu: pip install 'lmkern[translation]'"

@@ -34,8 +34,11 @@ def rewrite(
     order = sorted((index for index, tokens in enumerate(ids) if tokens), key=lambda index: -len(ids[index]))
     targets = [""] * len(sources)
     end: int = model.config.end
-    for first in range(0, len(order), batch):
-        group = order[first : first + batch]
+    done = 0
+    while done < len(order):
+        group = order[done : done + batch]
+        if getattr(model, "equal_lengths", False):
+            group = [index for index in group if len(ids[index]) == len(ids[group[0]])]
         rows = [torch.tensor([*ids[index], end]) for index in group]
         source = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=end)
         lengths = torch.tensor([len(row) for row in rows])
@@ -49,5 +52,6 @@ def rewrite(
         )
         for index, hypothesis in zip(group, found, strict=True):
             targets[index] = tokenizer.decode(list(hypothesis.tokens)).strip()
-        progress(first + len(group), len(order))
+        done += len(group)
+        progress(done, len(order))
     return targets

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class Dropout(nn.Module):
     """As torch.nn.Dropout: in training an element is 0 with probability p, else x / (1 - p).
 
-    p is rounded to a multiple of 1 / 65536: on a CPU, where torch draws a number for each element in turn, one
-    draw of 64 bits then serves four. It draws from torch's default generator.
+    p is rounded to a multiple of 1 / 65536: on a CPU, where torch draws a number for each element in turn,
+    one draw of 64 bits then serves four. It draws from torch's default generator.
     """
 
     def __init__(self, p: float = 0.5) -> None:

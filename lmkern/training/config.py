@@ -63,6 +63,9 @@ class TrainingConfig:
     """Stages in order."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
+    embedding_rate: float = 1.0
+    """The learning rate of the token embedding, as a multiple. Adam's steps do not know how large a weight is:
+    an embedding that begins at size 1, as a T5's, needs some 10 where one that begins small needs 1."""
     final_learning_rate: float = 0.1
     """Learning rate at the end, as a share of the peak."""
     warmup: float = 0.05
@@ -74,7 +77,7 @@ class TrainingConfig:
     label_smoothing: float = 0.0
     """Share of the target's probability that is spread over the vocabulary, in training only."""
     average: float = 0.0
-    """Decay a step of the running mean of the weights, which is validated and kept in their place. 0: none."""
+    """Decay a step of the running mean of the weights, which is validated and kept instead. 0: none."""
     clip: float = 1.0
     """Largest global gradient norm. 0: no clipping."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -101,7 +104,7 @@ class TrainingConfig:
             value = getattr(self, name)
             _require(value >= 1, f"TrainingConfig: {name} must be at least 1; got {value}")
         counts = ("micro_batch_tokens", "threads", "validate_every", "patience", "checkpoint_every")
-        for name in (*counts, "weight_decay", "clip", "seed"):
+        for name in (*counts, "embedding_rate", "weight_decay", "clip", "seed"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, f"TrainingConfig: {name} must be 0 or more; got {value}")
         for name in ("final_learning_rate", "warmup"):

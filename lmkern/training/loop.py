@@ -281,7 +281,7 @@ def _resolve(
 
 
 def check_fits(config: RunConfig, dataset: Dataset | PairDataset) -> None:
-    """Raises ValueError if the model has fewer tokens than the data, other ends, or stages of another kind."""
+    """Raises ValueError for a model with fewer tokens than the data, or other ends, and for other stages."""
     found, asked = isinstance(dataset, PairDataset), config.training.stages[0].unit == "pairs"
     if found != asked:
         kind, unit = ("pairs", "pairs") if found else ("text", "documents")

@@ -26,7 +26,7 @@ HOPELESS = 20
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimizer step: loss in nats a target token, gradient norm before clipping, whether it was taken.
+    """Of one optimizer step: loss in nats a target, gradient norm before clipping, whether it was taken.
 
     flops: what the step computed, padding included.
     """
@@ -67,7 +67,8 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """On the device."""
-        return Batch(*(None if side is None else side.to(device) for side in self))
+        mask = None if self.source_mask is None else self.source_mask.to(device)
+        return Batch(self.inputs.to(device), self.targets.to(device), mask)
 
 
 @dataclass
@@ -217,7 +218,7 @@ class Trainer:
             self.model.load_state_dict(kept)
 
     def _update_average(self) -> None:
-        """Take the weights into the running mean. Early on it forgets faster: step s counts 1 / s at least."""
+        """Take the weights into the running mean, in which step s counts 1 / s at least."""
         weights = self.model.state_dict()
         if not self.average:
             self.average = {name: tensor.clone() for name, tensor in weights.items()}
@@ -234,7 +235,7 @@ class Trainer:
             # Clipping is a factor on the gradients, which the optimizer applies as it reads them.
             scale = min(1.0, clip / (float(norm) + 1e-6)) if clip else 1.0
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["rate"]
             self.optimizer.step(grad_scale=scale)
             if self.config.training.average:
                 self._update_average()

@@ -39,14 +39,10 @@ def test_with_enough_beams_it_finds_what_an_exhaustive_search_finds(seed, length
     model, longest = tiny(seed=seed), 4
     source, mask = sources(4, (5, 2, 4))
     targets = [t for n in range(longest) for t in itertools.product((1, 2, 3), repeat=n)]
-    found = beam_search(
-        model, source, mask, beams=40, length_penalty=length_penalty, max_new_tokens=longest
-    )
+    found = beam_search(model, source, mask, beams=40, length_penalty=length_penalty, max_new_tokens=longest)
     for row, hypothesis in enumerate(found):
         kept = source[row][mask[row]]
-        scores = {
-            t: log_prob(model, kept, t) / ((5 + len(t) + 1) / 6) ** length_penalty for t in targets
-        }
+        scores = {t: log_prob(model, kept, t) / ((5 + len(t) + 1) / 6) ** length_penalty for t in targets}
         best = max(scores, key=scores.__getitem__)
         assert hypothesis.tokens == best
         assert hypothesis.score == pytest.approx(scores[best], abs=1e-4)
