@@ -7,6 +7,7 @@ from lmkern.models.decoder import DecoderCache
 from lmkern.models.gpt import GPT, GPTConfig
 from lmkern.models.io import load, save
 from lmkern.models.llama import Llama, LlamaConfig
+from lmkern.models.pretrained import from_pretrained, save_pretrained
 from lmkern.models.t5 import T5, T5Cache, T5Config
 from lmkern.models.transformer import PositionalEncoder, Transformer, TransformerConfig
 
@@ -28,6 +29,8 @@ __all__ = [
     "T5Config",
     "Transformer",
     "TransformerConfig",
+    "from_pretrained",
     "load",
     "save",
+    "save_pretrained",
 ]

@@ -84,7 +84,8 @@ class Decoder(nn.Module):
         """
         weights: int = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         inner: int = self.config.heads * self.config.head_dim
-        return 6.0 * weights + 12.0 * self.config.layers * inner * context / 2
+        layers: int = self.config.layers
+        return 6.0 * weights + 12.0 * layers * inner * context / 2
 
     @property
     def _name(self) -> str:

@@ -13,13 +13,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
 
 from lmkern.files import checksum, damage, replacing
 from lmkern.models.bert import Bert, BertConfig
 from lmkern.models.gpt import GPT, GPTConfig
 from lmkern.models.llama import Llama, LlamaConfig
 from lmkern.models.t5 import T5, T5Config
+from lmkern.models.tensors import check_tensors, fill
 from lmkern.models.transformer import Transformer, TransformerConfig
 
 FORMAT = "lmkern-model"
@@ -89,10 +89,14 @@ def load(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") 
     # Building draws initial values: the caller's random numbers must not depend on that.
     with torch.random.fork_rng(devices=[]):
         model = _build(folder / CONFIG, description["architecture"], description["config"])
-    _check_tensors(folder, model.state_dict(), tensors)
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(tensors[name].dtype)
-    model.load_state_dict(tensors)
+    check_tensors(
+        "load",
+        folder / WEIGHTS,
+        model.state_dict(),
+        tensors,
+        f"It and {CONFIG} are of different models: take both from one save",
+    )
+    fill(model, tensors)
     return model.to(device).eval()
 
 
@@ -138,18 +142,3 @@ def _build(path: Path, architecture: str, config: dict[str, Any]) -> Model:
     except TypeError as error:
         raise ValueError(f"load: {path}: config does not describe a {architecture}: {error}") from error
     return model(**config) if model is Transformer else model(checked)
-
-
-def _check_tensors(folder: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """ValueError that lists, side by side, every tensor that the configuration does not ask for as it is."""
-    lines = []
-    for name in sorted({*expected, *found}):
-        shapes = [str(tuple(side[name].shape)) if name in side else "-" for side in (expected, found)]
-        if shapes[0] != shapes[1]:
-            lines.append(f"  {name}: {shapes[0]} | {shapes[1]}")
-    if lines:
-        table = "\n".join(lines)
-        raise ValueError(
-            f"load: the tensors of {folder / WEIGHTS} do not fit {CONFIG}; name: expected | got\n{table}\n"
-            "The two files are of different models: take both from one save"
-        )
