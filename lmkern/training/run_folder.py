@@ -28,7 +28,7 @@ DERIVED = (EVALUATION, SAMPLES, OUTPUTS, PAGE, PAGE_MARKDOWN, CURVES)
 # Where the seconds of the training go, in the order of a step.
 PHASES = ("data", "forward", "backward", "optimizer", "validation", "checkpoint")
 # Fields that may change on the way: nothing that is computed depends on them.
-FREE = ("training.keep_checkpoints", "training.checkpoint_every")
+FREE = ("training.keep_checkpoints", "training.checkpoint_every", "training.threads")
 
 
 def check_run_folder(config: RunConfig, folder: Path, *, resume: bool, overwrite: bool) -> Path | None:

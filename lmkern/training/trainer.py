@@ -201,8 +201,10 @@ class Trainer:
     def _loss(self, batch: Batch, label_smoothing: float) -> Tensor:
         """The sum of the loss over the targets that count."""
         source = {} if batch.source_mask is None else {"source_mask": batch.source_mask}
-        smoothing = {"label_smoothing": label_smoothing} if label_smoothing else {}
-        return self.model.loss(batch.inputs, batch.targets, reduction="sum", **source, **smoothing)  # type: ignore[no-any-return]
+        loss: Tensor = self.model.loss(
+            batch.inputs, batch.targets, label_smoothing=label_smoothing, reduction="sum", **source
+        )
+        return loss
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -224,7 +226,7 @@ class Trainer:
             self.average = {name: tensor.clone() for name, tensor in weights.items()}
             return
         share = max(1 - self.config.training.average, 1 / (1 + self.state.step))
-        torch._foreach_lerp_(list(self.average.values()), list(weights.values()), share)
+        torch._foreach_lerp_(list(self.average.values()), [weights[name] for name in self.average], share)
 
     def _update(self, loss: Tensor, rate: float, flops: float) -> StepResult:
         clip = self.config.training.clip
