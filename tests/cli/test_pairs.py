@@ -12,32 +12,34 @@ from lmkern.cli.main import USAGE_ERROR, main
 WORDS = ("red", "blue", "old", "new", "cat", "dog", "sun", "sky")
 OPTIONS = (
     *("--model.layers", "1", "--model.width", "64", "--model.heads", "4", "--model.feed-forward", "128"),
-    *("--model.dropout", "0.0", "--training.learning-rate", "5e-3", "--training.dtype", "float32"),
-    *("--training.batch-tokens", "512", "--training.tokens", "150000", "--training.validate-every", "50000"),
-    *("--training.threads", "2"),
+    *("--model.dropout", "0.0", "--training.learning-rate", "2e-3", "--training.dtype", "float32"),
+    *("--training.batch-tokens", "224", "--training.validate-every", "60000"),
+    *("--training.validation-tokens", "1000", "--training.threads", "1"),
 )
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """1,500 pairs: some words, and the same words from the last to the first."""
-    chance = random.Random(0)
-    path = tmp_path_factory.mktemp("pairs") / "reversed.jsonl"
-    with path.open("w") as file:
-        for _ in range(1500):
-            words = chance.choices(WORDS, k=chance.randint(1, 5))
-            file.write(json.dumps({"source": " ".join(words), "target": " ".join(words[::-1])}) + "\n")
-    return str(path)
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A data folder of pairs: some words, and the same words from the last to the first."""
+    chance, folder = random.Random(0), tmp_path_factory.mktemp("pairs")
+    argv = ["prepare", "--vocab-size", "290", "--out", str(folder / "data")]
+    for name, count in (("validation", 60), ("test", 60), ("train", 6000)):
+        with (folder / f"{name}.jsonl").open("w") as file:
+            for _ in range(count):
+                words = chance.choices(WORDS, k=chance.randint(1, 5))
+                pair = {"source": " ".join(words), "target": " ".join(words[::-1])}
+                file.write(json.dumps(pair) + "\n")
+        argv += [f"--{name}", str(folder / f"{name}.jsonl")]
+    assert main(argv) == 0
+    return str(folder / "data")
 
 
 def test_from_pairs_to_scores_targets_and_report(
-    pairs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("sacrebleu")
-    data, out = str(tmp_path / "data"), str(tmp_path / "run")
-    assert main(["prepare", "--train", pairs, "--vocab-size", "290", "--out", data]) == 0
-    assert "vocabulary 2" in capsys.readouterr().out
-    assert main(["train", "--data", data, "--out", out, *OPTIONS]) == 0
+    out = str(tmp_path / "run")
+    assert main(["train", "--data", data, "--out", out, *OPTIONS, "--training.tokens", "140000"]) == 0
     assert "of their tokens padding" in capsys.readouterr().err
 
     assert main(["evaluate", out]) == 0
@@ -56,7 +58,7 @@ def test_from_pairs_to_scores_targets_and_report(
 
     assert main(["report", out]) == 0
     page = (tmp_path / "run" / "report.md").read_text()
-    assert "A model of reversed.jsonl" in page
+    assert "A model of train.jsonl" in page
     assert "were padding" in page and "tok:13a" in page and "output: " in page
 
     assert main(["generate", out, "--prompt", "cat"]) == USAGE_ERROR
@@ -64,25 +66,24 @@ def test_from_pairs_to_scores_targets_and_report(
     assert main(["train", "--data", data, "--out", out, "--resume"]) == 0
 
 
-def test_a_decoder_learns_pairs_too(pairs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data, out = str(tmp_path / "data"), str(tmp_path / "run")
-    assert main(["prepare", "--train", pairs, "--vocab-size", "290", "--out", data]) == 0
+def test_a_decoder_learns_pairs_too(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "run")
     argv = ["train", "--data", data, "--out", out, "--architecture", "gpt", "--model.context", "32"]
     stage = ["--training.stages.0.context", "32"]
     assert main([*argv, *stage, *OPTIONS, "--training.tokens", "100000"]) == 0
     capsys.readouterr()
     assert main(["translate", out, "--source", "cat dog old", "--beams", "2"]) == 0
-    assert sorted(capsys.readouterr().out.split()) == ["cat", "dog", "old"]
+    target = capsys.readouterr().out.split()
+    assert (target[0], target[-1]) == ("old", "cat") and len(target) < 6
 
 
 def test_what_does_not_fit_is_refused_in_words(
-    pairs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data, out, config = str(tmp_path / "data"), str(tmp_path / "run"), tmp_path / "config.toml"
-    assert main(["prepare", "--train", pairs, pairs, pairs, "--out", data]) == USAGE_ERROR
+    out, config = str(tmp_path / "run"), tmp_path / "config.toml"
+    with pytest.raises(SystemExit, match="2"):
+        main(["prepare", "--train", "a", "b", "c", "--out", out])
     assert "got 3 paths" in capsys.readouterr().err
-    assert main(["prepare", "--train", pairs, "--vocab-size", "290", "--out", data]) == 0
-    capsys.readouterr()
     for text, message in (
         ('[model]\narchitecture = "t6"\n', "model.architecture must be one of gpt, t5; got 't6'"),
         ('[model]\narchitecture = "t5"\n', "an encoder-decoder learns from pairs"),
