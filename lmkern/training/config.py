@@ -64,8 +64,8 @@ class TrainingConfig:
     learning_rate: float = 1e-3
     """Peak learning rate."""
     embedding_rate: float = 1.0
-    """The learning rate of the token embedding, as a multiple. Adam's steps do not know how large a weight is:
-    an embedding that begins at size 1, as a T5's, needs some 10 where one that begins small needs 1."""
+    """The learning rate of the token embedding and of all other tables, as a multiple. Adam's steps do not
+    know how large a weight is: tables that are of size 1, as a T5's, need some 10."""
     final_learning_rate: float = 0.1
     """Learning rate at the end, as a share of the peak."""
     warmup: float = 0.05

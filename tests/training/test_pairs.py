@@ -137,13 +137,14 @@ def test_the_running_mean_is_validated_and_kept_in_place_of_the_weights(pairs: P
     assert not trainer(make_config(average=0.0), pairs).average
 
 
-def test_the_embedding_moves_at_its_own_rate(pairs: PairDataset) -> None:
+def test_tables_move_at_their_own_rate(pairs: PairDataset) -> None:
     run = trainer(make_config(embedding_rate=5.0, warmup=0.0, weight_decay=0.0), pairs)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     rate = run.step(0).learning_rate
     moved = {name: (p.detach() - before[name]).abs().max().item() for name, p in run.model.named_parameters()}
     # Adam's first step moves each weight with a gradient by the learning rate.
-    assert moved.pop("embedding.weight") == pytest.approx(5 * rate, rel=1e-2)
+    for table in ("embedding.weight", "encoder_bias", "decoder_bias"):
+        assert moved.pop(table) == pytest.approx(5 * rate, rel=1e-2)
     assert max(moved.values()) == pytest.approx(rate, rel=1e-2)
 
 
