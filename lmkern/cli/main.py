@@ -12,10 +12,11 @@ from collections.abc import Sequence
 # status, and `kept() -> str`, what an interruption leaves.
 VERBS = {
     "demo": "text in, a judged and writing model and its report out, in one go",
-    "prepare": "clean, split and tokenize text into a data folder",
-    "train": "train a GPT on a data folder, or go on with an interrupted run",
-    "evaluate": "bits per byte on the test text, beside a 5-gram model and xz",
+    "prepare": "clean, split and tokenize text, or pairs of texts, into a data folder",
+    "train": "train a model on a data folder, or go on with an interrupted run",
+    "evaluate": "bits per byte on the test text, beside a 5-gram model and xz; of pairs, BLEU and chrF",
     "generate": "continue a prompt",
+    "translate": "turn sources into targets, with a model of pairs",
     "report": "write the page of a run",
     "tune-kernels": "search the Triton kernels' tile sizes on this machine's GPU",
     "doctor": "what this machine can run, and why not the rest",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lmkern.models.config import check_fields, check_heads
 from lmkern.models.tied import tie
-from lmkern.nn import Block, CrossAttention, Embedding, KeyValueCache, RMSNorm, SelfAttention
+from lmkern.nn import Block, CrossAttention, Dropout, Embedding, KeyValueCache, RMSNorm, SelfAttention
 from lmkern.nn.feed_forward import Activation
 from lmkern.ops import linear_cross_entropy
 from lmkern.ops.relative_bias import bucketed_bias
@@ -125,7 +125,7 @@ class T5(nn.Module):
             _block(config, decoder=True) for _ in range(config.decoder_layers or config.layers)
         )
         self.decoder_norm = RMSNorm(config.width, eps=config.eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self._initialise()
         if config.tied:
