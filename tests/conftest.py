@@ -5,6 +5,10 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
+# Two processes of two threads share two cores: a thread that waits must not spin. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 # Read when Triton is imported, which nothing has done yet.
