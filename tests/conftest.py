@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-# Two processes of two threads share two cores: a thread that waits must not spin. Read when torch is imported.
+# Two processes of two threads share two cores: who waits must not spin. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
