@@ -10,7 +10,7 @@ Forward is timed without gradients. Backward is timed alone: `torch.autograd.gra
 kept, so torch.compile may not write over the tensors in it (`donated_buffer` off). "both" is one after the
 other, each time on a new graph.
 
-On a GPU the clock waits for the queue to empty, so a time includes one launch.
+On a GPU a time is that of benchmarks/gpu_timing.py.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor
 
+from benchmarks import gpu_timing
 from benchmarks.contest import Inputs
 
 Call = Callable[[], Any]
@@ -49,6 +50,8 @@ def clock() -> float:
 
 
 def seconds(call: Call) -> float:
+    if isinstance(call, gpu_timing.Rotation):
+        return call.seconds()
     start = clock()
     call()
     return clock() - start
@@ -66,6 +69,7 @@ def compare(
         turn = sum(seconds(call) for call in (*competitors.values(), ours))
     rounds = rounds or min(MAX_ROUNDS, max(MIN_ROUNDS, int(BUDGET / turn)))
     times: dict[str, list[float]] = {name: [] for name in competitors}
+    on_gpu: list[float] = []
 
     def run_competitors() -> None:
         for name, call in competitors.items():
@@ -73,12 +77,20 @@ def compare(
 
     def run_ours() -> None:
         # Returns nothing: the fixture would keep the result alive through the next round.
-        ours()
+        if isinstance(ours, gpu_timing.Rotation):
+            on_gpu.append(ours.seconds())
+        else:
+            ours()
 
     benchmark.pedantic(run_ours, setup=run_competitors, rounds=rounds)
     if benchmark.stats is None:
         return {}
-    return summarise(list(benchmark.stats.stats.data), times)
+    result = summarise(on_gpu or list(benchmark.stats.stats.data), times)
+    for name, call in {"ours": ours, **competitors}.items():
+        if isinstance(call, gpu_timing.Rotation):
+            row = result["ours"] if name == "ours" else result["competitors"][name]
+            row |= {"host": call.host, "way": call.way}
+    return result
 
 
 def summarise(ours: list[float], competitors: Mapping[str, list[float]]) -> dict[str, Any]:
@@ -139,6 +151,17 @@ def call_of(function: Callable[..., Any], inputs: Inputs, direction: str) -> Cal
         return lambda: torch.autograd.grad(outputs(), inputs.leaves, inputs.gradients)
     kept = outputs()
     return lambda: torch.autograd.grad(kept, inputs.leaves, inputs.gradients, retain_graph=True)
+
+
+def rotated(inputs: Inputs, moved: int) -> list[Inputs]:
+    """What a call that moves so many bytes is timed on: on a GPU copies, in turn, that no cache holds."""
+    return gpu_timing.copies(inputs, moved) if gpu_timing.used() else [inputs]
+
+
+def call_on(function: Callable[..., Any], inputs: list[Inputs], direction: str) -> Call:
+    """`call_of` on each of the inputs in turn."""
+    calls = [call_of(function, one, direction) for one in inputs]
+    return gpu_timing.Rotation(calls) if gpu_timing.used() else calls[0]
 
 
 def peak_bytes(call: Call) -> int | None:

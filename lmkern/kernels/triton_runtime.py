@@ -41,13 +41,16 @@ def unavailable() -> str | None:
     )
 
 
-def unsupported(call: Call) -> str | None:
-    """Why these tensors cannot go through a Triton kernel, in words; None when they can."""
+def unsupported(call: Call, *, float64: bool = False) -> str | None:
+    """Why these tensors cannot go through a Triton kernel, in words; None when they can.
+
+    float64: whether the kernel takes that too.
+    """
     if reason := unavailable():
         return reason
     tensors = [x for x in call.tensors.values() if x is not None]
     for x in tensors:
-        if x.dtype not in DTYPES:
+        if x.dtype not in DTYPES and not (float64 and x.dtype == torch.float64):
             return f"takes float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
     device = tensors[0].device
     if interpreted():
@@ -70,6 +73,29 @@ def _too_old(device: int) -> str | None:
     if major >= 8:
         return None
     return f"needs compute capability 8.0; {torch.cuda.get_device_name(device)} has {major}.{minor}"
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What kernels compute and keep statistics of x in: float64 for float64, float32 for all others."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def checked(x: Tensor) -> bool:
+    """Whether what x holds is looked at before a kernel uses it as an index.
+
+    On the CPU it costs nothing. On a GPU the host would wait for the device, so it is done on request alone,
+    LMKERN_CHECKED=1; without, a kernel gives NaN for an index out of range and never reads beyond a tensor.
+    """
+    return x.device.type == "cpu" or os.environ.get("LMKERN_CHECKED", "0").lower() in ("1", "true", "on", "yes")
+
+
+def check_range(op: str, name: str, index: Tensor, count: int) -> None:
+    """IndexError in words unless index lies in [0, count), where that is looked at."""
+    if not index.numel() or not checked(index):
+        return
+    low, high = (int(bound) for bound in index.aminmax())
+    if low < 0 or high >= count:
+        raise IndexError(f"{op}: {name} must lie in [0, {count}); got {low} to {high}")
 
 
 def widen(dtype: torch.dtype) -> bool:

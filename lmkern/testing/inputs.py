@@ -37,11 +37,11 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def seeded_randn(seed: int, dtype: torch.dtype, device: str = "cpu") -> Randn:
-    """A function of a shape: standard normal numbers from one seeded stream, the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
+    """A function of a shape: standard normal numbers from one seeded stream of the device."""
+    generator = torch.Generator(device).manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype=dtype, device=device)
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     return randn
 

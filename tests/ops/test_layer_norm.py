@@ -40,7 +40,7 @@ DTYPES = (
 )
 RESULTS = ("y", "dx", "dweight", "dbias")
 EPS = 1e-5
-TARGETS_DTYPES = [(target, *dtypes) for target in KERNELS for dtypes in DTYPES if target.takes(dtypes[0])]
+TARGETS_DTYPES = [(target, *dtypes) for target in KERNELS for dtypes in target.some(DTYPES, 2) if target.takes(dtypes[0])]
 
 
 def ids(value: object) -> str:
@@ -52,12 +52,7 @@ def widest(target: Target) -> torch.dtype:
 
 
 def shapes(target: Target) -> list[LayerNormShape]:
-    return [
-        shape
-        for shape in LAYER_NORM_SHAPES
-        if target.backend not in ("triton", "cuda")
-        or (shape.E <= 16384 and not (target.interpreted and shape.R > 1000))
-    ]
+    return target.some(LAYER_NORM_SHAPES, 3)
 
 
 CASES = [(*case, shape) for case in TARGETS_DTYPES for shape in shapes(case[0])]

@@ -15,4 +15,4 @@ The contract of every backend.
     padding_idx           the row of dweight that stays zero, or -1
 """
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("triton", "cpu", "reference")
