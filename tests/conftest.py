@@ -11,6 +11,9 @@ import torch
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Without it cuBLAS refuses to run where deterministic algorithms are asked for, as poisoned memory is.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 THREADS = 2
 
 
