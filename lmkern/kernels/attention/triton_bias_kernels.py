@@ -14,6 +14,7 @@ from lmkern.kernels.attention.triton_parts import (
     kept_anywhere,
     load,
     load_statistics,
+    long,
     offset_of,
     scored,
     unit_of,
@@ -49,7 +50,7 @@ def _gradients(
     dout = load(dout_ptr, queries, n_q, stride_gn, stride_gd, D, BLOCK_D)
     k = load(k_ptr, keys, n_k, stride_kn, stride_kd, D, BLOCK_D)
     v = load(v_ptr, keys, n_k, stride_vn, stride_vd, D, BLOCK_D)
-    base = (batch * H + head).to(tl.int64) * N_q + first_q
+    base = long(batch * H + head) * N_q + first_q
     lse, delta = load_statistics(lse_ptr, delta_ptr, base, queries, n_q, unit)
     scores, _ = scored(q, k, softmax_scale, softcap, SOFTCAP, unit)
     scores = biased(
@@ -135,7 +136,7 @@ def backward_dbias_kernel(
         tile = tl.where(j == 0, tl.sum(tile, 1, keep_dims=True), 0.0)
     i += row_block * BLOCK_M
     j += column_block * BLOCK_N
-    dbias_ptr += (own_batch * heads + own_head).to(tl.int64) * rows * columns
+    dbias_ptr += long(own_batch * heads + own_head) * rows * columns
     tl.store(dbias_ptr + i.to(tl.int64) * columns + j, tile, mask=(i < rows) & (j < columns))
 
 
@@ -204,5 +205,5 @@ def backward_drelative_kernel(
                 )  # fmt: skip
                 sums += tl.sum(tl.gather(tile, skew, 1), 0)
     place = first_diagonal + t
-    drelative_ptr += own_head.to(tl.int64) * (2 * radius + 1)
+    drelative_ptr += long(own_head) * (2 * radius + 1)
     tl.store(drelative_ptr + place, sums, mask=place < 2 * radius + 1)

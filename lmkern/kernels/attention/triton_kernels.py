@@ -19,6 +19,7 @@ from lmkern.kernels.attention.triton_parts import (
     key_range,
     load,
     load_statistics,
+    long,
     offset_of,
     query_range,
     scored,
@@ -85,7 +86,7 @@ def forward_kernel(
     k_ptr += offset_of(batch, stride_kb, head_kv, stride_kh, first_k, stride_kn)
     v_ptr += offset_of(batch, stride_vb, head_kv, stride_vh, first_k, stride_vn)
     out_ptr += offset_of(batch, stride_ob, head, stride_oh, first_q, stride_on)
-    lse_ptr += row.to(tl.int64) * N_q + first_q
+    lse_ptr += long(row) * N_q + first_q
 
     unit: tl.constexpr = unit_of(q_ptr.dtype.element_ty)
     q = load(q_ptr, queries, n_q, stride_qn, stride_qd, D, BLOCK_D)
@@ -166,8 +167,8 @@ def delta_kernel(
     dout = wide(load(dout_ptr, queries, N_q, stride_gn, stride_gd, D, BLOCK_D))
     delta = tl.sum(dout * out, 1)
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + row.to(tl.int64) * N_q + queries, mask=seen, other=0.0)
-    tl.store(delta_ptr + row.to(tl.int64) * N_q + queries, delta, mask=seen)
+        delta -= tl.load(dlse_ptr + long(row) * N_q + queries, mask=seen, other=0.0)
+    tl.store(delta_ptr + long(row) * N_q + queries, delta, mask=seen)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -222,7 +223,7 @@ def backward_dq_kernel(
     CHOSEN: tl.constexpr = (mask_ptr is not None) or (bias_ptr is not None)
     q = load(q_ptr, queries, n_q, stride_qn, stride_qd, D, BLOCK_D)
     dout = load(dout_ptr, queries, n_q, stride_gn, stride_gd, D, BLOCK_D)
-    base = row.to(tl.int64) * N_q + first_q
+    base = long(row) * N_q + first_q
     lse, delta = load_statistics(lse_ptr, delta_ptr, base, queries, n_q, unit)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     start, full, full_stop, stop = key_range(
@@ -318,7 +319,7 @@ def backward_dk_dv_kernel(
         head = head_kv * group + member
         q_head = q_ptr + offset_of(batch, stride_qb, head, stride_qh, first_q, stride_qn)
         dout_head = dout_ptr + offset_of(batch, stride_gb, head, stride_gh, first_q, stride_gn)
-        base = (batch * H + head).to(tl.int64) * N_q + first_q
+        base = long(batch * H + head) * N_q + first_q
         for PHASE in tl.static_range(0 if HAS_RIGHT else 1, 3 if HAS_LEFT else 2):
             begin = start if PHASE == 0 else (full if PHASE == 1 else full_stop)
             end = full if PHASE == 0 else (full_stop if PHASE == 1 else stop)

@@ -111,16 +111,16 @@ def biased(
     """scores, counted in `unit`, with the biases; -inf where a mask, or a bias of -inf, hides the key."""
     inside = (queries < n_q) & (keys < n_k)
     if relative_ptr is not None:
-        place = relative_ptr + head.to(tl.int64) * stride_rh + radius + keys - queries - offset
+        place = relative_ptr + long(head) * stride_rh + radius + keys - queries - offset
         scores += tl.load(place, mask=inside, other=0.0) * unit
     if bias_ptr is not None:
-        bias_ptr += batch.to(tl.int64) * stride_bb + head.to(tl.int64) * stride_bh
+        bias_ptr += long(batch) * stride_bb + long(head) * stride_bh
         place = bias_ptr + queries.to(tl.int64) * stride_bi + keys.to(tl.int64) * stride_bj
         bias = wide(tl.load(place, mask=inside, other=0.0))
         # A selection: what is behind a bias of -inf may be NaN.
         scores = tl.where(bias == float("-inf"), float("-inf"), scores + bias * unit)
     if mask_ptr is not None:
-        mask_ptr += batch.to(tl.int64) * stride_mb + head.to(tl.int64) * stride_mh
+        mask_ptr += long(batch) * stride_mb + long(head) * stride_mh
         place = mask_ptr + queries.to(tl.int64) * stride_mi + keys.to(tl.int64) * stride_mj
         scores = tl.where(tl.load(place, mask=inside, other=0) != 0, scores, float("-inf"))
     return scores
@@ -193,8 +193,13 @@ def load_statistics(lse_ptr, delta_ptr, base, queries, n_q, unit: tl.constexpr):
 @triton.jit
 def offset_of(batch, stride_b, head, stride_h, token, stride_n):
     """Where a sequence of one head begins, in 64 bits: a tensor may hold more than 2^31 elements."""
-    first = batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
-    return first + tl.full((), token, tl.int64) * stride_n
+    return long(batch) * stride_b + long(head) * stride_h + long(token) * stride_n
+
+
+@triton.jit
+def long(number):
+    """In 64 bits; the interpreter counts loops in Python's integers."""
+    return tl.full((), 0, tl.int64) + number
 
 
 @triton.jit
