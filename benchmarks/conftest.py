@@ -26,7 +26,7 @@ from benchmarks import gpu_timing, machine, timing
 from benchmarks.contest import COMPILED, DIRECTIONS, EAGER, FORMAT, Compete, Contest, Inputs, dtype_name
 from benchmarks.record import joined
 from lmkern.kernels import backends
-from lmkern.training.memory import keep_freed_memory
+from lmkern.memory import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 # The tests that a number may not be reported without.

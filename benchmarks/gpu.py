@@ -260,14 +260,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
     if options.doctor:
         return doctor()
+    if not options.dry_run and machine.choose_device().type != "cuda":
+        print("gpu: needs a CUDA GPU and none is visible; --dry-run prints the plan", file=sys.stderr)
+        return 2
     steps = [step for step in plan() if step.stage in stages or step.stage == "test"]
     if options.dry_run:
         for step in steps:
             print(f"{step.stage:7}{step.limit:5.0f} s  {step.name}: {' '.join(step.command)}")
         return 0
-    if machine.choose_device().type != "cuda":
-        print("gpu: needs a CUDA GPU and none is visible; --dry-run prints the plan", file=sys.stderr)
-        return 2
     record = Record(options.state / "steps.json", machine.sources())
     if options.again:
         record.forget_failures()

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.contest import DTYPES, dtype_name
+from lmkern.ceiling import measure_ceiling, synchronize
 from lmkern.kernels import backends, native
 from lmkern.machine import hardware, versions
-from lmkern.training.ceiling import measure_ceiling, synchronize
 
 ROOT = Path(__file__).parents[1]
 # What benchmarks write themselves.

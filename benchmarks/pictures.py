@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
+from benchmarks.record import best
 from lmkern.report.pictures import INK, LINE, QUIET, TRAIN, VALIDATION, plain, schemed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "lmkern", "font.family": "sans-serif", "font.size": 9.5}
 COLOURS = {"float32": TRAIN, "bfloat16": VALIDATION}
@@ -22,21 +23,8 @@ MARKERS = "osD^v<>pP*XhdH8"
 AHEAD, BEHIND = TRAIN, VALIDATION
 
 
-def best(row: Mapping[str, Any]) -> dict[str, float]:
-    """The times of the competitor with the lowest median."""
-    return min(row["competitors"].values(), key=lambda times: times["median"])
-
-
-def drawable() -> bool:
-    """Whether matplotlib is here."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
 def ratios(rows: Sequence[Mapping[str, Any]]) -> str:
     """A bar a row: the better competitor's time / ours, logarithmic; its range over the rounds as a line."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 1.0 + 0.21 * len(rows)), layout="constrained")
         axes = figure.subplots()
@@ -58,9 +46,6 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def roofline(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float]) -> str:
     """FLOP/s over FLOP per byte, one point a row, under the copy's slope and each dtype's matrix product."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     # A copy computes nothing, and has no place on these axes.
     rows = [row for row in rows if row["flops"]]

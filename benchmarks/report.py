@@ -8,16 +8,18 @@ whose tests were not green are refused.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from benchmarks import pictures
 from benchmarks.contest import COMPILED, EAGER, FORMAT
-from benchmarks.pictures import best
+from benchmarks.record import best
 
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
@@ -159,7 +161,7 @@ def page(record: Record) -> str:
         f"Ours is level or ahead in {ahead} of {len(rows)} rows.",
         row_table(rows),
     ]
-    if pictures.drawable():
+    if pictures() is not None:
         parts += [
             f"![Ratio of each row]({name}-ratios.svg)",
             f"![Rate over arithmetic intensity, under the ceilings]({name}-roofline.svg)",
@@ -173,6 +175,15 @@ def page(record: Record) -> str:
         gaps = "\n".join(f"* {backend}: {reason}" for backend, reason in record["gaps"].items())
         parts += ["Backends without rows here:", gaps]
     return "\n\n".join(parts) + "\n"
+
+
+@cache
+def pictures() -> ModuleType | None:
+    """benchmarks/pictures.py; None where matplotlib, or what else a report of ours needs, is missing."""
+    try:
+        return importlib.import_module("benchmarks.pictures")
+    except ModuleNotFoundError:
+        return None
 
 
 def on_gpu(record: Record) -> bool:
@@ -224,10 +235,10 @@ def write(results: Path, docs: Path, readme: Path) -> list[Path]:
     for record in records:
         stem = docs / record["machine"]
         files[stem.with_name(f"{stem.name}.md")] = page(record)
-        if not pictures.drawable():
+        if (drawn := pictures()) is None:
             continue
-        files[stem.with_name(f"{stem.name}-ratios.svg")] = pictures.ratios(by_op(record["rows"]))
-        files[stem.with_name(f"{stem.name}-roofline.svg")] = pictures.roofline(
+        files[stem.with_name(f"{stem.name}-ratios.svg")] = drawn.ratios(by_op(record["rows"]))
+        files[stem.with_name(f"{stem.name}-roofline.svg")] = drawn.roofline(
             record["rows"], record["ceilings"]
         )
     docs.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import lmkern.data
 from lmkern import models
+from lmkern.ceiling import choose_device
 from lmkern.data import Dataset, load_tokenizer
 from lmkern.data.shards import TOKENIZER
 from lmkern.data.tokenizer import END_OF_TEXT_ID
@@ -17,7 +18,6 @@ from lmkern.files import write_json
 from lmkern.generation import generate, stream_text
 from lmkern.jobs.timings import timed
 from lmkern.report.run import Run, read_run
-from lmkern.training.ceiling import choose_device
 from lmkern.training.run_folder import EVALUATION, MODEL, SAMPLES
 
 Progress = Callable[[str, int, int], None]

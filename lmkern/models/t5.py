@@ -86,19 +86,22 @@ class T5Cache:
 
         Where several rows share one source, those that come to lie side by side must too: ValueError.
         """
+        if self.memory:
+            self._reorder_memory(rows)
         for layer in self.layers:
             layer.reorder(rows)
-        old, self.batch = self.batch, rows.shape[0]
-        if not self.memory:
-            return
-        sources = self.memory[0][0].shape[0]
-        shared = rows.view(-1, old // sources) // (old // sources)  # (sources, rows a source)
-        if not torch.equal(shared, shared[:, :1].expand_as(shared)):
+        self.batch = rows.shape[0]
+
+    def _reorder_memory(self, rows: Tensor) -> None:
+        before = self.memory[0][0].shape[0]
+        beams = self.batch // before
+        sources = rows[::beams] // beams
+        if not torch.equal(sources.repeat_interleave(beams), rows // beams):
             raise ValueError(
-                f"T5Cache.reorder: each {old // sources} rows side by side must be of one source; got {rows}"
+                f"T5Cache.reorder: each {beams} rows side by side must be of one source; got {rows.tolist()}"
             )
-        if not torch.equal(shared[:, 0], torch.arange(sources, device=rows.device)):
-            self.memory = [(k[shared[:, 0]], v[shared[:, 0]]) for k, v in self.memory]
+        if not torch.equal(sources, torch.arange(before, device=rows.device)):
+            self.memory = [(k[sources], v[sources]) for k, v in self.memory]
 
 
 class T5(nn.Module):

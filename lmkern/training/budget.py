@@ -5,11 +5,11 @@ import time
 
 import torch
 
+from lmkern.ceiling import choose_device, choose_dtype
 from lmkern.data import Dataset
-from lmkern.training.ceiling import choose_device, choose_dtype
+from lmkern.memory import keep_freed_memory
 from lmkern.training.config import RunConfig
 from lmkern.training.loop import check_fits, cpu_threads
-from lmkern.training.memory import keep_freed_memory
 from lmkern.training.trainer import Trainer
 
 # A stage is measured for so many steps after the first, or until this many seconds have passed.

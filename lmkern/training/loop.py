@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
+from lmkern.ceiling import choose_device, choose_dtype, measure_ceiling
 from lmkern.data import Dataset
 from lmkern.data.shards import TOKENIZER
+from lmkern.memory import keep_freed_memory
 from lmkern.models import save
-from lmkern.training.ceiling import choose_device, choose_dtype, measure_ceiling
 from lmkern.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lmkern.training.config import RunConfig
 from lmkern.training.interruption import Interruption
-from lmkern.training.memory import keep_freed_memory
 from lmkern.training.metrics import MetricsLog, rewind_metrics
 from lmkern.training.progress import ProgressLine, Smoothed, readable_count, readable_seconds
 from lmkern.training.run_folder import (

@@ -339,11 +339,8 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0}
             "position_embedding_type: expected 'abs",
         ),
         ("bert-sequence", {"id2label": {"0": "size"}}, "id2label: expected at least 2 labels"),
-        (
-            "t5",
-            {"feed_forward_proj": "gated-tanh"},
-            "feed_forward_proj: expected relu or .*; got 'gated-tanh'",
-        ),
+        ("t5", {"feed_forward_proj": "gated-tanh"}, "feed_forward_proj: expected relu or .*'gated-tanh'"),
+        ("t5", {"eos_token_id": [1, 2]}, r"eos_token_id: expected one token; got \[1, 2\]"),
     ],
 )
 def test_what_the_config_asks_for_and_is_not_served_is_named(case, changes, message, folder):

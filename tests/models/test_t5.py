@@ -105,6 +105,9 @@ def test_rows_of_two_sources_are_not_mixed():
             ValueError, match=r"T5Cache\.reorder: each 2 rows side by side must be of one source"
         ):
             cache.reorder(torch.tensor([0, 2, 1, 3, 4, 5]))
+        with pytest.raises(ValueError, match=r"of one source; got \[0, 1, 2\]"):
+            cache.reorder(torch.tensor([0, 1, 2]))
+        assert cache.layers[0].batch == cache.batch == 6
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])

@@ -223,7 +223,8 @@ def read_t5(fields: Fields) -> T5Config:
     # Whether logits are scaled was told by the tying of embedding and head before it had a field of its own.
     scaled = fields.get("scale_decoder_outputs", fields.get("tie_word_embeddings", True))
     layers = fields.get("num_layers", 6)
-    pad = fields.get("pad_token_id", 0)
+    pad, end = fields.get("pad_token_id", 0), fields.get("eos_token_id", 1)
+    fields.require("eos_token_id", isinstance(end, int), "one token")
     return T5Config(
         vocab_size=fields.get("vocab_size", 32128),
         layers=layers,
@@ -240,7 +241,7 @@ def read_t5(fields: Fields) -> T5Config:
         eps=fields.get("layer_norm_epsilon", 1e-6),
         pad=pad,
         start=fields.get("decoder_start_token_id", pad),
-        end=fields.get("eos_token_id", 1),
+        end=end if isinstance(end, int) else 1,
     )
 
 

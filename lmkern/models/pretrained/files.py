@@ -16,7 +16,7 @@ WEIGHTS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 
 
-def find(name: str) -> Path:
+def find(name: str, *, allow_pickle: bool) -> Path:
     """The folder name, or the snapshot of the repository name on the Hugging Face hub."""
     folder = Path(name)
     if folder.is_dir():
@@ -30,7 +30,8 @@ def find(name: str) -> Path:
             f"from_pretrained: {name} is no folder here, and the hub needs huggingface_hub: "
             "pip install 'lmkern[hf]'"
         ) from error
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", f"{PICKLE[:-4]}*.bin"]))
+    patterns = ["*.json", "*.safetensors", *(["pytorch_model*.bin"] if allow_pickle else [])]
+    return Path(snapshot_download(name, allow_patterns=patterns))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def read_tensors(folder: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
         )
     raise FileNotFoundError(
         f"from_pretrained: expected {folder / WEIGHTS} or its shards beside {WEIGHTS}.index.json; "
-        "there is no such file"
+        "there is no such file. Pickle is looked for with allow_pickle=True alone"
     )
 
 
