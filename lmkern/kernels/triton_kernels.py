@@ -88,7 +88,7 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    """By Lambert's continued fraction x / (1 + x^2 / (3 + x^2 / (5 + ...))) where 1 - 2 / (e^2x + 1) cancels."""
+    """1 - 2 / (e^2x + 1), and where that cancels Lambert's x / (1 + x^2 / (3 + x^2 / (5 + ...)))."""
     square = tl.where(tl.abs(x) < 0.5, x * x, 0.0)
     if x.dtype == tl.float64:
         # To the term with 15: what is left out is under 2^-62 of it.

@@ -80,24 +80,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def checked(x: Tensor) -> bool:
-    """Whether what x holds is looked at before a kernel uses it as an index.
-
-    On the CPU it costs nothing. On a GPU the host would wait for the device, so it is done on request alone,
-    LMKERN_CHECKED=1; without, a kernel gives NaN for an index out of range and never reads beyond a tensor.
-    """
-    return x.device.type == "cpu" or os.environ.get("LMKERN_CHECKED", "0").lower() in ("1", "true", "on", "yes")
-
-
-def check_range(op: str, name: str, index: Tensor, count: int) -> None:
-    """IndexError in words unless index lies in [0, count), where that is looked at."""
-    if not index.numel() or not checked(index):
-        return
-    low, high = (int(bound) for bound in index.aminmax())
-    if low < 0 or high >= count:
-        raise IndexError(f"{op}: {name} must lie in [0, {count}); got {low} to {high}")
-
-
 def widen(dtype: torch.dtype) -> bool:
     """Whether kernels must multiply in float32 and round by hand.
 

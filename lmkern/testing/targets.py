@@ -14,7 +14,6 @@ import torch
 from lmkern.kernels import backends, native, triton_runtime
 from lmkern.testing.interpreter import quicken
 
-
 Item = TypeVar("Item")
 
 

@@ -13,7 +13,7 @@ __all__ = ["NOTE", "backward", "constants", "forward", "unavailable", "unsupport
 
 NOTE = triton_runtime.NOTE
 
-# Elements that a program works on at once, of which no more columns than this, and the threads that share them.
+# Elements that a program works on at once, columns among them at most, and the threads that share them.
 TILE = {"forward": 4096, "backward": 2048}
 BLOCK_F = 1024
 NUM_WARPS = 4
@@ -61,9 +61,7 @@ def backward(
     programs = -(-R // options["BLOCK_R"])
     if needs[1]:
         # Few enough for their sums to be little, and as many as are resident at once.
-        programs = min(
-            programs, max(1, triton_runtime.processors(x.device) * RESIDENT // max(1, blocks))
-        )
+        programs = min(programs, max(1, triton_runtime.processors(x.device) * RESIDENT // max(1, blocks)))
     dx = x.new_empty(R, width) if needs[0] else None
     dbias = x.new_empty(programs, width, dtype=triton_runtime.compute_dtype(x)) if needs[1] else None
     if programs and blocks and any(needs):

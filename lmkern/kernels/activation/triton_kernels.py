@@ -8,7 +8,6 @@ import triton.language as tl
 
 from lmkern.kernels.triton_kernels import compute_dtype, load_rows, sigmoid, store_rows
 
-
 # k(t) of _normal_tail with c = 0.264, by powers of t: as in csrc/simd/elementary.hpp, to 1.4e-8.
 TAIL = tl.constexpr(
     (

@@ -1,6 +1,6 @@
 """Embedding on GPUs through Triton: grids, block sizes, allocation, and the order of the tokens.
 
-No atomics: torch sorts the tokens, keeping the order of equal ones, and each row of the gradient has one owner.
+No atomics: torch sorts the tokens, keeping the order of equal ones, and a row of the gradient has one owner.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lmkern.kernels import triton_runtime
 from lmkern.kernels.backends import Call
+from lmkern.kernels.checked import check_range
 
 __all__ = ["NOTE", "backward", "constants", "forward", "unavailable", "unsupported"]
 
@@ -33,7 +34,7 @@ def forward(tokens: Tensor, weight: Tensor) -> Tensor:
     from lmkern.kernels.embedding import triton_kernels
 
     (N,), (V, E) = tokens.shape, weight.shape
-    triton_runtime.check_range("embedding", "tokens", tokens, V)
+    check_range("embedding", "tokens", tokens, V)
     y = weight.new_empty(N, E)
     options = constants("forward", E)
     grid = (-(-N // options["BLOCK_N"]), -(-E // options["BLOCK_E"]))

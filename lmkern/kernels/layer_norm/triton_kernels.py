@@ -51,9 +51,7 @@ def forward_kernel(
     if residual_ptr is not None:
         if seed_ptr is not None:
             x *= keep_factors(seed_ptr, threshold, keep_scale, rows, 0, x.dtype, BLOCK_E)
-        h = rounded(
-            load_rows(residual_ptr, rows, R, stride_residual, columns, E) + x, h_ptr.dtype.element_ty
-        )
+        h = rounded(load_rows(residual_ptr, rows, R, stride_residual, columns, E) + x, h_ptr.dtype.element_ty)
         store_rows(h_ptr, h, rows, R, E, columns, E)
         x = wide(h)
     if mean_ptr is not None:
@@ -62,9 +60,7 @@ def forward_kernel(
         x = tl.where((columns < E)[None, :], x - mean[:, None], 0.0)
         tl.store(mean_ptr + rows, mean, mask=rows < R)
     rstd = _reciprocal_root(tl.sum(x * x, 1) / E, eps)
-    y = _shifted(
-        x * rstd[:, None] * _factors(weight_ptr, offset, columns, E, x.dtype), bias_ptr, columns, E
-    )
+    y = _shifted(x * rstd[:, None] * _factors(weight_ptr, offset, columns, E, x.dtype), bias_ptr, columns, E)
     store_rows(y_ptr, y, rows, R, E, columns, E)
     tl.store(rstd_ptr + rows, rstd, mask=rows < R)
 

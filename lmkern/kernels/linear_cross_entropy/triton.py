@@ -1,7 +1,7 @@
 """Linear + cross-entropy on GPUs, by chunks of tokens whose logits are held one chunk at a time.
 
-torch multiplies matrices; a Triton kernel of lmkern/kernels/cross_entropy turns a chunk's logits into its loss
-and, in their place, their gradient. Beyond results and the float32 sums of the weight's gradient this takes
+torch multiplies matrices; a kernel of lmkern/kernels/cross_entropy turns a chunk's logits into its loss and,
+in their place, their gradient. Beyond results and the float32 sums of the weight's gradient this takes
 the logits of one chunk.
 """
 
@@ -20,8 +20,8 @@ __all__ = ["NOTE", "backward", "forward", "unavailable", "unsupported"]
 
 NOTE = triton_runtime.NOTE
 
-# A chunk's logits take at most so many bytes, unless it has this few tokens. The weight's gradient is read and
-# written once a chunk: in bfloat16, 1536 tokens of 131,072 classes are work enough to hide that.
+# A chunk's logits take at most so many bytes, unless it has this few tokens. The weight's gradient is read
+# and written once a chunk: in bfloat16, 1536 tokens of 131,072 classes are work enough to hide that.
 CHUNK_BYTES = 384 * 2**20
 MIN_CHUNK_TOKENS = 128
 # Tokens of a chunk are rounded up to a tile of a product.
