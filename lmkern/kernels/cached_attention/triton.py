@@ -21,14 +21,16 @@ NOTE = triton_runtime.NOTE
 
 MAX_HEAD_DIM = 256
 
-# Keys of a range. 32 sequences' heads of 4096 keys are 512 programs, and the partial results of a query take a
-# 64th of the bytes of the keys and values in bfloat16.
+# Keys of a range. 4096 keys of 8 key/value heads are 128 programs, about one a multiprocessor of the largest
+# GPUs. A query's partial results take a 256th of the bytes of the keys and values in bfloat16.
 SPLIT = 256
 
 # (BLOCK_N, num_warps, num_stages) by (bytes an element, BLOCK_D): a block of keys of at most 32 KB.
 TILES = {
-    (2, 16): (128, 4, 3), (2, 32): (128, 4, 3), (2, 64): (128, 4, 3), (2, 128): (64, 4, 3), (2, 256): (32, 4, 3),
-    (4, 16): (64, 4, 3), (4, 32): (64, 4, 3), (4, 64): (64, 4, 2), (4, 128): (32, 4, 2), (4, 256): (16, 4, 2),
+    (2, 16): (128, 4, 3), (2, 32): (128, 4, 3), (2, 64): (128, 4, 3),
+    (2, 128): (64, 4, 3), (2, 256): (32, 4, 3),
+    (4, 16): (64, 4, 3), (4, 32): (64, 4, 3), (4, 64): (64, 4, 2),
+    (4, 128): (32, 4, 2), (4, 256): (16, 4, 2),
 }  # fmt: skip
 
 # Rows, the queries of all heads that share a key, of a program: a matrix product takes at least 16.
@@ -72,7 +74,7 @@ def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> tu
     left = None if options.left is None else min(options.left, N_max)
     with triton_runtime.device_of(q):
         if splits:
-            triton_kernels.split_kernel[(splits, B * H_kv, -(-rows // chosen["BLOCK_M"]))](
+            triton_kernels.split_kernel[(B * H_kv, splits, -(-rows // chosen["BLOCK_M"]))](
                 q, *q.stride(), k_cache, *k_cache.stride(), v_cache, *v_cache.stride(),
                 sums, row_max, row_sum, options.lengths,
                 table, 0 if table is None else table.stride(0), k_cache.shape[0], page_size,

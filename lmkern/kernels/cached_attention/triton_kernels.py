@@ -19,7 +19,7 @@ RUNTIME = [
 @triton.jit(do_not_specialize=RUNTIME)
 def split_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn, stride_qd,  # (B, H, N_q, D)
-    k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,  # (B, H_kv, N_max, D); pages: (pages, H_kv, page_size, D)
+    k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,  # (B, H_kv, N_max or page_size, D)
     v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,
     sums_ptr,  # (B, H, N_q, splits, D) float32
     row_max_ptr, row_sum_ptr,  # (B, H, N_q, splits) float32
@@ -34,13 +34,13 @@ def split_kernel(
     BLOCK_N: tl.constexpr,  # keys
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program per range of SPLIT keys; grid (splits, B * H_kv, ceil(H / H_kv * N_q / BLOCK_M)).
+    """One program per range of SPLIT keys; grid (B * H_kv, splits, ceil(H / H_kv * N_q / BLOCK_M)).
 
     Leaves the softmax of its range as row_max, row_sum and the sums of weighted values, for combine_kernel.
     Ranges begin at multiples of SPLIT whatever the cache holds, so a result has the same bits in every batch.
     """
-    split = tl.program_id(0)
-    batch, head_kv = tl.program_id(1) // H_kv, tl.program_id(1) % H_kv
+    batch, head_kv = tl.program_id(0) // H_kv, tl.program_id(0) % H_kv
+    split = tl.program_id(1)
     rows = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     group = H // H_kv
     there = rows < group * N_q
@@ -58,9 +58,11 @@ def split_kernel(
     start = tl.maximum(split * SPLIT, first // BLOCK_N * BLOCK_N)
     stop = tl.minimum((split + 1) * SPLIT, n)
 
-    q_rows = batch.to(tl.int64) * stride_qb + heads.to(tl.int64) * stride_qh + queries.to(tl.int64) * stride_qn
-    inside = there[:, None] & (columns < D)[None, :]
-    q = tl.load(q_ptr + q_rows[:, None] + columns[None, :] * stride_qd, mask=inside, other=0.0)
+    q_rows = (
+        batch.to(tl.int64) * stride_qb + heads.to(tl.int64) * stride_qh + queries.to(tl.int64) * stride_qn
+    )
+    q_inside = there[:, None] & (columns < D)[None, :]
+    q = tl.load(q_ptr + q_rows[:, None] + columns[None, :] * stride_qd, mask=q_inside, other=0.0)
     slopes = 0.0
     if alibi_ptr is not None:
         slopes = tl.load(alibi_ptr + heads, mask=there, other=0.0) * unit
@@ -110,8 +112,8 @@ def split_kernel(
     tl.store(row_max_ptr + results, row_max, mask=there)
     tl.store(row_sum_ptr + results, row_sum, mask=there)
     # combine_kernel does not read the sums of a range without a visible key.
-    inside = (there & (row_sum != 0.0))[:, None] & (columns < D)[None, :]
-    tl.store(sums_ptr + results[:, None] * D + columns[None, :], acc, mask=inside)
+    q_inside = q_inside & (row_sum != 0.0)[:, None]
+    tl.store(sums_ptr + results[:, None] * D + columns[None, :], acc, mask=q_inside)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
