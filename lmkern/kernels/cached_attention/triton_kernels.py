@@ -63,7 +63,6 @@ def split_kernel(
     )
     q_inside = there[:, None] & (columns < D)[None, :]
     q = tl.load(q_ptr + q_rows[:, None] + columns[None, :] * stride_qd, mask=q_inside, other=0.0)
-    slopes = 0.0
     if alibi_ptr is not None:
         slopes = tl.load(alibi_ptr + heads, mask=there, other=0.0) * unit
 
