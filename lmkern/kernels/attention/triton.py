@@ -52,6 +52,12 @@ TILES: dict[str, dict[tuple[int, int], tuple[int, int, int, int]]] = {
     },
 }  # fmt: skip
 
+# What a program reads or makes beside each score takes registers and shared memory: it has smaller tiles then.
+BESIDE: dict[str, tuple[int, int, int, int]] = {
+    "forward": (64, 32, 4, 2), "dq": (64, 32, 4, 2), "dk_dv": (32, 64, 8, 2), "dbias": (32, 32, 4, 1),
+    "drelative": (16, 32, 4, 1),
+}  # fmt: skip
+
 # Rows of the element-wise kernel that makes delta.
 DELTA_ROWS = 64
 
@@ -165,8 +171,12 @@ def constants(kernel: str, q: Tensor, options: Options) -> dict[str, Any]:
     """The compile-time arguments and launch options of a kernel of TILES."""
     head_dim, block_d = q.shape[3], _block_d(q.shape[3])
     tile = TILES[kernel][q.dtype.itemsize, max(block_d, 32)]
-    default = dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile, strict=True))
     shape_class = f"{q.dtype.itemsize}-{max(block_d, 32)}"
+    if any(x is not None for x in (options.bias, options.mask, options.relative_bias, options.seed)):
+        smaller = (min(sizes) for sizes in zip(tile[:2], BESIDE[kernel][:2], strict=True))
+        tile = (*smaller, *BESIDE[kernel][2:])
+        shape_class += "-beside"
+    default = dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile, strict=True))
     return {
         "D": head_dim,
         "HAS_LEFT": options.left is not None,
