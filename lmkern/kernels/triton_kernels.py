@@ -106,17 +106,25 @@ def tanh(x):
 
 @triton.jit
 def keep_factors(
-    seed_ptr, threshold, keep_scale, rows, first_column, dtype: tl.constexpr, BLOCK_E: tl.constexpr
+    seed_ptr,
+    threshold,
+    keep_scale,
+    rows,
+    first_column,
+    dtype: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    head=0,
+    sequence=0,
 ):
     """What dropout multiplies rows by, from first_column (a multiple of 8) on: keep_scale or 0.
 
     (len(rows), BLOCK_E) of the elements that lmkern.kernels.philox.keep_mask keeps: Philox's counter is
-    (column // 8, row, 0, 0), and a column takes 16 of its 128 bits.
+    (column // 8, row, head, sequence), and a column takes 16 of its 128 bits.
     """
     blocks = first_column // 8 + tl.arange(0, BLOCK_E // 8)
     zero = tl.zeros([1, 1], tl.int32)
     word0, word1, word2, word3 = tl.philox(
-        tl.load(seed_ptr), blocks[None, :], rows[:, None].to(tl.int32), zero, zero
+        tl.load(seed_ptr), blocks[None, :], rows[:, None].to(tl.int32), zero + head, zero + sequence
     )
     # A join makes a new last dimension: they stand for the bits 2, 1 and 0 of a column's number.
     words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
