@@ -92,7 +92,10 @@ def command(argv: Sequence[str]) -> Train:
         pairs = manifest["format"] == PAIRS_FORMAT
         if (options.architecture or ("t5" if pairs else "gpt")) == "t5":
             defaults["model"] = T5Config(
-                vocab_size=manifest["vocab_size"], start=END_OF_TEXT_ID, end=END_OF_TEXT_ID
+                vocab_size=manifest["vocab_size"],
+                start=END_OF_TEXT_ID,
+                end=END_OF_TEXT_ID,
+                scaled_scores=True,
             )
         else:
             defaults["model"] = replace(GPTConfig(), vocab_size=manifest["vocab_size"])

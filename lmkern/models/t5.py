@@ -43,6 +43,9 @@ class T5Config:
     """Rows of the table of the relative bias."""
     max_distance: int = 128
     """Tokens from which on all distances share a bucket."""
+    scaled_scores: bool = False
+    """Scores are divided by sqrt(D), as in other Transformers. T5's are not: its queries need a learning rate
+    that is smaller by that, and Adam saturates the softmax at any that suits the rest."""
     tied: bool = True
     """The embedding is the head too."""
     scaled: bool = True
@@ -140,6 +143,8 @@ class T5(nn.Module):
             nn.init.normal_(self.head.weight)
         for table in (self.encoder_bias, self.decoder_bias):
             nn.init.normal_(table, std=1 / math.sqrt(self.config.width))
+        if self.config.scaled_scores:
+            return
         # Scores are not divided by sqrt(D): the queries begin smaller by that.
         with torch.no_grad():
             for module in self.modules():
@@ -281,7 +286,7 @@ def _block(config: T5Config, *, decoder: bool) -> Block:
         causal=decoder,
         cross=decoder,
         norm="rms",
-        softmax_scale=1.0,
+        softmax_scale=None if config.scaled_scores else 1.0,
         activation=config.activation,
         dropout=config.dropout,
         weight_dropout=config.dropout,

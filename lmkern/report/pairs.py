@@ -34,7 +34,7 @@ def splits(run: Run) -> str:
     header = ("split", *(field.replace("_", " ") for field in fields))
     return (
         f"{table(header, rows, numbers=(1, 2, 3, 4))}\n\nOf the training pairs those are removed that have "
-        "an empty side, stand twice, or stand in validation or test; pairs given for these two all stay."
+        "an empty side, stand twice, or stand in validation or test; given validation and test pairs stay."
     )
 
 

@@ -207,7 +207,11 @@ def _features(options: Options, heads: int) -> list[Any]:
     relative = options.relative_bias
     shared = relative is None or relative.shape[0] == 1
     radius = 0 if relative is None else relative.shape[1] // 2
-    arguments += [None if relative is None else relative.contiguous(), 0 if shared else 2 * radius + 1, radius]
+    arguments += [
+        None if relative is None else relative.contiguous(),
+        0 if shared else 2 * radius + 1,
+        radius,
+    ]
     if options.dropout_p and options.seed is not None and philox.threshold(options.dropout_p):
         p = options.dropout_p
         return [*arguments, options.seed, philox.threshold(p), philox.keep_scale(p)]

@@ -299,7 +299,16 @@ def backward_dk_dv_kernel(
     group = H // H_kv
     # The first keys are seen by the most queries: longest first.
     sequence, block, first_q, n_q, first_k, n_k, offset = sequence_of(
-        program % blocks, batch, N_q, N_k, cu_q_ptr, cu_k_ptr, sequence_ptr, first_block_ptr, sequences, TOP_LEFT
+        program % blocks,
+        batch,
+        N_q,
+        N_k,
+        cu_q_ptr,
+        cu_k_ptr,
+        sequence_ptr,
+        first_block_ptr,
+        sequences,
+        TOP_LEFT,
     )
     first_key = block * BLOCK_N
     keys = first_key + tl.arange(0, BLOCK_N)
