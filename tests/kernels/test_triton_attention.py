@@ -1,4 +1,4 @@
-"""Triton's attention over drawn combinations of features, in the interpreter, against the reference in float64.
+"""Triton's attention over drawn combinations of features, in the interpreter, against float64.
 
 Blocks are 16 wide, so that a few tokens are several blocks.
 """
