@@ -1,9 +1,9 @@
-"""Hugging Face's transformers on lmkern's kernels: `attn_implementation="lmkern"`, and what `patch` knows of them.
+"""transformers' models on lmkern's kernels: `attn_implementation="lmkern"`, and what `patch` knows of them.
 
-Importing this file registers "lmkern" in transformers' registries of attentions and of masks. Both are needed:
-without its mask function no mask reaches the attention, and padded batches are silently wrong. The mask says as
-little as it can: nothing for a batch without padding, a boolean (B, 1, 1, N_k) for padded keys, and only for
-other patterns (static caches, packed sequences) a boolean (B, 1, N_q, N_k).
+Importing this file registers "lmkern" in transformers' registries of attentions and of masks. Both are
+needed: without its mask function no mask reaches the attention, and padded batches are silently wrong. The
+mask says as little as it can: nothing for a batch without padding, a boolean (B, 1, 1, N_k) for padded keys,
+and only for other patterns (static caches, packed sequences) a boolean (B, 1, N_q, N_k).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def lmkern_mask(
     allow_is_bidirectional_skip: bool = False,
     **options: Any,
 ) -> Tensor | None:
-    """transformers' mask function for `lmkern_attention`; arguments as `transformers.masking_utils.sdpa_mask`.
+    """transformers' mask function for `lmkern_attention`; arguments as transformers' sdpa_mask.
 
     Returns None where the attention's own causal flag and window say all; boolean (B, 1, 1, N_k), True: seen,
     where they and the padding do; else boolean (B, 1, N_q, N_k) that says all by itself.
@@ -172,9 +172,6 @@ def register() -> None:
         ) from error
     AttentionInterface.register(NAME, lmkern_attention)
     AttentionMaskInterface.register(NAME, lmkern_mask)
-
-
-# -- what patch knows ------------------------------------------------------------------------------------
 
 
 class _Ours:
@@ -339,12 +336,16 @@ def _swap_feed_forward(module: nn.Module) -> Undo | str:
         return f"its first layer is a {type(first).__name__}"
     x = torch.linspace(-6, 6, 97, dtype=torch.float32)
     with torch.no_grad():
-        function = next((name for name, f in _FUNCTIONS.items() if torch.allclose(act(x), f(x), atol=1e-6)), None)
+        function = next(
+            (name for name, f in _FUNCTIONS.items() if torch.allclose(act(x), f(x), atol=1e-6)), None
+        )
     if function is None:
         return f"its activation {type(act).__name__} is none of {', '.join(_FUNCTIONS)}"
     width = first.weight.shape[1 if isinstance(first, nn.Linear) else 0]
     cls = _subclass(type(module), forward=_feed_forward(parts, function))
-    return _swap_if_same(module, width, cls) or f"{type(module).__name__} computes something else than we would"
+    return (
+        _swap_if_same(module, width, cls) or f"{type(module).__name__} computes something else than we would"
+    )
 
 
 # Attention, known by its use of the registry; its rotary embedding and T5's bias on the way.
@@ -375,9 +376,13 @@ def _swap_attention(module: nn.Module) -> Undo | str:
     rope = forward.__globals__.get("apply_rotary_pos_emb")
     if "apply_rotary_pos_emb" in forward.__code__.co_names and rope is not None and _turns_halves(rope):
         methods["forward"] = _with_rotary(forward)
-    if hasattr(cls, "_relative_position_bucket") and "past_seen_tokens" in inspect.signature(
-        cls.compute_bias  # type: ignore[attr-defined]
-    ).parameters:
+    if (
+        hasattr(cls, "_relative_position_bucket")
+        and "past_seen_tokens"
+        in inspect.signature(
+            cls.compute_bias  # type: ignore[attr-defined]
+        ).parameters
+    ):
         methods["compute_bias"] = _compute_bias(cls)
         methods["forward"] = _without_zero_bias(cls)
     config: Any = module.config

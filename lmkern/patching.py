@@ -73,10 +73,11 @@ def swap_class(module: nn.Module, cls: type[nn.Module]) -> Undo:
 def patch(model: nn.Module, *, verbose: bool = True) -> Patch:
     """Puts every module of model for which there is a rule on lmkern's kernels, in place, from the top down.
 
-    Of transformers' models: attention, rotary embedding, feed-forwards, RMS norms and the language models' loss
-    (`lmkern.huggingface`). Of torch.nn: the Transformer and its parts, MultiheadAttention, LayerNorm, RMSNorm and Embedding. A module
-    of a subclass of these is left, since it may compute something else. Further rules stand in `RULES`; the
-    first that matches a module decides. Losses and other functions that a forward calls are not touched.
+    Of transformers' models: attention, rotary embedding, feed-forwards, RMS norms and the language models'
+    loss (`lmkern.huggingface`). Of torch.nn: the Transformer and its parts, MultiheadAttention, LayerNorm,
+    RMSNorm and Embedding. A module of a subclass of these is left, since it may compute something else.
+    Further rules stand in `RULES`; the first that matches a module decides. Other losses and functions that a
+    forward calls are not touched.
 
     Returns a `Patch`, printed unless verbose is False. Patching twice changes nothing more. If a rule raises,
     all is as before. Patch before torch.compile.

@@ -103,7 +103,6 @@ def test_patched_models_agree_with_eager_attention_and_undo(name: str, padding: 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_registered_attention_alone_agrees_with_eager(name: str, padding: str) -> None:
-    import lmkern.huggingface
 
     model, inputs = make(name), batch(padding)
     theirs = results(model, inputs)

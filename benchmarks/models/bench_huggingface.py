@@ -38,7 +38,10 @@ def make(name: str, dropout: float) -> tuple[Any, dict[str, torch.Tensor]]:
         return t.BertForMaskedLM(config), {"input_ids": tokens, "labels": labels}
     config = t.T5Config(dropout_rate=dropout, decoder_start_token_id=0)
     inputs = torch.randint(2, 32128, (8, 512))
-    return t.T5ForConditionalGeneration(config), {"input_ids": inputs, "labels": torch.randint(2, 32128, (8, 128))}
+    return t.T5ForConditionalGeneration(config), {
+        "input_ids": inputs,
+        "labels": torch.randint(2, 32128, (8, 128)),
+    }
 
 
 def main() -> None:
@@ -72,7 +75,9 @@ def main() -> None:
             print(f"step {step} {side}: loss {loss.item():.4f}, {times[side][-1]:.2f} s", flush=True)
     medians = {side: statistics.median(seconds[1:] or seconds) for side, seconds in times.items()}
     if len(medians) == 2:
-        print(f"{arguments.model} dropout {arguments.dropout}: {medians['theirs'] / medians['ours']:.2f} times as fast")
+        print(
+            f"{arguments.model} dropout {arguments.dropout}: {medians['theirs'] / medians['ours']:.2f} times as fast"
+        )
     print(f"peak resident: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 
 
