@@ -63,7 +63,7 @@ def lmkern_mask(
     if allow_is_bidirectional_skip and mask_function is theirs.bidirectional_mask_function:
         implied = True
     elif allow_is_causal_skip and (mask_function is theirs.causal_mask_function or _is_window(mask_function)):
-        # The attention counts from the last query and the last key; a static cache has empty rows behind them.
+        # The attention counts from the last key; a static cache has empty rows behind it.
         tracing = isinstance(q_offset, Tensor) and theirs.is_tracing(q_offset)
         implied = not tracing and int(q_offset) + q_length == kv_offset + kv_length
     else:
@@ -113,12 +113,12 @@ def lmkern_attention(
     """transformers' attention function on `lmkern.attention`.
 
     query: (B, H, N_q, D); key, value: (B, H_kv, N_k, D); values may have another width.
-    attention_mask: what `lmkern_mask` gave, or a caller's own, boolean (True: seen) or floating (added). With
-        a boolean (B, 1, 1, N_k) beside several queries a causal module stays causal; any other says all.
-    position_bias: (1 or B, H, N_q, N_k), T5's; or (1, H, 1, 2 R + 1) as `lmkern.attention(relative_bias=...)`.
+    attention_mask: what `lmkern_mask` gave, or a caller's own, boolean (True: seen) or floating (added).
+        With a boolean (B, 1, 1, N_k) beside several queries a causal module stays causal; any other says all.
+    position_bias: (1 or B, H, N_q, N_k), T5's; or (1, H, 1, 2 R + 1), a relative bias.
     s_aux: (H,) sinks.
 
-    Returns (B, N_q, H, D_v), and None for the weights, which are never held: ValueError if they are asked for.
+    Returns (B, N_q, H, D_v), and None for the weights; ValueError if they are asked for.
     """
     if options.get("output_attentions"):
         raise ValueError(

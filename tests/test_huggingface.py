@@ -24,8 +24,8 @@ BERT = {
     "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
 GPT2 = {
-    **SMALL, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
-    "embd_pdrop": 0.0,
+    **SMALL, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "attn_pdrop": 0.0,
+    "resid_pdrop": 0.0, "embd_pdrop": 0.0,
 }  # fmt: skip
 T5 = {
     "vocab_size": 67, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
