@@ -162,7 +162,7 @@ def lmkern_attention(
 
 
 def register() -> None:
-    """Makes `attn_implementation="lmkern"` known to transformers. ImportError if its masks are no registry."""
+    """Makes `attn_implementation="lmkern"` known to transformers; ImportError without registries."""
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:
@@ -532,9 +532,10 @@ def _training_forward(self: Any, theirs: Any, kind: str | None, labels: Tensor, 
     options = {key: extra.pop(key, None) for key in ("num_items_in_batch", "shift_labels")}
     ignore_index = extra.pop("ignore_index", -100)
     as_tuple = named.pop("return_dict", extra.pop("return_dict", None)) is False
-    if kind == "plain" and hasattr(self, "prepare_decoder_input_ids_from_labels"):
-        if named.get("decoder_input_ids") is None and named.get("decoder_inputs_embeds") is None:
-            named["decoder_input_ids"] = self.prepare_decoder_input_ids_from_labels(labels=labels)
+    given_decoder = ("decoder_input_ids", "decoder_inputs_embeds")
+    shifts = kind == "plain" and hasattr(self, "prepare_decoder_input_ids_from_labels")
+    if shifts and all(named.get(key) is None for key in given_decoder):
+        named["decoder_input_ids"] = self.prepare_decoder_input_ids_from_labels(labels=labels)
     head = self.get_output_embeddings()
     with _without_logits(head) as inputs:
         outputs = theirs(self, **named, **extra, return_dict=True)

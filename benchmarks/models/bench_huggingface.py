@@ -76,7 +76,8 @@ def main() -> None:
     medians = {side: statistics.median(seconds[1:] or seconds) for side, seconds in times.items()}
     if len(medians) == 2:
         print(
-            f"{arguments.model} dropout {arguments.dropout}: {medians['theirs'] / medians['ours']:.2f} times as fast"
+            f"{arguments.model}, dropout {arguments.dropout}: "
+            f"{medians['theirs'] / medians['ours']:.2f} times as fast"
         )
     print(f"peak resident: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 
