@@ -20,7 +20,7 @@ LAYERS = (
     "jobs", "cli",
 )  # fmt: skip
 BESIDE = {"testing"}
-COMMON = {"files", "machine"}
+COMMON = {"ceiling", "files", "machine", "memory"}
 
 # Packages that take long to import or that not every machine has: imported inside functions.
 HEAVY = {"matplotlib", "triton", "transformers"}

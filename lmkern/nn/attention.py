@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmkern.nn.dropout import Dropout
 from lmkern.nn.positions import Rotary
 from lmkern.nn.state_dict import LoadsWhole
 from lmkern.ops import attention, cached_attention
@@ -51,16 +52,28 @@ class KeyValueCache:
         self.length = end
         return self._keys[:, :, :end], self._values[:, :, :end]
 
+    def reorder(self, rows: Tensor) -> None:
+        """Sequence b becomes what sequence rows[b] was. rows: (new B,) int64, in any order, also repeated."""
+        self.batch = rows.shape[0]
+        if not self._keys.numel():
+            return
+        for name in ("_keys", "_values"):
+            old: Tensor = getattr(self, name)
+            new = old.new_empty(self.batch, *old.shape[1:])
+            new[:, :, : self.length] = old[:, :, : self.length][rows.to(old.device)]
+            setattr(self, name, new)
+
 
 class SelfAttention(nn.Module):
-    """Causal self-attention with grouped heads, rotary positions and a cache.
+    """Self-attention with grouped heads, rotary positions, a relative bias, padding and a cache.
 
-    width: E, a multiple of heads. heads: H. kv_heads: H_kv, default H; H must be a multiple.
+    width: E. heads: H. kv_heads: H_kv, default H; H must be a multiple. head_dim: D, default E / H.
+    causal: a token sees those before it and itself. softmax_scale: default 1 / sqrt(D).
     rotary: rotates queries and keys, or None.
-    dropout falls on the output. The attention weights are never dropped: the kernels never hold them.
+    dropout falls on the output, weight_dropout on the attention weights. bias: of both linear maps.
 
-    qkv: (E + 2 H_kv D, E), the queries above the keys above the values; one product makes all three, and the
-    op reads them as views of it. out: (E, E). Raises ValueError for head counts that do not divide.
+    qkv: ((H + 2 H_kv) D, E), the queries above the keys above the values; one product makes all three, and
+    the op reads them as views of it. out: (E, H D). Raises ValueError for head counts that do not divide.
     """
 
     def __init__(
@@ -69,24 +82,39 @@ class SelfAttention(nn.Module):
         heads: int,
         *,
         kv_heads: int | None = None,
+        head_dim: int | None = None,
+        causal: bool = True,
+        softmax_scale: float | None = None,
         dropout: float = 0.0,
+        weight_dropout: float = 0.0,
         bias: bool = True,
         rotary: Rotary | None = None,
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
-        if heads < 1 or width % heads:
+        if heads < 1 or (head_dim is None and width % heads):
             raise ValueError(f"SelfAttention: width must be a multiple of heads; got {width}, {heads}")
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"SelfAttention: heads must be a multiple of kv_heads; got {heads}, {kv_heads}")
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, width // heads
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim or width // heads
+        self.causal, self.softmax_scale, self.weight_dropout = causal, softmax_scale, weight_dropout
         self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias=bias)
-        self.out = nn.Linear(width, width, bias=bias)
-        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(heads * self.head_dim, width, bias=bias)
+        self.dropout = Dropout(dropout)
         self.rotary = rotary
 
-    def forward(self, x: Tensor, *, cache: KeyValueCache | None = None) -> Tensor:
-        """(B, N, E) -> (B, N, E). The N tokens follow those in the cache and join it."""
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        relative_bias: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """(B, N, E) -> (B, N, E). The N tokens follow those in the cache and join it.
+
+        mask, relative_bias: as `lmkern.attention` takes them.
+        """
         counts = (self.heads, self.kv_heads, self.kv_heads)
         qkv = self.qkv(x).view(*x.shape[:2], sum(counts), self.head_dim)  # (B, N, H + 2 H_kv, D)
         if self.rotary is None:
@@ -99,11 +127,22 @@ class SelfAttention(nn.Module):
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H or H_kv, N, D)
         if cache is not None:
             k, v = cache.append(k, v)
-        few = cache is not None and q.shape[2] <= _FEW_QUERIES
-        if few and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
-            y = cast(Tensor, cached_attention(q, k, v))  # (B, H, N, D)
+        few = cache is not None and q.shape[2] <= _FEW_QUERIES and self.causal
+        plain = mask is None and relative_bias is None and not (self.training and self.weight_dropout)
+        if few and plain and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
+            y = cast(Tensor, cached_attention(q, k, v, softmax_scale=self.softmax_scale))  # (B, H, N, D)
         else:
-            y = cast(Tensor, attention(q, k, v, causal=True))
+            attended = attention(
+                q,
+                k,
+                v,
+                causal=self.causal,
+                softmax_scale=self.softmax_scale,
+                mask=mask,
+                relative_bias=relative_bias,
+                dropout_p=self.weight_dropout if self.training else 0.0,
+            )
+            y = cast(Tensor, attended)
         return self.dropout(self.out(y.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from lmkern.kernels.attention import Options
+from lmkern.kernels.checked import checked
 from lmkern.kernels.philox import threshold
 from lmkern.ops.dispatch import autocast, statistics_dtype
 
@@ -117,7 +117,7 @@ def checked_mask(name: str, what: str, mask: Tensor, q: Tensor, scores: tuple[in
 
 
 def checked_relative_bias(name: str, relative_bias: Tensor, q: Tensor, n_k: int) -> Tensor:
-    """(H or 1, 2 R + 1) in the dtype of q's statistics."""
+    """(H or 1, 2 R + 1) in the dtype of q's statistics, contiguous."""
     heads, reach = q.shape[1], max(q.shape[2], n_k) - 1
     if (
         relative_bias.dim() != 2
@@ -133,7 +133,7 @@ def checked_relative_bias(name: str, relative_bias: Tensor, q: Tensor, n_k: int)
 
 
 def checked_per_head(name: str, what: str, x: Tensor, q: Tensor) -> Tensor:
-    """(H,) in the dtype of q's statistics."""
+    """(H,) in the dtype of q's statistics, contiguous."""
     if x.shape != q.shape[1:2]:
         raise ValueError(f"{name}: {what} must be ({q.shape[1]},), one a query head; got {tuple(x.shape)}")
     return _statistics(name, what, x, q)
@@ -176,13 +176,13 @@ def check_documents(name: str, options: Options, n_q: int, n_k: int) -> None:
     """That cu_seqlens begin at 0, never fall and end at the lengths of q and k.
 
     Only on the CPU, where looking costs nothing; on a GPU it would wait for everything queued there, and is
-    done with LMKERN_CHECK=1 alone.
+    done with LMKERN_CHECKED=1 alone.
     """
     for what, x, tokens in (
         ("cu_seqlens", options.cu_seqlens_q, n_q),
         ("cu_seqlens_k", options.cu_seqlens_k, n_k),
     ):
-        if x is None or (x.device.type != "cpu" and os.environ.get("LMKERN_CHECK") != "1"):
+        if x is None or not checked(x):
             continue
         ends = x.tolist()
         if ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in pairwise(ends)):
@@ -209,7 +209,7 @@ def _statistics(name: str, what: str, x: Tensor, q: Tensor) -> Tensor:
     if not x.dtype.is_floating_point:
         raise ValueError(f"{name}: {what} must be floating; got {x.dtype}")
     _same_device(name, what, x, q)
-    return x.to(statistics_dtype(q))
+    return x.to(statistics_dtype(q)).contiguous()
 
 
 def _same_device(name: str, what: str, x: Tensor, q: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lmkern.kernels import cpu_call, native
 from lmkern.kernels.attention import Options
+from lmkern.kernels.attention.sinks import sink_gradient
 from lmkern.kernels.backends import Call
 from lmkern.kernels.cpu_call import pointer, unavailable
 
@@ -35,7 +36,7 @@ def unsupported(call: Call) -> str | None:
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=cpu_call.statistics_dtype(q))
-    native.module().attention_forward(_pack({"q": q, "k": k, "v": v, "out": out, "lse": lse}, options))
+    native.module().attention_forward(pack({"q": q, "k": k, "v": v, "out": out, "lse": lse}, options))
     return out, lse
 
 
@@ -65,7 +66,7 @@ def backward(
         "dlse": None if dlse is None else dlse.contiguous(),
         "dq": dq, "dk": dk, "dv": dv, "dbias": dbias, "drelative_bias": drelative,
     }  # fmt: skip
-    native.module().attention_backward(_pack(tensors, options))
+    native.module().attention_backward(pack(tensors, options))
     if drelative is not None and options.relative_bias is not None:
         drelative = drelative.sum(0)
         if options.relative_bias.shape[0] == 1:
@@ -75,20 +76,11 @@ def backward(
         dbias = dbias.to(options.bias.dtype)
     dsinks = None
     if needs[5] and options.sinks is not None:
-        dsinks = _sink_gradient(dout, out, lse, dlse, options.sinks)
+        dsinks = sink_gradient(dout, out, lse, dlse, options.sinks)
     return dq, dk, dv, dbias, drelative, dsinks
 
 
-def _sink_gradient(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, sinks: Tensor) -> Tensor:
-    """A sink's score has the value zero: its gradient is -weight * delta, summed over the queries."""
-    delta = (dout.to(lse.dtype) * out).sum(-1, dtype=torch.float64)  # (B, H, N_q)
-    if dlse is not None:
-        delta = delta - dlse
-    weights = torch.exp(sinks[:, None].double() - lse.masked_fill(lse == -torch.inf, torch.inf))
-    return -(weights * delta).sum((0, 2)).to(lse.dtype)
-
-
-def _pack(tensors: Mapping[str, Tensor | None], options: Options) -> bytes:
+def pack(tensors: Mapping[str, Tensor | None], options: Options) -> bytes:
     q, k = tensors["q"], tensors["k"]
     assert q is not None and k is not None
     batch, heads, n_q, head_dim = q.shape
