@@ -129,7 +129,7 @@ def checked_relative_bias(name: str, relative_bias: Tensor, q: Tensor, n_k: int)
             f"{name}: relative_bias must be ({heads} or 1, 2 R + 1) with R at least {max(reach, 0)}, "
             f"the longer of q and k less one; got {tuple(relative_bias.shape)}"
         )
-    return _statistics(name, "relative_bias", relative_bias, q).contiguous()
+    return _statistics(name, "relative_bias", relative_bias, q)
 
 
 def checked_per_head(name: str, what: str, x: Tensor, q: Tensor) -> Tensor:
