@@ -134,8 +134,9 @@ def test_gradient_checkpointing() -> None:
     model, inputs = make("llama"), batch("right")
     theirs = results(model, inputs)
     lmkern.patch(model, verbose=False)
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable()
+    # The older name is deprecated where the newer stands.
+    older, name = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+    getattr(model, name if hasattr(model, name) else older)()
     assert_same(results(model, inputs), theirs)
 
 
@@ -174,6 +175,27 @@ def test_masks_say_no_more_than_they_must() -> None:
     assert mask is not None and torch.equal(mask, padded[:, None, None])
     full = lmkern_mask(batch_size=3, q_length=4, kv_length=11)
     assert full is not None and full.shape == (3, 1, 4, 11)
+
+
+def test_a_query_that_sees_no_key_gives_zeros() -> None:
+    from lmkern.huggingface import lmkern_attention, lmkern_mask
+
+    padded = batch("left")["attention_mask"].bool()
+    mask = lmkern_mask(batch_size=3, q_length=11, kv_length=11, attention_mask=padded)
+    q, k, v = (torch.randn(3, 4, 11, 8, requires_grad=True) for _ in range(3))
+    out, _ = lmkern_attention(torch.nn.Identity(), q, k, v, mask)
+    assert not out[1, :4].any() and out[1, 4:].all()
+    out.sum().backward()
+    assert q.grad is not None and not q.grad[1, :, :4].any()
+    assert v.grad is not None and not v.grad[1, :, :4].any() and v.grad[1, :, 4:].all()
+
+
+def test_a_transformers_whose_t5_asks_no_registry_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmkern.huggingface import register
+
+    monkeypatch.setattr(transformers, "__version__", "5.14.2")
+    with pytest.raises(ImportError, match=r"expected transformers 5\.15 or later.*got 5\.14\.2"):
+        register()
 
 
 def test_attention_weights_are_refused() -> None:

@@ -5,7 +5,7 @@
 
 Random weights, bf16 autocast, forward, backward and optimizer. Theirs: torch.optim.AdamW. Ours: lmkern's. The
 steps alternate in one process, and both live in one allocator, which keeps freed memory
-(lmkern.training.memory); --memory leaves it as it is.
+(lmkern.memory); --memory leaves it as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import lmkern
-from lmkern.training.memory import keep_freed_memory
+from lmkern.memory import keep_freed_memory
 from lmkern.training.optimizer import AdamW
 
 

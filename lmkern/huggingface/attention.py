@@ -26,7 +26,7 @@ from lmkern.ops.dispatch import wants_gradient
 
 NAME = "lmkern"
 # The first version of transformers whose T5 asks the registry of attentions.
-OLDEST = (5, 24)
+OLDEST = (5, 15)
 # Up to so many new tokens a call is a step of generation, and goes to the kernel that splits the keys.
 DECODED_TOKENS = 8
 
@@ -118,8 +118,8 @@ def lmkern_attention(
     position_bias: (1 or B, H, N_q, N_k), T5's; or (1, H, 1, 2 R + 1), a relative bias.
     s_aux: (H,) sinks.
 
-    Returns (B, N_q, H, D_v), zeros where a query sees no key, and None for the weights; ValueError if they are
-    asked for.
+    Returns (B, N_q, H, D_v), zeros where a query sees no key, and None for the weights.
+    Raises ValueError if they are asked for.
     """
     if options.get("output_attentions"):
         raise ValueError(
