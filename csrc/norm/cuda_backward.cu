@@ -19,12 +19,14 @@
 namespace lmkern::cuda {
 namespace {
 
-// Elements of a row that a thread holds of each of h, dy and the two sums: what 64 registers have room for.
+// Elements of a row that a thread holds of each of h, dy and the two sums, and the most threads of a block
+// that holds rows: 128 registers a thread have room for them.
 template <int W>
-constexpr int kElements = W == 1 ? 4 : 8;
+constexpr int kElements = W == 1 ? 8 : 16;
+constexpr int64_t kThreads = 512;
 
-// Threads of a block with more than one row in it, and of one that sums columns.
-constexpr int64_t kThreads = 512, kColumnThreads = 128;
+// Threads of a block that sums columns.
+constexpr int64_t kColumnThreads = 128;
 
 // The slice that a block leaves its sums in: (2, E), each null if nobody wants it.
 struct Slice {
@@ -42,10 +44,7 @@ struct Slice {
 template <int W, int V>
 class ColumnSums {
 public:
-    __device__ void add(int i, const Pack<float, W>& values) {
-#pragma unroll
-        for (int w = 0; w < W; ++w) sums_[i][w] += values.element[w];
-    }
+    __device__ void add(int i, int w, float value) { sums_[i][w] += value; }
     // Every thread of the block calls it. to: (E,) or null.
     __device__ void finish(float* to, int columns) {
         __shared__ float fold[V * W * kThreads];
@@ -53,23 +52,32 @@ public:
         if (to == nullptr) return;
         if (blockDim.y > 1) {
             __syncthreads();
-            for (int i = 0; i < V; ++i)
-                for (int w = 0; w < W; ++w) fold[(i * W + w) * threads + thread] = sums_[i][w];
+            each([&](int i, int w) { fold[(i * W + w) * threads + thread] = sums_[i][w]; });
             __syncthreads();
             if (threadIdx.y > 0) return;
-            for (int i = 0; i < V; ++i)
-                for (int w = 0; w < W; ++w)
-                    for (unsigned y = 1; y < blockDim.y; ++y)
-                        sums_[i][w] += fold[(i * W + w) * threads + y * blockDim.x + thread];
+            each([&](int i, int w) {
+                for (unsigned y = 1; y < blockDim.y; ++y)
+                    sums_[i][w] += fold[(i * W + w) * threads + y * blockDim.x + thread];
+            });
         }
         for_packs<W, V>(columns, [&](int i, int column) {
             Pack<float, W> pack;
+#pragma unroll
             for (int w = 0; w < W; ++w) pack.element[w] = sums_[i][w];
             store_pack(to + column, pack);
         });
     }
 
 private:
+    // use(i, w), unrolled: an index known only at run time would put the sums in memory.
+    template <class Use>
+    __device__ static void each(const Use& use) {
+#pragma unroll
+        for (int i = 0; i < V; ++i)
+#pragma unroll
+            for (int w = 0; w < W; ++w) use(i, w);
+    }
+
     float sums_[V][W] = {};
 };
 
@@ -77,7 +85,7 @@ private:
 template <int W>
 class ColumnSums<W, 0> {
 public:
-    __device__ void add(int, const Pack<float, W>&) {}
+    __device__ void add(int, int, float) {}
     __device__ void finish(float*, int) {}
 };
 
@@ -85,7 +93,7 @@ public:
 // in steps of the grid. Traffic: 3 R E elements, one more for each of dh and a second result, and 8 R bytes;
 // 8 E bytes a block.
 template <class T, class S, int W, int V>
-__global__ void __launch_bounds__(kMaxThreads, 1) backward_kernel(CudaNormParams call) {
+__global__ void __launch_bounds__(V > 0 ? kThreads : kMaxThreads, 1) backward_kernel(CudaNormParams call) {
     __shared__ float scratch[2][kMaxThreads / 32];
     const NormParams& p = call.norm;
     const int all_columns = static_cast<int>(p.columns);
@@ -93,48 +101,41 @@ __global__ void __launch_bounds__(kMaxThreads, 1) backward_kernel(CudaNormParams
     ColumnSums<W, V> dweight, dbias;
 
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
-    for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < p.rows; first += step) {
-        const int64_t row = first + threadIdx.y;
+    int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+    for (; row - threadIdx.y < p.rows; row += step) {
         // Beyond the last row a thread has nothing to read, but takes part in the sums.
         const int columns = row < p.rows ? all_columns : 0;
         const Row<S, W, V> h(static_cast<const S*>(p.h) + row * p.h_stride, columns);
         const Row<T, W, V> dy(static_cast<const T*>(p.dy) + row * p.dy_stride, columns);
         const float mean = row < p.rows && p.centred ? static_cast<const float*>(p.mean)[row] : 0.0f;
         const float rstd = row < p.rows ? static_cast<const float*>(p.rstd)[row] : 0.0f;
-        const auto x_hat_at = [&](int i, int column) {
-            Pack<float, W> x_hat = h.at(i, column);
-#pragma unroll
-            for (int w = 0; w < W; ++w) x_hat.element[w] = (x_hat.element[w] - mean) * rstd;
-            return x_hat;
-        };
 
         float sums[2] = {0.0f, 0.0f};  // of g, and of g x_hat
         for_packs<W, V>(columns, [&](int i, int column) {
-            const Pack<float, W> x_hat = x_hat_at(i, column), dy_part = dy.at(i, column);
+            const Pack<float, W> h_part = h.at(i, column), dy_part = dy.at(i, column);
             const Pack<float, W> scale = load_parameter<T, W>(p, p.weight, column, offset, 1.0f);
-            Pack<float, W> product;
 #pragma unroll
             for (int w = 0; w < W; ++w) {
+                const float x_hat = (h_part.element[w] - mean) * rstd;
                 const float g = dy_part.element[w] * scale.element[w];
                 sums[0] += g;
-                sums[1] += g * x_hat.element[w];
-                product.element[w] = dy_part.element[w] * x_hat.element[w];
+                sums[1] += g * x_hat;
+                dweight.add(i, w, dy_part.element[w] * x_hat);
+                dbias.add(i, w, dy_part.element[w]);
             }
-            dweight.add(i, product);
-            dbias.add(i, dy_part);
         });
         if (p.dx == nullptr && p.dresidual == nullptr) continue;
         sum_over_threads(sums, scratch);
         const float g_mean = p.centred ? sums[0] / static_cast<float>(p.columns) : 0.0f;
         const float along = sums[1] / static_cast<float>(p.columns);
         for_packs<W, V>(columns, [&](int i, int column) {
-            const Pack<float, W> x_hat = x_hat_at(i, column), dy_part = dy.at(i, column);
+            Pack<float, W> part = h.at(i, column);
+            const Pack<float, W> dy_part = dy.at(i, column);
             const Pack<float, W> scale = load_parameter<T, W>(p, p.weight, column, offset, 1.0f);
-            Pack<float, W> part;
 #pragma unroll
             for (int w = 0; w < W; ++w) {
-                const float g = dy_part.element[w] * scale.element[w];
-                part.element[w] = (g - g_mean - x_hat.element[w] * along) * rstd;
+                const float x_hat = (part.element[w] - mean) * rstd;
+                part.element[w] = (dy_part.element[w] * scale.element[w] - g_mean - x_hat * along) * rstd;
             }
             if (p.dh != nullptr) {
                 const S* dh = static_cast<const S*>(p.dh) + row * p.dh_stride;
@@ -142,11 +143,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1) backward_kernel(CudaNormParams
 #pragma unroll
                 for (int w = 0; w < W; ++w) part.element[w] += dh_part.element[w];
             }
-            const int64_t place = row * p.columns + column;
-            if (p.dresidual != nullptr) store_pack(static_cast<S*>(p.dresidual) + place, part);
+            if (p.dresidual != nullptr)
+                store_pack(static_cast<S*>(p.dresidual) + row * p.columns + column, part);
             if (p.dx == nullptr) return;
             drop(p, row, column, part);
-            store_pack(static_cast<T*>(p.dx) + place, part);
+            store_pack(static_cast<T*>(p.dx) + row * p.columns + column, part);
         });
     }
     const Slice slice(p, blockIdx.x);
@@ -215,7 +216,7 @@ void norm_backward(const CudaNormParams& call) {
         using S = typename decltype(residual_type)::type;
         constexpr int W = decltype(width)::value;
         const dim3 block = block_for(p.columns, kElements<W>, kThreads);
-        if (p.columns <= kMaxThreads * kElements<W>) {
+        if (p.columns <= kThreads * kElements<W>) {
             launch(backward_kernel<T, S, W, kElements<W> / W>, dim3(chunks), block, call.stream, call, what);
             return;
         }

@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) forward_kernel(CudaNormParams 
     const NormParams& p = call.norm;
     const float all_columns = static_cast<float>(p.columns);
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
-    for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < p.rows; first += step) {
-        const int64_t row = first + threadIdx.y;
+    int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+    for (; row - threadIdx.y < p.rows; row += step) {
         // Beyond the last row a thread has nothing to read, but takes part in the sums.
         const int columns = row < p.rows ? static_cast<int>(p.columns) : 0;
         const T* x_row = static_cast<const T*>(p.x) + row * p.x_stride;

@@ -11,7 +11,8 @@ namespace lmkern {
 // Turns a counter into its 4 x 32 random bits.
 __device__ inline void philox(uint32_t (&words)[4], uint64_t key) {
     uint32_t low = static_cast<uint32_t>(key), high = static_cast<uint32_t>(key >> 32);
-#pragma unroll
+    // Not unrolled: the compiler would mix the rounds of several calls, and run out of registers.
+#pragma unroll 1
     for (int round = 0; round < 10; ++round) {
         const uint64_t first = static_cast<uint64_t>(words[0]) * 0xD2511F53u;
         const uint64_t second = static_cast<uint64_t>(words[2]) * 0xCD9E8D57u;

@@ -201,13 +201,13 @@ def test_weight_bias_and_dh_may_be_missing(op: str, with_weight: bool, with_bias
 
 
 @pytest.mark.parametrize("offset", [0, 1, 8])
-@pytest.mark.parametrize("E", [96, 8200])
 @pytest.mark.parametrize("which", ["x", "residual", "dy", "dh", "weight"])
-def test_rows_may_lie_apart_and_off_the_16_byte_grid(which: str, E: int, offset: int, device: str) -> None:
+def test_rows_may_lie_apart_and_off_the_16_byte_grid(which: str, offset: int, device: str) -> None:
     case = Case("add_norm", BRAIN)
-    wide = inputs_of(case, LayerNormShape(4, E + 16), device)
-    given = wide.each(lambda x: x[..., :E].clone())
-    assert_close(case, replace(given, **{which: getattr(wide, which)[..., offset : offset + E]}))
+    for E in (96, 8200) if which == "dh" else (96,):
+        wide = inputs_of(case, LayerNormShape(4, E + 16), device)
+        given = wide.each(lambda x, E=E: x[..., :E].clone())
+        assert_close(case, replace(given, **{which: getattr(wide, which)[..., offset : offset + E]}))
 
 
 def test_row_strides_may_be_anything(device: str) -> None:
@@ -219,11 +219,10 @@ def test_row_strides_may_be_anything(device: str) -> None:
     assert_close(case, replace(given, dy=given.dy[:1].expand(7, 96)))
 
 
-@pytest.mark.parametrize("E", [40, 8200])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("op", "E"), [*((op, 40) for op in OPS), ("layer_norm", 8200)])
 def test_only_the_gradients_asked_for_are_computed(op: str, E: int, device: str) -> None:
     case = Case(op, BRAIN, dropout_p=0.3)
-    given = inputs_of(case, LayerNormShape(9, E), device)
+    given = inputs_of(case, LayerNormShape(9 if E == 40 else 2, E), device)
     every, names = run("cuda", case, given), GRADIENTS[op]
     for wanted in range(1 << len(names)):
         needs = tuple(bool(wanted >> bit & 1) for bit in range(len(names)))
@@ -260,10 +259,10 @@ def test_variance_survives_a_mean_far_from_zero(E: int, device: str) -> None:
     assert_close(case, replace(inputs_of(case, LayerNormShape(5, E), device), x=x))
 
 
-@pytest.mark.parametrize("shape", [(40, 40), (64, 768), (20, 9001), (20, 9008)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 40), (64, 768), (8, 9001)], ids=str)
 def test_repeats_are_bit_equal(shape: tuple[int, int], device: str) -> None:
     R, E = shape
-    rows = R * 50 if device == "cuda" else R
+    rows = R * 100 if device == "cuda" else R
     case = Case("add_norm", BRAIN, dropout_p=0.3)
     given = inputs_of(case, LayerNormShape(rows, E), device)
     first = run("cuda", case, given)
