@@ -1,5 +1,7 @@
 # make demo   raw text to a judged, writing model, in about three minutes      make demo MINUTES=20 DATA="my.txt folder/"
 # make test   every test          make lint   formatters, linter, types         make bench / make report   the figures
+# make gpu    build, test and time on the GPU at hand, without a network, with the python3 that has torch (PYTHON=...);
+#             make gpu-build, gpu-test, gpu-bench, gpu-report are its stages, and what has passed is not run again
 # VENV=path uses an environment that you have; otherwise .venv is made and kept.
 
 override VENV := $(patsubst ./%,%,$(patsubst %/,%,$(or $(VENV),.venv)))
@@ -21,13 +23,15 @@ READY := build/ready-$(subst /,-,$(VENV))
 LINT_READY := build/lint-ready-$(subst /,-,$(VENV))
 endif
 
-.PHONY: demo test lint format bench report
+GPU_STAGES := gpu-build gpu-test gpu-bench gpu-report
+
+.PHONY: demo test lint format bench report gpu $(GPU_STAGES)
 
 demo: $(READY)
 	$(BIN)/lmkern demo $(DATA) --minutes $(MINUTES) $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadscope $(ARGS)
 
 lint: $(LINT_READY)
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
@@ -42,6 +46,12 @@ bench: $(READY)
 
 report: $(READY)
 	$(BIN)/python -m benchmarks.report
+
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+$(GPU_STAGES): gpu-%:
+	$(PYTHON) -m benchmarks.gpu $* $(ARGS)
 
 $(READY): $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install $(PINS) -e '.[test]'

@@ -22,11 +22,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import machine, timing
-from benchmarks.contest import COMPILED, DIRECTIONS, EAGER, FORMAT, Compete, Contest, dtype_name
+from benchmarks import gpu_timing, machine, timing
+from benchmarks.contest import COMPILED, DIRECTIONS, EAGER, FORMAT, Compete, Contest, Inputs, dtype_name
 from benchmarks.record import joined
 from lmkern.kernels import backends
-from lmkern.training.memory import keep_freed_memory
+from lmkern.memory import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 # The tests that a number may not be reported without.
@@ -51,8 +51,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--tested",
-        action="store_true",
-        help="with --record: the tests have passed at this commit (in CI, say) and are not run again",
+        metavar="TESTS",
+        nargs="?",
+        const=" ".join(GATE),
+        help="with --record: these tests have passed at this commit (in CI, say) and are not run again",
     )
     group.addoption(
         "--record",
@@ -88,7 +90,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames:
         return
     module = metafunc.module
-    cases = module.QUICK_CASES if metafunc.config.getoption("quick") else module.CASES
+    if metafunc.config.getoption("quick"):
+        cases = module.QUICK_CASES
+    else:
+        cases = getattr(module, "GPU_CASES", module.CASES) if gpu_timing.used() else module.CASES
     rows = [
         (case, direction, dtype)
         for direction in DIRECTIONS
@@ -144,12 +149,17 @@ def compete(request: pytest.FixtureRequest, benchmark: Any, ceilings: dict[str, 
 
     def run(contest: Contest) -> None:
         work, beside, peaks = contest.work, contest.baseline, {}
+        inputs = timing.rotated(contest.inputs, work.bytes)
         benchmark.group = f"{name['op']} {direction}"
         rounds = 3 if request.config.getoption("quick") else 0
-        with contest.within, timing.kept_graphs():
-            ours = checked(contest, direction)
-            others = competitors(contest, direction)
-            more = {} if beside is None else {beside[0]: timing.call_of(contest.ours, beside[1], direction)}
+        with contest.within, timing.kept_graphs(), gpu_timing.stream():
+            ours = checked(contest, inputs, direction)
+            others = competitors(contest, inputs, direction)
+            more = {}
+            if beside is not None:
+                more[beside[0]] = timing.call_on(
+                    contest.ours, timing.rotated(beside[1], work.bytes), direction
+                )
             times = timing.compare(benchmark, ours, others | more, rounds=rounds)
             if case.peak_memory and times:
                 peaks = {who: timing.peak_bytes(call) for who, call in ({"ours": ours} | others).items()}
@@ -170,10 +180,10 @@ def compete(request: pytest.FixtureRequest, benchmark: Any, ceilings: dict[str, 
     return run
 
 
-def checked(contest: Contest, direction: str) -> timing.Call:
+def checked(contest: Contest, inputs: list[Inputs], direction: str) -> timing.Call:
     """The call of ours, once its results are known to be torch's."""
     try:
-        ours = timing.call_of(contest.ours, contest.inputs, direction)
+        ours = timing.call_on(contest.ours, inputs, direction)
         results = ours()
     except backends.UnsupportedBackend as error:
         pytest.skip(str(error))
@@ -182,11 +192,11 @@ def checked(contest: Contest, direction: str) -> timing.Call:
     return ours
 
 
-def competitors(contest: Contest, direction: str) -> dict[str, timing.Call]:
+def competitors(contest: Contest, inputs: list[Inputs], direction: str) -> dict[str, timing.Call]:
     functions = dict(contest.competitors)
     if contest.compiles:
         functions[COMPILED] = timing.compiled(functions[EAGER])
-    return {name: timing.call_of(function, contest.inputs, direction) for name, function in functions.items()}
+    return {name: timing.call_on(function, inputs, direction) for name, function in functions.items()}
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -212,7 +222,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         "format": FORMAT,
         "machine": name,
         "tests": "passed",
-        "gate": " ".join(GATE),
+        "gate": session.config.getoption("tested") or " ".join(GATE),
         "commit": session.config.stash[commit_key],
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "environment": machine.environment(),

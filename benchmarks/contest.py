@@ -36,7 +36,7 @@ class Case:
     shape: anything whose str() tells the sizes.
     note: what else sets the row apart, in a word or two: "peaky".
     main: its rows stand in README.md.
-    kept_memory: the process keeps freed memory as a training run does (lmkern.training.memory). That cannot
+    kept_memory: the process keeps freed memory as a training run does (lmkern.memory). That cannot
         be undone, so these rows run after all others; their names say "kept-memory".
     peak_memory: the memory that a call takes is measured too (on a CPU not together with kept_memory).
     """

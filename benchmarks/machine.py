@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import subprocess
 import time
@@ -10,15 +12,16 @@ from pathlib import Path
 import torch
 
 from benchmarks.contest import DTYPES, dtype_name
+from lmkern.ceiling import measure_ceiling, synchronize
 from lmkern.kernels import backends, native
 from lmkern.machine import hardware, versions
-from lmkern.training.ceiling import measure_ceiling, synchronize
 
 ROOT = Path(__file__).parents[1]
 # What benchmarks write themselves.
 WRITTEN = (":!benchmarks/results", ":!docs/benchmarks", ":!README.md")
-# More than any last-level cache holds, so that the copy runs at the speed of memory.
-COPY_BYTES = 256 * 2**20
+# More than any last-level cache holds, so that the copy runs at the speed of memory; on a GPU it lasts long
+# beside a launch.
+COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}
 
 
 def choose_device() -> torch.device:
@@ -60,7 +63,8 @@ def measure_ceilings(device: torch.device) -> dict[str, float]:
 
 
 def copy_bandwidth(device: torch.device, tries: int = 10) -> float:
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
+    size = COPY_BYTES[device.type]
+    source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     best = float("inf")
     for _ in range(tries):
@@ -69,20 +73,32 @@ def copy_bandwidth(device: torch.device, tries: int = 10) -> float:
         target.copy_(source)
         synchronize(device)
         best = min(best, time.perf_counter() - start)
-    return 2 * COPY_BYTES / best
+    return 2 * size / best
 
 
 def commit() -> str:
     """The commit of this checkout, with a note when files that a number depends on differ from it.
 
-    "unknown" outside git.
+    Outside git LMKERN_COMMIT where it is set, else a digest of the sources.
     """
+    if given := os.environ.get("LMKERN_COMMIT"):
+        return given
     try:
         head = _git("rev-parse", "--short", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *WRITTEN)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return f"sources{sources()[:12]}"
     return f"{head} with local changes" if changed else head
+
+
+def sources() -> str:
+    """SHA-256, in hexadecimal, of every file that a kernel's result or speed depends on."""
+    digest = hashlib.sha256()
+    for folder in ("lmkern", "csrc", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in {".py", ".cpp", ".hpp", ".cu", ".cuh"}:
+                digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _git(*arguments: str) -> str:

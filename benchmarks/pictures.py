@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks.record import best
 from lmkern.report.pictures import INK, LINE, QUIET, TRAIN, VALIDATION, plain, schemed
 
 if TYPE_CHECKING:
@@ -20,11 +21,6 @@ COLOURS = {"float32": TRAIN, "bfloat16": VALIDATION}
 # One an op, in the order of the rows; from the start again when they run out.
 MARKERS = "osD^v<>pP*XhdH8"
 AHEAD, BEHIND = TRAIN, VALIDATION
-
-
-def best(row: Mapping[str, Any]) -> dict[str, float]:
-    """The times of the competitor with the lowest median."""
-    return min(row["competitors"].values(), key=lambda times: times["median"])
 
 
 def ratios(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -22,3 +23,8 @@ def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     rows = [measured.pop(key(row), row) for row in old["rows"]] + list(measured.values())
     ceilings = {name: max(value, old["ceilings"].get(name, 0)) for name, value in new["ceilings"].items()}
     return new | {"rows": rows, "ceilings": ceilings}
+
+
+def best(row: Mapping[str, Any]) -> dict[str, float]:
+    """The times of the competitor with the lowest median."""
+    return min(row["competitors"].values(), key=lambda times: times["median"])

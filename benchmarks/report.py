@@ -1,34 +1,42 @@
 """Pages from results: `python -m benchmarks.report`.
 
-Reads benchmarks/results/*.json and writes docs/benchmarks/<machine>.md with two pictures each, and the table
-between the markers in README.md. Every row that was measured is shown. Results whose tests were not green are
-refused.
+Reads benchmarks/results/*.json and writes docs/benchmarks/<machine>.md with two pictures each (none without
+matplotlib), and the table between the markers in README.md. Every row that was measured is shown. Results
+whose tests were not green are refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from benchmarks import pictures
 from benchmarks.contest import COMPILED, EAGER, FORMAT
-from benchmarks.pictures import best
+from benchmarks.record import best
 
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 
 METHOD = """\
 Ours and torch run in turn within one run. Times are medians over the rounds. The ratio is the median over
-the rounds of the time of the better of torch eager and torch.compile / our time, beside its range: above 1,
-ours is faster. Forward is timed without gradients, backward alone, "both" one after the other. The ceiling of
-a row in GFLOP/s is a matrix product in its dtype, that of a row in GB/s a copy of 256 MiB, both measured in
-this run; what fits in a cache may pass the copy. In rows of "kept-memory" the process keeps freed memory, as
-`lmkern train` does; in all others large results get fresh pages from the system, whose page faults count."""
+the rounds of the time of the best competitor / our time, beside its range: above 1, ours is faster. Forward
+is timed without gradients, backward alone, "both" one after the other. The ceiling of a row in GFLOP/s is a
+matrix product in its dtype, that of a row in GB/s a copy, both measured in this run; what fits in a cache may
+pass the copy."""
+CPU_METHOD = """\
+In rows of "kept-memory" the process keeps freed memory, as `lmkern train` does; in all others large results
+get fresh pages from the system, whose page faults count."""
+GPU_METHOD = """\
+A time is the GPU's, by events, on inputs that take turns so that four times the L2 cache is moved before one
+comes round; calls under 100 microseconds are replayed from a CUDA graph. "host" is what the host takes to
+queue a call in eager mode."""
 
 Record = dict[str, Any]
 Row = dict[str, Any]
@@ -75,6 +83,7 @@ def cells(row: Row) -> dict[str, str]:
     times = {name: milliseconds(theirs["median"]) for name, theirs in row["competitors"].items()}
     others = [name for name in times if name not in (EAGER, COMPILED)]
     theirs = best(row)
+    host = row["ours"].get("host")
     return {
         "op": row["op"],
         "pass": row["direction"],
@@ -86,6 +95,7 @@ def cells(row: Row) -> dict[str, str]:
         "others, ms": ", ".join(f"{name} {times[name]}" for name in others) or "-",
         "ratio": f"{theirs['ratio']:.2f}",
         "range": f"{theirs['ratio_min']:.2f} to {theirs['ratio_max']:.2f}",
+        "host, us": "-" if host is None else f"{host * 1e6:.0f}",
         "rate": rate(row),
         "of ceiling": f"{row['share_of_' + row['bound']]:.0%}",
     }
@@ -94,8 +104,8 @@ def cells(row: Row) -> dict[str, str]:
 def row_table(rows: Sequence[Row], without: Sequence[str] = ()) -> str:
     """The rows as a Markdown table, numbers set to the right."""
     filled = [cells(row) for row in rows]
-    if all(line["others, ms"] == "-" for line in filled):
-        without = (*without, "others, ms")
+    absent = [name for name in ("others, ms", "host, us") if all(line[name] == "-" for line in filled)]
+    without = (*without, *absent)
     lines = [{name: cell for name, cell in line.items() if name not in without} for line in filled]
     words = {"op", "pass", "shape", "dtype", "backend"}
     return table(
@@ -146,13 +156,16 @@ def page(record: Record) -> str:
         f"# Benchmarks: {name}",
         "Written by `make report`; do not edit. "
         f"Measured on {record['date']} at commit {record['commit']}, after {record['gate']} had passed.",
-        METHOD,
+        f"{METHOD}\n{GPU_METHOD if on_gpu(record) else CPU_METHOD}",
         f"Torch eager is {', '.join(f'{kernel} in {count} rows' for kernel, count in eager.items())}.",
         f"Ours is level or ahead in {ahead} of {len(rows)} rows.",
         row_table(rows),
-        f"![Ratio of each row]({name}-ratios.svg)",
-        f"![Rate over arithmetic intensity, under the ceilings]({name}-roofline.svg)",
     ]
+    if pictures() is not None:
+        parts += [
+            f"![Ratio of each row]({name}-ratios.svg)",
+            f"![Rate over arithmetic intensity, under the ceilings]({name}-roofline.svg)",
+        ]
     if beside := [row for row in rows if "baseline" in row]:
         parts += ["## Ours on other inputs", baseline_table(beside)]
     if peaks := [row for row in rows if "peak_bytes" in row]:
@@ -162,6 +175,19 @@ def page(record: Record) -> str:
         gaps = "\n".join(f"* {backend}: {reason}" for backend, reason in record["gaps"].items())
         parts += ["Backends without rows here:", gaps]
     return "\n\n".join(parts) + "\n"
+
+
+@cache
+def pictures() -> ModuleType | None:
+    """benchmarks/pictures.py; None where matplotlib, or what else a report of ours needs, is missing."""
+    try:
+        return importlib.import_module("benchmarks.pictures")
+    except ModuleNotFoundError:
+        return None
+
+
+def on_gpu(record: Record) -> bool:
+    return "way" in record["rows"][0]["ours"]
 
 
 def by_op(rows: Sequence[Row]) -> list[Row]:
@@ -179,7 +205,8 @@ def summary(records: Sequence[Record]) -> str:
     parts = []
     for record in records:
         facts = record["environment"]
-        where = f"{record['machine']}, {facts['threads']}, torch {facts['torch']}"
+        device = record["machine"] if on_gpu(record) else f"{record['machine']}, {facts['threads']}"
+        where = f"{device}, torch {facts['torch']}"
         link = f"[Every row, and how it was measured](docs/benchmarks/{record['machine']}.md)"
         parts.append(f"{where}. Ratio: time of the better torch / ours, above 1 ours is faster. {link}.")
         main = [row for row in by_op(record["rows"]) if row["main"]]
@@ -208,8 +235,10 @@ def write(results: Path, docs: Path, readme: Path) -> list[Path]:
     for record in records:
         stem = docs / record["machine"]
         files[stem.with_name(f"{stem.name}.md")] = page(record)
-        files[stem.with_name(f"{stem.name}-ratios.svg")] = pictures.ratios(by_op(record["rows"]))
-        files[stem.with_name(f"{stem.name}-roofline.svg")] = pictures.roofline(
+        if (drawn := pictures()) is None:
+            continue
+        files[stem.with_name(f"{stem.name}-ratios.svg")] = drawn.ratios(by_op(record["rows"]))
+        files[stem.with_name(f"{stem.name}-roofline.svg")] = drawn.roofline(
             record["rows"], record["ceilings"]
         )
     docs.mkdir(parents=True, exist_ok=True)

@@ -10,14 +10,16 @@ Forward is timed without gradients. Backward is timed alone: `torch.autograd.gra
 kept, so torch.compile may not write over the tensors in it (`donated_buffer` off). "both" is one after the
 other, each time on a new graph.
 
-On a GPU the clock waits for the queue to empty, so a time includes one launch.
+On a GPU a time is that of benchmarks/gpu_timing.py.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from itertools import repeat
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +28,7 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor
 
+from benchmarks import gpu_timing
 from benchmarks.contest import Inputs
 
 Call = Callable[[], Any]
@@ -40,6 +43,9 @@ HOPELESS = 3.0
 # that is wrong at a shape that only the benchmark has.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
+# Elements that are compared at once.
+PART = 2**26
+
 
 def clock() -> float:
     """Seconds, once every GPU is done with what it was given."""
@@ -49,6 +55,8 @@ def clock() -> float:
 
 
 def seconds(call: Call) -> float:
+    if isinstance(call, gpu_timing.Rotation):
+        return call.seconds()
     start = clock()
     call()
     return clock() - start
@@ -66,6 +74,7 @@ def compare(
         turn = sum(seconds(call) for call in (*competitors.values(), ours))
     rounds = rounds or min(MAX_ROUNDS, max(MIN_ROUNDS, int(BUDGET / turn)))
     times: dict[str, list[float]] = {name: [] for name in competitors}
+    on_gpu: list[float] = []
 
     def run_competitors() -> None:
         for name, call in competitors.items():
@@ -73,12 +82,20 @@ def compare(
 
     def run_ours() -> None:
         # Returns nothing: the fixture would keep the result alive through the next round.
-        ours()
+        if isinstance(ours, gpu_timing.Rotation):
+            on_gpu.append(ours.seconds())
+        else:
+            ours()
 
     benchmark.pedantic(run_ours, setup=run_competitors, rounds=rounds)
     if benchmark.stats is None:
         return {}
-    return summarise(list(benchmark.stats.stats.data), times)
+    result = summarise(on_gpu or list(benchmark.stats.stats.data), times)
+    for name, call in {"ours": ours, **competitors}.items():
+        if isinstance(call, gpu_timing.Rotation):
+            row = result["ours"] if name == "ours" else result["competitors"][name]
+            row |= {"host": call.host, "way": call.way}
+    return result
 
 
 def summarise(ours: list[float], competitors: Mapping[str, list[float]]) -> dict[str, Any]:
@@ -115,10 +132,21 @@ def check_agreement(ours: Tensor | tuple[Tensor, ...], theirs: Tensor | tuple[Te
     """AssertionError when a result of ours is not torch's, up to rounding."""
     ours, theirs = ((result,) if isinstance(result, Tensor) else result for result in (ours, theirs))
     for our, their in zip(ours, theirs, strict=True):
-        difference, size = (our.double() - their.double()).norm(), their.double().norm()
+        assert our.shape == their.shape, f"ours is {tuple(our.shape)}, torch's {tuple(their.shape)}"
+        difference, size = distance(our, their), distance(their, None)
         error = difference / size if size else difference
         # Written so that a NaN fails.
         assert error <= TOLERANCE[their.dtype], f"ours differs from torch by {error:.2e} of the norm"
+
+
+def distance(x: Tensor, y: Tensor | None) -> float:
+    """Norm of x - y, or of x, in float64; in parts, since a large result leaves no room for such a copy."""
+    total = 0.0
+    parts = x.reshape(-1).split(PART)
+    others = repeat(0.0) if y is None else y.reshape(-1).split(PART)
+    for part, other in zip(parts, others, strict=False):
+        total += float((part.double() - other).square().sum())
+    return math.sqrt(total)
 
 
 def call_of(function: Callable[..., Any], inputs: Inputs, direction: str) -> Call:
@@ -139,6 +167,17 @@ def call_of(function: Callable[..., Any], inputs: Inputs, direction: str) -> Cal
         return lambda: torch.autograd.grad(outputs(), inputs.leaves, inputs.gradients)
     kept = outputs()
     return lambda: torch.autograd.grad(kept, inputs.leaves, inputs.gradients, retain_graph=True)
+
+
+def rotated(inputs: Inputs, moved: int) -> list[Inputs]:
+    """What a call that moves so many bytes is timed on: on a GPU copies, in turn, that no cache holds."""
+    return gpu_timing.copies(inputs, moved) if gpu_timing.used() else [inputs]
+
+
+def call_on(function: Callable[..., Any], inputs: list[Inputs], direction: str) -> Call:
+    """`call_of` on each of the inputs in turn."""
+    calls = [call_of(function, one, direction) for one in inputs]
+    return gpu_timing.Rotation(calls) if gpu_timing.used() else calls[0]
 
 
 def peak_bytes(call: Call) -> int | None:

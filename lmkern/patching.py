@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -72,13 +73,18 @@ def swap_class(module: nn.Module, cls: type[nn.Module]) -> Undo:
 def patch(model: nn.Module, *, verbose: bool = True) -> Patch:
     """Puts every module of model for which there is a rule on lmkern's kernels, in place, from the top down.
 
-    Of torch.nn: the Transformer and its parts, MultiheadAttention, LayerNorm, RMSNorm and Embedding. A module
-    of a subclass of these is left, since it may compute something else. Further rules stand in `RULES`; the
-    first that matches a module decides. Losses and other functions that a forward calls are not touched.
+    Of transformers' models: attention, rotary embedding, feed-forwards, RMS norms and the language models'
+    loss (`lmkern.huggingface`). Of torch.nn: the Transformer and its parts, MultiheadAttention, LayerNorm,
+    RMSNorm and Embedding. A module of a subclass of these is left, since it may compute something else.
+    Further rules stand in `RULES`; the first that matches a module decides. Other losses and functions that a
+    forward calls are not touched.
 
     Returns a `Patch`, printed unless verbose is False. Patching twice changes nothing more. If a rule raises,
     all is as before. Patch before torch.compile.
     """
+    for package in {type(module).__module__.partition(".")[0] for module in model.modules()}:
+        if package in RULES_OF:
+            importlib.import_module(RULES_OF[package])
     done = Patch()
     try:
         for path, module in model.named_modules():
@@ -114,3 +120,5 @@ def _rule(theirs: type[nn.Module], ours: type[nn.Module]) -> Rule:
 
 # In order: the first that matches decides. Rules for subclasses of torch's modules stand before these.
 RULES: list[Rule] = [_rule(theirs, ours) for theirs, ours in COUNTERPARTS.items()]
+# Whose modules need further rules: importing the file adds them.
+RULES_OF = {"transformers": "lmkern.huggingface"}

@@ -5,11 +5,20 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
+# Two processes of two threads share two cores: who waits must not spin. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 # Read when Triton is imported, which nothing has done yet.
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Indices are looked at on GPUs too.
+os.environ.setdefault("LMKERN_CHECKED", "1")
+
+# Without it cuBLAS refuses to run where deterministic algorithms are asked for, as poisoned memory is.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 THREADS = 2
 

@@ -16,11 +16,11 @@ CSRC = ROOT / "csrc"
 
 # From left to right; testing stands beside them, for tests and benchmarks, and common files under them all.
 LAYERS = (
-    "kernels", "ops", "nn", "models", "patching", "data", "generation", "evaluation", "training", "report",
-    "jobs", "cli",
+    "kernels", "ops", "nn", "models", "patching", "huggingface", "data", "generation", "evaluation",
+    "training", "report", "jobs", "cli",
 )  # fmt: skip
 BESIDE = {"testing"}
-COMMON = {"files", "machine"}
+COMMON = {"ceiling", "files", "machine", "memory"}
 
 # Packages that take long to import or that not every machine has: imported inside functions.
 HEAVY = {"matplotlib", "triton", "transformers"}

@@ -40,6 +40,10 @@ CASES = (
     Case(Shape("gelu", 16384, 1024)),
     Case(Shape("silu", 1000, 333, gated=True)),
 )
+GPU_CASES = (
+    Case(Shape("silu", 16_384, 14_336, gated=True), main=True, dtypes=(torch.bfloat16,)),
+    Case(Shape("gelu", 16_384, 16_384), dtypes=(torch.bfloat16,)),
+)
 QUICK_CASES = (Case(Shape("gelu", 32, 48), main=True), Case(Shape("silu", 32, 48, gated=True)))
 
 

@@ -39,6 +39,7 @@ CASES = (
     case(Shape(50_304, 768)),
     case(Shape(50_304, 768, copy=True)),
 )
+GPU_CASES = (case(Shape(131_072, 1024), main=True), case(Shape(131_072, 1024, copy=True)))
 QUICK_CASES = (case(Shape(32, 48), main=True), case(Shape(32, 48, copy=True)))
 
 Step = Callable[[Tensor, Tensor], Tensor]

@@ -24,6 +24,11 @@ SDPA_BACKENDS = (
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.MATH,
 )
+# The default on a GPU is not the fastest there: each that matters has a time of its own.
+GPU_BACKENDS = {
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "FlashAttention-2": SDPBackend.FLASH_ATTENTION,
+}
 # SDPA's math backend holds the scores; beyond this many of them it is a candidate only where nothing else is.
 MAX_SCORES = 2**26
 
@@ -47,6 +52,22 @@ CASES = (
     AttentionCase(MAIN, note="peaky", q_factor=64.0),
     AttentionCase(AttentionShape(8, 12, 256, 64, 256, 12, True), note="peaky", q_factor=64.0),
     AttentionCase(AttentionShape(1, 16, 2048, 128, 2048, 16, True), note="peaky", q_factor=64.0),
+)
+
+
+def gpu_case(N: int, D: int, H_kv: int, causal: bool, *, main: bool = False) -> AttentionCase:
+    """One sequence of 64 query heads."""
+    return AttentionCase(AttentionShape(1, 64, N, D, N, H_kv, causal), main=main, dtypes=(torch.bfloat16,))
+
+
+GPU_CASES = (
+    gpu_case(16_384, 128, 8, False),
+    gpu_case(16_384, 128, 64, False),
+    gpu_case(8192, 128, 8, False),
+    *(gpu_case(N, 128, 8, True, main=N == 8192) for N in (2048, 4096, 8192, 16_384)),
+    gpu_case(8192, 128, 64, True),
+    *(gpu_case(16_384, 64, 8, causal) for causal in (False, True)),
+    gpu_case(4096, 256, 8, True),
 )
 QUICK_CASES = (
     AttentionCase(AttentionShape(1, 4, 40, 16, 40, 2, True), main=True),
@@ -73,7 +94,7 @@ def bench_attention(
     compete(
         Contest(
             ours=partial(attention, causal=shape.causal, backend=backend),
-            competitors={EAGER: sdpa},
+            competitors={EAGER: sdpa} | named_backends(sdpa, inputs, direction),
             eager=f"SDPA {best.name}",
             inputs=inputs,
             work=work(shape, direction, dtype),
@@ -141,6 +162,31 @@ def best_sdpa(
                 continue
             calls[backend] = within(backend, call)
     return fastest(calls)  # type: ignore[no-any-return]
+
+
+def named_backends(
+    sdpa: Callable[..., Tensor], inputs: Inputs, direction: str
+) -> dict[str, Callable[..., Tensor]]:
+    """On a GPU: cuDNN and FlashAttention-2, each where it takes the call."""
+    found = {}
+    for name, backend in GPU_BACKENDS.items() if inputs.arguments[0].is_cuda else ():
+        function = with_backend(backend, sdpa)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                call_of(function, inputs, direction)()
+            except RuntimeError:
+                continue
+        found[name] = function
+    return found
+
+
+def with_backend(backend: SDPBackend, sdpa: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(*arguments: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return sdpa(*arguments)
+
+    return run
 
 
 def within(backend: SDPBackend, call: Call) -> Call:

@@ -37,6 +37,10 @@ CASES = (
     CacheCase(shape(1, 12, 12, 1024, 64)),
     CacheCase(shape(3, 5, 5, 777, 80)),
 )
+GPU_CASES = (
+    CacheCase(shape(16, 64, 8, 16_384, 128), main=True, dtypes=(torch.bfloat16,)),
+    CacheCase(shape(1, 64, 8, 65_536, 128), dtypes=(torch.bfloat16,)),
+)
 QUICK_CASES = (
     CacheCase(shape(1, 2, 1, 40, 16), main=True),
     CacheCase(shape(1, 2, 2, 40, 16), note="tokens-first", tokens_first=True),

@@ -45,6 +45,7 @@ def cases(R: int, C: int, *, main: bool = False) -> tuple[Case, ...]:
 
 
 CASES = (*cases(4096, 768, main=True), *cases(4096, 3072), *cases(1000, 333))
+GPU_CASES = cases(16_384, 8192, main=True)
 QUICK_CASES = cases(32, 48, main=True)
 
 

@@ -17,6 +17,14 @@ CASES = (
     Case(CrossEntropyShape(1000, 10_007, "nothing is a power of two")),
     Case(CROSS_ENTROPY_BENCHMARK_SHAPES[0], kept_memory=True),
 )
+GPU_CASES = (
+    Case(
+        CrossEntropyShape(16_384, 131_072, "a large model's logits in training"),
+        main=True,
+        dtypes=(torch.bfloat16,),
+    ),
+    Case(CrossEntropyShape(32_768, 4096, "rows that registers hold"), dtypes=(torch.bfloat16,)),
+)
 QUICK_CASES = (Case(CrossEntropyShape(32, 48), main=True),)
 
 

@@ -32,6 +32,7 @@ CASES = (
     Case(Shape(16_384, 50_304, 1024)),
     Case(Shape(8192, 65, 384)),
 )
+GPU_CASES = (Case(Shape(65_536, 131_072, 4096), main=True, dtypes=(torch.bfloat16,)),)
 QUICK_CASES = (Case(Shape(32, 48, 16), main=True),)
 
 

@@ -9,7 +9,12 @@ import torch.nn.functional as F
 
 from benchmarks.contest import EAGER, Case, Compete, Contest, Inputs, Work
 from lmkern.ops import layer_norm
-from lmkern.testing import LAYER_NORM_BENCHMARK_SHAPES, LayerNormShape, layer_norm_inputs
+from lmkern.testing import (
+    LAYER_NORM_BENCHMARK_SHAPES,
+    NORM_GPU_SHAPES,
+    LayerNormShape,
+    layer_norm_inputs,
+)
 
 OP = "layer_norm"
 MAIN = LayerNormShape(4096, 768)
@@ -18,6 +23,9 @@ CASES = (
     Case(LayerNormShape(16384, 1024, "far larger than every cache")),
     Case(LayerNormShape(16384, 1024), kept_memory=True),
     Case(LayerNormShape(1000, 333, "nothing is a power of two")),
+)
+GPU_CASES = tuple(
+    Case(shape, main=shape == NORM_GPU_SHAPES[0], dtypes=(torch.bfloat16,)) for shape in NORM_GPU_SHAPES
 )
 QUICK_CASES = (
     Case(LayerNormShape(32, 48), main=True, peak_memory=True),

@@ -26,6 +26,15 @@ CASES = (
     Case(LinearCrossEntropyShape(1000, 10_007, 333, "nothing is a power of two"), directions=BOTH),
     Case(MAIN, kept_memory=True, directions=BOTH),
 )
+GPU_CASES = (
+    Case(
+        LinearCrossEntropyShape(16_384, 131_072, 4096, "a large model's head in training"),
+        main=True,
+        peak_memory=True,
+        directions=BOTH,
+        dtypes=(torch.bfloat16,),
+    ),
+)
 QUICK_CASES = (Case(LinearCrossEntropyShape(32, 48, 16), main=True, directions=BOTH),)
 
 

@@ -9,10 +9,13 @@ import torch.nn.functional as F
 
 from benchmarks.contest import EAGER, Case, Compete, Contest, Inputs, Work
 from lmkern.ops import rms_norm
-from lmkern.testing import LayerNormShape, layer_norm_inputs
+from lmkern.testing import NORM_GPU_SHAPES, LayerNormShape, layer_norm_inputs
 
 OP = "rms_norm"
 CASES = (Case(LayerNormShape(4096, 768), main=True), Case(LayerNormShape(16384, 1024), kept_memory=True))
+GPU_CASES = tuple(
+    Case(shape, main=shape == NORM_GPU_SHAPES[0], dtypes=(torch.bfloat16,)) for shape in NORM_GPU_SHAPES
+)
 QUICK_CASES = (Case(LayerNormShape(32, 48), main=True),)
 
 EPS = 1e-6

@@ -33,6 +33,7 @@ CASES = (
     Case(Shape(16, 16, 1024, 64)),
     Case(Shape(2, 20, 1000, 128)),
 )
+GPU_CASES = (Case(Shape(2, 64, 8192, 128), main=True, dtypes=(torch.bfloat16,)),)
 QUICK_CASES = (Case(Shape(2, 3, 16, 8), main=True),)
 
 

@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, Suppress, arg
 
 from lmkern.cli.main import INTERRUPTED
 from lmkern.cli.options import config_defaults, parse, peek
@@ -36,6 +36,9 @@ class Demo(DataConfig):
 
     paths: Positional[Annotated[tuple[str, ...], arg(metavar="PATHS")]] = ()
     """Text files and folders. Default: the embedded corpus."""
+    train: Suppress[tuple[str, ...]] = ()
+    validation: Suppress[tuple[str, ...]] = ()
+    test: Suppress[tuple[str, ...]] = ()
     minutes: float = 3.0
     """How long the whole may take; the training gets what the rest leaves."""
     tokens: int = 0
@@ -44,7 +47,7 @@ class Demo(DataConfig):
     """The run folder to write."""
     config: Annotated[Path | None, arg(metavar="FILE")] = None
     """A TOML file that gives the defaults of data, model and training, its tokens among them."""
-    model: GPTConfig = field(default_factory=lambda: preset(3).model)
+    model: GPTConfig = field(default_factory=lambda: cast(GPTConfig, preset(3).model))
     training: TrainingConfig = field(default_factory=lambda: preset(3).training)
 
     def run(self) -> int:
@@ -77,6 +80,10 @@ def command(argv: Sequence[str]) -> Demo:
         found = config_defaults(options.config)
         defaults = asdict(found["data"]) | {name: found[name] for name in ("model", "training")}
         defaults["tokens"] = found["training"].tokens
+        if not isinstance(found["model"], GPTConfig):
+            raise ValueError(
+                f"demo: a demo trains a GPT on text; {options.config} is of another model: `lmkern train`"
+            )
     if tokens := getattr(options, "training.tokens"):
         defaults["tokens"] = tokens
     return parse(Demo, "demo", argv, defaults)

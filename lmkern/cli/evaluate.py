@@ -17,16 +17,22 @@ from lmkern.cli.show import columns
 class Evaluate:
     """Judge a run's model on unseen text, beside a modified Kneser-Ney 5-gram model and xz.
 
-    Prints the table of bits per byte and writes evaluation.json into the run folder.
+    Prints the table of bits per byte and writes evaluation.json into the run folder. A model of pairs is
+    judged by BLEU and chrF of the targets that beam search finds; they are written to outputs.txt.
 
     example:
       lmkern evaluate runs/mine
+      lmkern evaluate runs/translator --split validation --beams 5 --length-penalty 0.6
     """
 
     run_folder: Positional[Path]
     """The folder that `lmkern train` or `lmkern demo` wrote."""
     split: Literal["test", "validation"] = "test"
-    """Which part of the text to judge on."""
+    """Which part of the data to judge on."""
+    beams: int = 5
+    """Pairs: prefixes that the search keeps. 1: greedy."""
+    length_penalty: float = 1.0
+    """Pairs: 0 asks for the likeliest target, more for longer ones."""
 
     def run(self) -> int:
         """Evaluate and print the table."""
@@ -35,7 +41,13 @@ class Evaluate:
         from lmkern.training.progress import ProgressLine
 
         with ProgressLine() as line:
-            evaluation = evaluate_run(self.run_folder, split=self.split, progress=line.count)
+            evaluation = evaluate_run(
+                self.run_folder,
+                split=self.split,
+                beams=self.beams,
+                length_penalty=self.length_penalty,
+                progress=line.count,
+            )
         print(columns(result_table(evaluation)))
         return 0
 

@@ -8,15 +8,17 @@ import os
 import sys
 from collections.abc import Sequence
 
-# Module lmkern.cli.<verb> has `command(argv)`; what it gives has `run() -> int`, the exit status, and
-# `kept() -> str`, what an interruption leaves.
+# Module lmkern.cli.<verb> (with _ for -) has `command(argv)`; what it gives has `run() -> int`, the exit
+# status, and `kept() -> str`, what an interruption leaves.
 VERBS = {
     "demo": "text in, a judged and writing model and its report out, in one go",
-    "prepare": "clean, split and tokenize text into a data folder",
-    "train": "train a GPT on a data folder, or go on with an interrupted run",
-    "evaluate": "bits per byte on the test text, beside a 5-gram model and xz",
+    "prepare": "clean, split and tokenize text, or pairs of texts, into a data folder",
+    "train": "train a model on a data folder, or go on with an interrupted run",
+    "evaluate": "bits per byte on the test text, beside a 5-gram model and xz; of pairs, BLEU and chrF",
     "generate": "continue a prompt",
+    "translate": "turn sources into targets, with a model of pairs",
     "report": "write the page of a run",
+    "tune-kernels": "search the Triton kernels' tile sizes on this machine's GPU",
     "doctor": "what this machine can run, and why not the rest",
 }
 USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     command = None
     try:
-        command = importlib.import_module(f"lmkern.cli.{verb}").command(rest)
+        command = importlib.import_module(f"lmkern.cli.{verb.replace('-', '_')}").command(rest)
         status = int(command.run())
         # Here, and not at the exit of Python, a reader that has gone can still be handled.
         sys.stdout.flush()
@@ -87,7 +89,7 @@ def complain(message: str) -> int:
 
 def overview() -> str:
     """What `lmkern --help` prints."""
-    verbs = "\n".join(f"  {verb:<10}{summary}" for verb, summary in VERBS.items())
+    verbs = "\n".join(f"  {verb:<14}{summary}" for verb, summary in VERBS.items())
     return (
         "usage: lmkern VERB [OPTIONS]\n\nFrom raw text to an evaluated, writing language model.\n\n"
         f"verbs:\n{verbs}\n\n"

@@ -17,11 +17,14 @@ from lmkern.data import DataConfig
 class Prepare(DataConfig):
     """Clean, split and tokenize text into a data folder that `lmkern train` reads.
 
-    Files of text, and folders of them; without any, the documentation inside this Python.
+    Files of text, and folders of them; without any, the documentation inside this Python. With --train, pairs
+    of texts, a source and its target, from JSON lines or two parallel files.
 
     example:
       lmkern prepare book.txt notes/ --out data/mine
       lmkern prepare --vocab-size 8192 --out data/python
+      lmkern prepare --train pairs.jsonl --out data/pairs
+      lmkern prepare --train train.de train.en --validation val.de val.en --out data/translation
     """
 
     paths: Positional[Annotated[tuple[str, ...], arg(metavar="PATHS")]] = ()

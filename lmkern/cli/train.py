@@ -5,23 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
 from lmkern.cli.main import INTERRUPTED
 from lmkern.cli.options import config_defaults, parse, peek
 from lmkern.data import DataConfig
-from lmkern.data.shards import read_manifest
-from lmkern.models import GPTConfig
-from lmkern.training import RunConfig, TrainingConfig
+from lmkern.data.shards import PAIRS_FORMAT, read_manifest
+from lmkern.data.tokenizer import END_OF_TEXT_ID
+from lmkern.models import GPTConfig, T5Config
+from lmkern.training import RunConfig, Stage, TrainingConfig
 from lmkern.training.run_folder import CHECKPOINTS, CONFIG
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a GPT on a data folder, into a run folder.
+    """Train a model on a data folder, into a run folder.
 
+    A GPT on text, an encoder-decoder (t5) on pairs unless --architecture says otherwise; each has options of
+    its own.
     Ctrl-C finishes the step and saves; --resume goes on from there, to the same weights bit for bit.
     More stages than one are written in a --config file, as [[training.stages]].
 
@@ -40,6 +43,8 @@ class Train:
     """Go on with the run in the folder."""
     overwrite: bool = False
     """Replace the run in the folder."""
+    architecture: Literal["gpt", "t5"] = "gpt"
+    """What to train. Default: gpt on text, t5 on pairs, or what the file says."""
     model: GPTConfig = field(default_factory=GPTConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
@@ -63,9 +68,19 @@ class Train:
         return f"the last checkpoint is in {self.out / CHECKPOINTS}: --resume goes on from it"
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainT5(Train):
+    __doc__ = Train.__doc__
+
+    model: T5Config = field(default_factory=T5Config)  # type: ignore[assignment]
+
+
 def command(argv: Sequence[str]) -> Train:
-    """The command line as a Train; the vocabulary is the data's unless something else is asked for."""
-    options = peek(argv, config=Path, data=Path, out=Path, resume=False)
+    """The command line as a Train, its model's options those of the architecture.
+
+    Without a file, the vocabulary is the data's, and pairs get an encoder-decoder and a stage of their own.
+    """
+    options = peek(argv, config=Path, data=Path, out=Path, architecture=str, resume=False)
     path = options.config
     if path is None and options.resume and options.out and (options.out / CONFIG).is_file():
         path = options.out / CONFIG
@@ -73,5 +88,26 @@ def command(argv: Sequence[str]) -> Train:
         name: value for name, value in config_defaults(path).items() if name != "data"
     }
     if path is None and options.data:
-        defaults["model"] = replace(GPTConfig(), vocab_size=read_manifest(options.data)["vocab_size"])
-    return parse(Train, "train", argv, defaults)
+        manifest = read_manifest(options.data)
+        pairs = manifest["format"] == PAIRS_FORMAT
+        if (options.architecture or ("t5" if pairs else "gpt")) == "t5":
+            defaults["model"] = T5Config(
+                vocab_size=manifest["vocab_size"],
+                start=END_OF_TEXT_ID,
+                end=END_OF_TEXT_ID,
+                scaled_scores=True,
+            )
+        else:
+            defaults["model"] = replace(GPTConfig(), vocab_size=manifest["vocab_size"])
+        if pairs:
+            rate = 10.0 if isinstance(defaults["model"], T5Config) else 1.0
+            defaults["training"] = TrainingConfig(
+                stages=(Stage("pairs"),), label_smoothing=0.1, embedding_rate=rate
+            )
+    t5 = isinstance(defaults.get("model"), T5Config)
+    if options.architecture not in (None, "t5" if t5 else "gpt"):
+        raise ValueError(
+            f"train: --architecture {options.architecture} and {path}, which is of another: leave one out"
+        )
+    defaults["architecture"] = "t5" if t5 else "gpt"
+    return parse(TrainT5 if t5 else Train, "train", argv, defaults)

@@ -12,6 +12,8 @@ from tokenizers import Tokenizer
 from lmkern.data import shards
 from lmkern.data.clean import SPLITS, Corpus, clean
 from lmkern.data.corpus import EMBEDDED_SOURCES, Document, Removed, list_files, read_embedded, read_files
+from lmkern.data.pair_shards import encode_pairs, write_pairs
+from lmkern.data.pairs import PairCorpus, clean_pairs
 from lmkern.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
 from lmkern.files import checksum, replacing_folder, write_json
 from lmkern.machine import version
@@ -34,11 +36,28 @@ class DataConfig:
     """Tokens in the vocabulary, at least 257."""
     max_document_bytes: int = 8192
     """Longer texts are cut at paragraphs."""
+    train: tuple[str, ...] = ()
+    """Pairs instead of text: a JSON-lines file of {"source", "target"}, or two parallel files; also .gz."""
+    validation: tuple[str, ...] = ()
+    """The pairs to validate on, likewise. Empty: a tenth of the training pairs."""
+    test: tuple[str, ...] = ()
+    """The pairs to judge on, likewise. Empty: a tenth of the training pairs."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.paths, str):
-            raise ValueError(f"DataConfig: paths must be a sequence of paths; got the string {self.paths!r}")
-        object.__setattr__(self, "paths", tuple(str(path) for path in self.paths))
+        for name in ("paths", "train", "validation", "test"):
+            paths = getattr(self, name)
+            if isinstance(paths, str):
+                raise ValueError(f"DataConfig: {name} must be a sequence of paths; got the string {paths!r}")
+            object.__setattr__(self, name, tuple(str(path) for path in paths))
+            if name != "paths" and len(paths) > 2:
+                raise ValueError(
+                    f"DataConfig: {name} must be one JSON-lines file or two parallel files, source before "
+                    f"target; got {len(paths)} paths"
+                )
+        if self.paths and self.train:
+            raise ValueError("DataConfig: give paths of text or train pairs, not both; got both")
+        if (self.validation or self.test) and not self.train:
+            raise ValueError("DataConfig: validation and test are of pairs and need train; got none")
         if self.vocab_size < MIN_VOCAB_SIZE:
             raise ValueError(
                 f"DataConfig: vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and the end of text); "
@@ -72,39 +91,96 @@ def prepare(
     """
     folder = Path(folder).resolve()
     _check_free(folder, overwrite)
+    if config.train:
+        return _prepare_pairs(config, folder, progress)
     name, sources, total, documents = _read(config)
     corpus = clean(documents, config.max_document_bytes, lambda done: progress("read", done, total))
     _check_enough(corpus, config)
+    tokenizer = _train_tokenizer(corpus.splits["train"], config, progress)
 
+    def write_split(partial: Path, split: str) -> dict[str, int]:
+        return _write_split(partial, split, corpus.splits[split], tokenizer, progress)
+
+    about = {
+        "name": name,
+        "sources": list(sources),
+        "files": corpus.counts["read"],
+        "bytes": corpus.bytes,
+        "sha256": corpus.sha256,
+    }
+    return _write(config, folder, shards.FORMAT, about, corpus, tokenizer, write_split, progress)
+
+
+def _prepare_pairs(config: DataConfig, folder: Path, progress: Progress) -> dict[str, Any]:
+    progress("read", 0, 1)
+    corpus = clean_pairs(config.train, config.validation, config.test)
+    progress("read", 1, 1)
+    train = corpus.splits["train"]
+    texts = [side for pair in train for side in (pair.source, pair.target)]
+    tokenizer = _train_tokenizer(texts, config, progress)
+
+    def write_split(partial: Path, split: str) -> dict[str, int]:
+        pairs = corpus.splits[split]
+        tensors = encode_pairs(tokenizer, pairs, lambda done: progress(f"encode {split}", done, len(pairs)))
+        write_pairs(partial, split, tensors, pairs, shards.SHARD_METADATA)
+        return {
+            "pairs": len(pairs),
+            "bytes": sum(pair.bytes for pair in pairs),
+            "source_tokens": len(tensors["source"]),
+            "target_tokens": len(tensors["target"]),
+        }
+
+    sources = [*config.train, *config.validation, *config.test]
+    about = {
+        "name": " + ".join(Path(path).name for path in config.train),
+        "sources": sources,
+        "files": len(sources),
+        "bytes": sum(pair.bytes for pairs in corpus.splits.values() for pair in pairs),
+        "sha256": corpus.sha256,
+    }
+    return _write(config, folder, shards.PAIRS_FORMAT, about, corpus, tokenizer, write_split, progress)
+
+
+def _train_tokenizer(texts: list[str], config: DataConfig, progress: Progress) -> Tokenizer:
     progress("train tokenizer", 0, 1)
-    tokenizer = train_tokenizer(corpus.splits["train"], config.vocab_size)
+    tokenizer = train_tokenizer(texts, config.vocab_size)
     progress("train tokenizer", 1, 1)
-    splits = {}
+    return tokenizer
+
+
+def _write(
+    config: DataConfig,
+    folder: Path,
+    kind: str,
+    about: dict[str, Any],
+    corpus: Corpus | PairCorpus,
+    tokenizer: Tokenizer,
+    write_split: Callable[[Path, str], dict[str, int]],
+    progress: Progress,
+) -> dict[str, Any]:
+    """The whole folder; its manifest. write_split: writes a split's files and gives its line."""
     with replacing_folder(folder) as partial:
-        for split, texts in corpus.splits.items():
-            splits[split] = _write_split(partial, split, texts, tokenizer, progress)
+        splits = {split: write_split(partial, split) for split in SPLITS}
         progress("write", 0, 1)
         tokenizer.save(str(partial / shards.TOKENIZER))
         with (partial / shards.REMOVED).open("w", encoding="utf-8") as file:
             for removed in corpus.removed:
                 file.write(json.dumps(asdict(removed), ensure_ascii=False) + "\n")
+        files = shards.PAIR_FILES if kind == shards.PAIRS_FORMAT else shards.FILES
         manifest = {
-            "format": shards.FORMAT,
+            "format": kind,
             "version": shards.VERSION,
             "lmkern": version("lmkern"),
             "python": platform.python_version(),
-            "config": asdict(config) | {"paths": list(config.paths)},
-            "corpus": {
-                "name": name,
-                "sources": list(sources),
-                "files": corpus.counts["read"],
-                "bytes": corpus.bytes,
-                "sha256": corpus.sha256,
+            "config": {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in asdict(config).items()
             },
+            "corpus": about,
             "counts": dict(corpus.counts),
             "splits": splits,
             "vocab_size": tokenizer.get_vocab_size(),
-            "files": {file: checksum(partial / file) for file in shards.FILES},
+            "files": {file: checksum(partial / file) for file in files},
         }
         write_json(partial / shards.MANIFEST, manifest)
     progress("write", 1, 1)
@@ -140,7 +216,7 @@ def _check_free(folder: Path, overwrite: bool) -> None:
     if not folder.is_dir():
         raise FileExistsError(f"prepare: expected a folder to write to; {folder} is a file; choose another")
     found = sorted(path.name for path in folder.iterdir())
-    foreign = [name for name in found if name not in (shards.MANIFEST, *shards.FILES)]
+    foreign = [name for name in found if name not in (shards.MANIFEST, *shards.FILES, *shards.PAIR_FILES)]
     if foreign:
         raise FileExistsError(
             f"prepare: {folder} holds other files than data ({foreign[0]}); choose another folder"

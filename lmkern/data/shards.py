@@ -14,16 +14,19 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from lmkern.data.clean import DOCUMENT_SEPARATOR, SPLITS
+from lmkern.data.pair_shards import PairDataset, PairSplit
 from lmkern.data.spans import paragraph_starts, sentence_starts
 from lmkern.data.tokenizer import END_OF_TEXT_ID, load_tokenizer
 from lmkern.files import damage
 
-FORMAT, VERSION = "lmkern-data", 1
+FORMAT, PAIRS_FORMAT, VERSION = "lmkern-data", "lmkern-pairs", 1
 # One key: safetensors writes several in no fixed order, and the same data should give the same bytes.
 SHARD_METADATA = {"format": "lmkern-shard version 1"}
 UNITS = ("sentences", "paragraphs", "documents")
 MANIFEST, TOKENIZER, REMOVED = "manifest.json", "tokenizer.json", "removed.jsonl"
 FILES = (TOKENIZER, REMOVED, *(f"{name}.{ending}" for name in SPLITS for ending in ("safetensors", "txt")))
+PAIR_FILES = tuple(name.replace(".txt", ".jsonl") for name in FILES)
+PAIR_TENSORS = ("source", "target", "source_starts", "target_starts")
 _REMEDY = "make it again with `lmkern prepare`"
 ENCODE_AT_ONCE = 256  # documents: bounds the memory that the tokenizer's offsets take
 
@@ -113,8 +116,8 @@ def write_split(folder: Path, name: str, tensors: dict[str, torch.Tensor], texts
     (folder / f"{name}.txt").write_bytes(DOCUMENT_SEPARATOR.join(texts).encode())
 
 
-def load(folder: str | Path) -> Dataset:
-    """The data that prepare() wrote to a folder, every file checked against the manifest.
+def load(folder: str | Path) -> Dataset | PairDataset:
+    """The data, text or pairs, that prepare() wrote to a folder, every file checked against the manifest.
 
     Raises FileNotFoundError for a folder or file that is missing, ValueError for another format or version
     and for a file that is truncated or altered.
@@ -126,8 +129,12 @@ def load(folder: str | Path) -> Dataset:
             raise FileNotFoundError(f"load: {folder / name} is in the manifest but missing; {_REMEDY}")
         if found := damage(folder / name, expected):
             raise ValueError(f"load: {found}; {_REMEDY}")
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    if manifest["format"] == PAIRS_FORMAT:
+        pairs = [_load_pairs(folder, name) for name in SPLITS]
+        return PairDataset(manifest, tokenizer, pairs[0], pairs[1], pairs[2])
     train, validation, test = (_load_split(folder, name) for name in SPLITS)
-    return Dataset(manifest, load_tokenizer(folder / TOKENIZER), train, validation, test)
+    return Dataset(manifest, tokenizer, train, validation, test)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -140,7 +147,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         found = manifest["format"], manifest["version"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"load: {path} is truncated or no lmkern manifest; {_REMEDY}") from None
-    if found != (FORMAT, VERSION):
+    if found not in ((FORMAT, VERSION), (PAIRS_FORMAT, VERSION)):
         raise ValueError(
             f"load: {path}: expected {FORMAT} version {VERSION}; got {found[0]} version {found[1]}; {_REMEDY}"
         )
@@ -148,9 +155,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _load_split(folder: Path, name: str) -> Split:
-    path = folder / f"{name}.safetensors"
+    tensors = _read_shard(folder / f"{name}.safetensors", ("tokens", *UNITS, "document_bytes"))
+    return Split(name=name, path=folder / f"{name}.txt", **tensors)
+
+
+def _load_pairs(folder: Path, name: str) -> PairSplit:
+    tensors = _read_shard(folder / f"{name}.safetensors", PAIR_TENSORS)
+    return PairSplit(name=name, path=folder / f"{name}.jsonl", **tensors)
+
+
+def _read_shard(path: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
     with safe_open(path, framework="pt") as shard:
         if shard.metadata() != SHARD_METADATA:
             raise ValueError(f"load: {path}: expected {SHARD_METADATA}; got {shard.metadata()}; {_REMEDY}")
-        tensors = {key: shard.get_tensor(key) for key in ("tokens", *UNITS, "document_bytes")}
-    return Split(name=name, path=folder / f"{name}.txt", **tensors)
+        return {name: shard.get_tensor(name) for name in names}

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lmkern.data
 from lmkern.data import DataConfig, Dataset, prepare
@@ -121,6 +121,10 @@ def demo(
     or empty, ValueError where the data cannot be used or the minutes are too few.
     """
     start = time.perf_counter()
+    if not isinstance(config.model, GPTConfig) or config.data.train:
+        raise ValueError(
+            "demo: a demo trains a GPT on text; pairs go through `lmkern prepare`, `train` and `evaluate`"
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(
             f"demo: {folder} is not empty and a demo trains in a new folder: "
@@ -131,7 +135,7 @@ def demo(
     with ProgressLine(progress) as line:
         manifest = prepare(config.data, folder / DATA, progress=line.count)
     say(describe_data(manifest, folder / DATA))
-    dataset = lmkern.data.load(folder / DATA)
+    dataset = cast(Dataset, lmkern.data.load(folder / DATA))
     if config.model.vocab_size == GPTConfig.vocab_size:
         config = replace(config, model=replace(config.model, vocab_size=manifest["vocab_size"]))
     record_time(folder, "prepare", time.perf_counter() - start)
@@ -143,7 +147,9 @@ def demo(
         record_time(folder, "measure the machine", time.perf_counter() - before)
     steps = max(1, tokens // config.training.batch_tokens)
     config = replace(config, training=replace(config.training, tokens=steps * config.training.batch_tokens))
-    say(f"2/5  Train: {count(config.training.tokens)} tokens, {describe_model(config.model)}")
+    say(
+        f"2/5  Train: {count(config.training.tokens)} tokens, {describe_model(cast(GPTConfig, config.model))}"
+    )
     trained = train(config, dataset, folder, progress=progress)
     record_time(folder, "train", trained["seconds"])
     if trained["reason"] == "interrupted":
@@ -191,11 +197,17 @@ def reserve(dataset: Dataset, tokens_per_second: float) -> float:
 def describe_data(manifest: dict[str, Any], folder: Path) -> str:
     """What the preparation found and skipped, in two or three lines. folder: the data folder."""
     splits = manifest["splits"]
-    held = ", ".join(f"{name} {size(split['bytes'])}" for name, split in splits.items())
+    pairs = "pairs" in splits["train"]
+    held = ", ".join(
+        f"{name} {count(split['pairs'])} pairs" if pairs else f"{name} {size(split['bytes'])}"
+        for name, split in splits.items()
+    )
+    sides = ("source_tokens", "target_tokens") if pairs else ("tokens",)
+    tokens = sum(splits["train"][side] for side in sides)
     words = (
         f"     {manifest['corpus']['name']}: {size(manifest['corpus']['bytes'])}; {held}\n"
         f"     vocabulary {count(manifest['vocab_size'])}, "
-        f"{count(splits['train']['tokens'])} training tokens; data in {folder}"
+        f"{count(tokens)} training tokens; data in {folder}"
     )
     if skipped := read_removed(folder / REMOVED).get("not text"):
         words += f"\n     skipped, not text: {skipped.names()}"

@@ -3,45 +3,77 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lmkern.data
 from lmkern import models
-from lmkern.data import Dataset, load_tokenizer
+from lmkern.ceiling import choose_device
+from lmkern.data import Dataset, PairDataset, load_tokenizer
 from lmkern.data.shards import TOKENIZER
 from lmkern.data.tokenizer import END_OF_TEXT_ID
-from lmkern.evaluation import evaluate
-from lmkern.files import write_json
-from lmkern.generation import generate, stream_text
+from lmkern.evaluation import evaluate, evaluate_pairs
+from lmkern.files import write_json, write_text
+from lmkern.generation import PrefixDecoder, generate, rewrite, stream_text
+from lmkern.generation.beam import EncoderDecoder
 from lmkern.jobs.timings import timed
 from lmkern.report.run import Run, read_run
-from lmkern.training.ceiling import choose_device
-from lmkern.training.run_folder import EVALUATION, MODEL, SAMPLES
+from lmkern.training.config import Stage
+from lmkern.training.run_folder import EVALUATION, MODEL, OUTPUTS, SAMPLES
 
 Progress = Callable[[str, int, int], None]
 
 
 def evaluate_run(
-    folder: str | Path, *, split: str = "test", progress: Progress = lambda stage, done, total: None
+    folder: str | Path,
+    *,
+    split: str = "test",
+    beams: int = 5,
+    length_penalty: float = 1.0,
+    progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, Any]:
     """Judge the run's model on a split of its own data; writes evaluation.json and returns it.
 
     Texts are read in windows as long as the longest rows of the training: later positions were never trained.
+    Targets of pairs are searched to that length, and written to outputs.txt, a line each.
+    beams, length_penalty: of that search, as in beam_search; text has none.
     Raises FileNotFoundError where there is no run or no model yet, ValueError for altered data.
     """
     run = read_run(folder)
     dataset = lmkern.data.load(run.data)
-    model = load_model(run)
-    stages = run.config.get("training", {}).get("stages", ())
-    context = min(
-        model.config.context, max((stage["context"] for stage in stages), default=model.config.context)
-    )
-    with timed(run.folder, "evaluate"):
-        result = evaluate(model, dataset, split=split, context=context, progress=progress)
+    if isinstance(dataset, PairDataset):
+        model = load_rewriter(run)
+        with timed(run.folder, "evaluate"):
+            result = evaluate_pairs(
+                model,
+                dataset,
+                split=split,
+                beams=beams,
+                length_penalty=length_penalty,
+                max_new_tokens=_longest_row(run),
+                progress=progress,
+            )
+        # A target may hold line ends; here they are spaces.
+        lines = (" ".join(output.split()) + "\n" for output in result.pop("outputs"))
+        write_text(run.folder / OUTPUTS, "".join(lines))
+    else:
+        gpt = load_model(run)
+        context = min(gpt.config.context, _longest_row(run))
+        with timed(run.folder, "evaluate"):
+            result = evaluate(gpt, dataset, split=split, context=context, progress=progress)
     write_json(run.folder / EVALUATION, result)
     return result
+
+
+def translate(folder: str | Path, sources: Sequence[str], **search: Any) -> list[str]:
+    """The target that the run's model gives each source; search: options of rewrite.
+
+    The tokenizer lies beside the weights: the data folder is not needed.
+    """
+    run = read_run(folder)
+    tokenizer = load_tokenizer(run.folder / MODEL / TOKENIZER)
+    return rewrite(load_rewriter(run), tokenizer, sources, max_new_tokens=_longest_row(run), **search)
 
 
 def sample_run(
@@ -58,8 +90,8 @@ def sample_run(
     Each is the first draw under the seed; none is chosen. Writes samples.json and returns its content.
     """
     run = read_run(folder)
-    dataset = lmkern.data.load(run.data)
     model = load_model(run)
+    dataset = cast(Dataset, lmkern.data.load(run.data))
     options: dict[str, Any] = {"temperature": temperature, "top_k": 0, "top_p": top_p, "seed": seed}
     samples = []
     with timed(run.folder, "generate"):
@@ -90,18 +122,49 @@ def load_model(run: Run) -> models.GPT:
 
     Raises FileNotFoundError before there are any, ValueError for a model that is not a GPT.
     """
+    model = _load(run)
+    if not isinstance(model, models.GPT):
+        raise ValueError(
+            f"run: {run.folder / MODEL} holds a {type(model).__name__}; expected a GPT, as `lmkern train` "
+            "writes it from text; a model of pairs reads with `lmkern translate`"
+        )
+    return model
+
+
+def load_rewriter(run: Run) -> EncoderDecoder:
+    """The run's best weights as beam search takes them; a decoder reads the source as a prefix.
+
+    Raises FileNotFoundError before there are any, ValueError for a model that has not learned from pairs.
+    """
+    model = _load(run)
+    if _stages(run)[0].get("unit") == "pairs":
+        if isinstance(model, models.T5):
+            return model
+        if isinstance(model, models.GPT):
+            return PrefixDecoder(model, END_OF_TEXT_ID)
+    raise ValueError(
+        f"run: {run.folder} is a run on text, which continues a prompt: `lmkern generate`; expected a run on "
+        "pairs"
+    )
+
+
+def _load(run: Run) -> Any:
     folder = run.folder / MODEL
     if not folder.is_dir():
         raise FileNotFoundError(
             f"run: {run.folder} holds no model yet; finish the training first: "
             f"lmkern train --data {run.data} --out {run.folder} --resume"
         )
-    model = models.load(folder, device=choose_device("auto"))
-    if not isinstance(model, models.GPT):
-        raise ValueError(
-            f"run: {folder} holds a {type(model).__name__}; expected a GPT, as `lmkern train` writes it"
-        )
-    return model
+    return models.load(folder, device=choose_device("auto"))
+
+
+def _stages(run: Run) -> Sequence[dict[str, Any]]:
+    return run.config.get("training", {}).get("stages") or ({},)
+
+
+def _longest_row(run: Run) -> int:
+    """The longest context of a stage, in tokens."""
+    return max(int(stage.get("context", Stage.context)) for stage in _stages(run))
 
 
 def beginnings(dataset: Dataset, count: int, words: int = 8) -> list[str]:

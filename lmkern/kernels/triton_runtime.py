@@ -41,13 +41,16 @@ def unavailable() -> str | None:
     )
 
 
-def unsupported(call: Call) -> str | None:
-    """Why these tensors cannot go through a Triton kernel, in words; None when they can."""
+def unsupported(call: Call, *, float64: bool = False) -> str | None:
+    """Why these tensors cannot go through a Triton kernel, in words; None when they can.
+
+    float64: whether the kernel takes that too.
+    """
     if reason := unavailable():
         return reason
     tensors = [x for x in call.tensors.values() if x is not None]
     for x in tensors:
-        if x.dtype not in DTYPES:
+        if x.dtype not in DTYPES and not (float64 and x.dtype == torch.float64):
             return f"takes float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
     device = tensors[0].device
     if interpreted():
@@ -70,6 +73,11 @@ def _too_old(device: int) -> str | None:
     if major >= 8:
         return None
     return f"needs compute capability 8.0; {torch.cuda.get_device_name(device)} has {major}.{minor}"
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What kernels compute and keep statistics of x in: float64 for float64, float32 for all others."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def widen(dtype: torch.dtype) -> bool:

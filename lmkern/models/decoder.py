@@ -56,7 +56,14 @@ class Decoder(nn.Module):
         """
         return self.head(self._hidden(tokens, cache))  # type: ignore[no-any-return]
 
-    def loss(self, tokens: Tensor, targets: Tensor, *, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        reduction: Literal["mean", "sum"] = "mean",
+    ) -> Tensor:
         """Next-token cross-entropy in nats, a float32 scalar (float64 for a float64 model).
 
         tokens, targets: (B, N) int64; targets[:, n] is the token after tokens[:, n], or -100 for one that
@@ -68,7 +75,9 @@ class Decoder(nn.Module):
                 f"got {targets.dtype} {tuple(targets.shape)}"
             )
         hidden = self._hidden(tokens, None)  # (B, N, E)
-        return linear_cross_entropy(hidden, self.head.weight, targets, reduction=reduction)
+        return linear_cross_entropy(
+            hidden, self.head.weight, targets, label_smoothing=label_smoothing, reduction=reduction
+        )
 
     def new_cache(self, batch: int) -> DecoderCache:
         """An empty cache for batch sequences read side by side. Use it under torch.inference_mode()."""

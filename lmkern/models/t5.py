@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lmkern.models.config import check_fields, check_heads
 from lmkern.models.tied import tie
-from lmkern.nn import Block, CrossAttention, Embedding, KeyValueCache, RMSNorm, SelfAttention
+from lmkern.nn import Block, CrossAttention, Dropout, Embedding, KeyValueCache, RMSNorm, SelfAttention
 from lmkern.nn.feed_forward import Activation
 from lmkern.ops import linear_cross_entropy
 from lmkern.ops.relative_bias import bucketed_bias
@@ -43,6 +43,9 @@ class T5Config:
     """Rows of the table of the relative bias."""
     max_distance: int = 128
     """Tokens from which on all distances share a bucket."""
+    scaled_scores: bool = False
+    """Scores are divided by sqrt(D), as in other Transformers. T5's are not: its queries need a learning rate
+    that is smaller by that, and Adam saturates the softmax at any that suits the rest."""
     tied: bool = True
     """The embedding is the head too."""
     scaled: bool = True
@@ -125,7 +128,7 @@ class T5(nn.Module):
             _block(config, decoder=True) for _ in range(config.decoder_layers or config.layers)
         )
         self.decoder_norm = RMSNorm(config.width, eps=config.eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self._initialise()
         if config.tied:
@@ -140,6 +143,8 @@ class T5(nn.Module):
             nn.init.normal_(self.head.weight)
         for table in (self.encoder_bias, self.decoder_bias):
             nn.init.normal_(table, std=1 / math.sqrt(self.config.width))
+        if self.config.scaled_scores:
+            return
         # Scores are not divided by sqrt(D): the queries begin smaller by that.
         with torch.no_grad():
             for module in self.modules():
@@ -281,7 +286,7 @@ def _block(config: T5Config, *, decoder: bool) -> Block:
         causal=decoder,
         cross=decoder,
         norm="rms",
-        softmax_scale=1.0,
+        softmax_scale=None if config.scaled_scores else 1.0,
         activation=config.activation,
         dropout=config.dropout,
         weight_dropout=config.dropout,

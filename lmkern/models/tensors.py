@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from lmkern.nn.state_dict import mismatches
+
 
 def check_tensors(
     function: str,
@@ -16,12 +18,7 @@ def check_tensors(
     remedy: str,
 ) -> None:
     """ValueError that lists, side by side, every tensor that is missing, not expected or of another shape."""
-    lines = []
-    for name in sorted({*expected, *found}):
-        shapes = [str(tuple(side[name].shape)) if name in side else "-" for side in (expected, found)]
-        if shapes[0] != shapes[1]:
-            lines.append(f"  {name}: {shapes[0]} | {shapes[1]}")
-    if lines:
+    if lines := mismatches(expected, found):
         table = "\n".join(lines)
         raise ValueError(
             f"{function}: the tensors of {where} do not fit; name: expected | got\n{table}\n{remedy}"

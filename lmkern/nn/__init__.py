@@ -3,6 +3,7 @@
 from lmkern.nn.attention import KeyValueCache, MultiheadAttention, SelfAttention
 from lmkern.nn.block import Block
 from lmkern.nn.cross_attention import CrossAttention
+from lmkern.nn.dropout import Dropout
 from lmkern.nn.embedding import Embedding
 from lmkern.nn.feed_forward import FeedForward
 from lmkern.nn.norm import LayerNorm, RMSNorm
@@ -18,6 +19,7 @@ from lmkern.nn.transformer import (
 __all__ = [
     "Block",
     "CrossAttention",
+    "Dropout",
     "Embedding",
     "FeedForward",
     "KeyValueCache",

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmkern.nn.dropout import Dropout
 from lmkern.nn.positions import Rotary
 from lmkern.nn.state_dict import LoadsWhole
 from lmkern.ops import attention, cached_attention
@@ -99,7 +100,7 @@ class SelfAttention(nn.Module):
         self.causal, self.softmax_scale, self.weight_dropout = causal, softmax_scale, weight_dropout
         self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias=bias)
         self.out = nn.Linear(heads * self.head_dim, width, bias=bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.rotary = rotary
 
     def forward(

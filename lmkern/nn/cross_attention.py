@@ -6,6 +6,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from lmkern.nn.dropout import Dropout
 from lmkern.ops import attention
 
 Memory = Tensor | tuple[Tensor, Tensor]
@@ -40,7 +41,7 @@ class CrossAttention(nn.Module):
         self.query = nn.Linear(width, heads * self.head_dim, bias=bias)
         self.key_value = nn.Linear(width, 2 * heads * self.head_dim, bias=bias)
         self.out = nn.Linear(heads * self.head_dim, width, bias=bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """memory (B, N_k, E) -> keys and values, views (B, H, N_k, D) of one product."""

@@ -9,6 +9,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmkern.nn.dropout import Dropout
 from lmkern.ops import activation as fused_activation
 from lmkern.ops.activation import Function
 
@@ -61,14 +62,12 @@ class FeedForward(nn.Module):
         self.function, self.gated = _FORMS[activation]
         self.up = nn.Linear(width, 2 * hidden if self.gated else hidden, bias=bias)
         self.down = nn.Linear(hidden, width, bias=bias)
-        self.dropout = nn.Dropout(dropout)
-        self.hidden_dropout = hidden_dropout
+        self.dropout = Dropout(dropout)
+        self.hidden_dropout = Dropout(hidden_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         # The activation adds the bias: its gradient then needs no pass of its own.
         hidden = fused_activation(
             F.linear(x, self.up.weight), self.up.bias, self.function, gated=self.gated
         )  # (..., F)
-        if self.training and self.hidden_dropout:
-            hidden = F.dropout(hidden, self.hidden_dropout)
-        return self.dropout(self.down(hidden))  # type: ignore[no-any-return]
+        return self.dropout(self.down(self.hidden_dropout(hidden)))  # type: ignore[no-any-return]

@@ -30,7 +30,7 @@ def activation(
         any strides.
     bias: (F,) or (2F,), in x's dtype, or float32 beside a 16-bit x; or None.
     function: "gelu" (exact), "gelu_tanh", "silu", "relu" or "relu_squared".
-    backend: "cpu" or "reference"; default the fastest that applies.
+    backend: "triton", "cpu" or "reference"; default the fastest that applies.
 
     Returns (..., F) in x's dtype, contiguous, computed in float32 (float64 for float64). Backward keeps x and
     bias only, and sums the gradient of bias in float32. Raises ValueError for shapes, dtypes and names;

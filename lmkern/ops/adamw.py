@@ -40,7 +40,7 @@ def adamw_(
     step: the number of this step, from 1 on.
     grad_scale: a factor on the gradient, which gradient clipping puts here.
     copy: param's shape and strides, bfloat16: written with the new param too; or None.
-    backend: "cpu" or "reference"; default the fastest that applies.
+    backend: "triton", "cpu" or "reference"; default the fastest that applies.
 
     The tensors that are written may not share memory. Not differentiable. Raises ValueError for shapes,
     strides, dtypes and numbers; UnsupportedBackend if the named backend cannot run this here.

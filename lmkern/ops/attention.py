@@ -64,7 +64,7 @@ def attention(
     Returns (B, H, N_q, D) in q's dtype, laid out as q is. A query with no visible key gives zeros (lse -inf
     without a sink) and zero gradients. Under autocast q, k and v are taken in its dtype. Differentiable twice
     in eager mode; the second derivative holds the scores. Raises ValueError for shapes, dtypes and devices,
-    and for the numbers in cu_seqlens where they are on the CPU or LMKERN_CHECK=1; UnsupportedBackend if the
+    and for the numbers in cu_seqlens where they are on the CPU or LMKERN_CHECKED=1; UnsupportedBackend if the
     named backend cannot run this here.
 
     Vaswani et al. 2017, arXiv:1706.03762; online softmax as in Dao et al. 2022, arXiv:2205.14135.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from lmkern.kernels.attention import Options
+from lmkern.kernels.checked import checked
 from lmkern.kernels.philox import threshold
 from lmkern.ops.dispatch import autocast, statistics_dtype
 
@@ -176,13 +176,13 @@ def check_documents(name: str, options: Options, n_q: int, n_k: int) -> None:
     """That cu_seqlens begin at 0, never fall and end at the lengths of q and k.
 
     Only on the CPU, where looking costs nothing; on a GPU it would wait for everything queued there, and is
-    done with LMKERN_CHECK=1 alone.
+    done with LMKERN_CHECKED=1 alone.
     """
     for what, x, tokens in (
         ("cu_seqlens", options.cu_seqlens_q, n_q),
         ("cu_seqlens_k", options.cu_seqlens_k, n_k),
     ):
-        if x is None or (x.device.type != "cpu" and os.environ.get("LMKERN_CHECK") != "1"):
+        if x is None or not checked(x):
             continue
         ends = x.tolist()
         if ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in pairwise(ends)):

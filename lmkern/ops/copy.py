@@ -15,7 +15,7 @@ def cast(x: Tensor, dtype: torch.dtype, *, backend: str | None = None) -> Tensor
     """A copy of x in another dtype (in the same, a plain copy).
 
     x, dtype: float32, float16, bfloat16 or float64; x of any shape and strides.
-    backend: "cpu" or "reference"; default the fastest that applies.
+    backend: "triton", "cpu" or "reference"; default the fastest that applies.
 
     Returns x's shape, with x's strides if x is dense. Rounded to the nearest, ties to even; numbers under the
     smallest normal float32 may come as zero. The gradient is the cast back, at every order. Raises ValueError

@@ -38,11 +38,11 @@ def cross_entropy(
     softcap: logits become softcap * tanh(logits / softcap) first (Gemma Team 2024, arXiv:2408.00118).
     reduction: "mean" over the tokens that are not ignored, NaN where all are, as torch has it; "sum"; or
         "none" for the loss of each token.
-    backend: "cpu" or "reference"; default the fastest that applies.
+    backend: "triton", "cpu" or "reference"; default the fastest that applies.
 
     Returns a scalar, or (...) for "none": float32 whatever the logits, float64 for float64. Raises ValueError
-    for shapes, dtypes and options, IndexError for a target out of range on the CPU, UnsupportedBackend if the
-    named backend cannot run this here.
+    for shapes, dtypes and options, IndexError for a target out of range (on a GPU with LMKERN_CHECKED=1; its
+    loss is NaN without), UnsupportedBackend if the named backend cannot run this here.
     """
     check_options(NAME, label_smoothing, z_loss, softcap, reduction)
     if logits.dim() < 1 or logits.dtype not in DTYPES:

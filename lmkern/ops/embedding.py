@@ -19,11 +19,11 @@ def embedding(
     tokens: any shape, int64 or int32, each in [0, V).
     weight: (V, E), float32, float16, bfloat16 or float64.
     padding_idx: the token whose row gets no gradient, in [-V, V) as torch counts; or None.
-    backend: "cpu" or "reference"; default the fastest that applies.
+    backend: "triton", "cpu" or "reference"; default the fastest that applies.
 
     Returns (*tokens.shape, E) in weight's dtype, contiguous. Raises ValueError for shapes and dtypes,
-    IndexError for a token outside [0, V) on the CPU; UnsupportedBackend if the named backend cannot run this
-    here.
+    IndexError for a token outside [0, V) (on a GPU with LMKERN_CHECKED=1; its row is NaN without);
+    UnsupportedBackend if the named backend cannot run this here.
     """
     padding = _check(tokens, weight, padding_idx)
     flat = tokens.reshape(-1).long()

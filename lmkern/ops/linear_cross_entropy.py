@@ -36,7 +36,7 @@ def linear_cross_entropy(
         any strides. Under autocast they are cast as torch.nn.functional.linear casts them.
     targets: (...) int64 in [0, V), or ignore_index for a token that does not count.
     label_smoothing, z_loss, softcap, reduction: as in `lmkern.cross_entropy`.
-    backend: "cpu" or "reference"; default the fastest that applies.
+    backend: "triton", "cpu" or "reference"; default the fastest that applies.
 
     The logits are made and used up a chunk of tokens at a time, and their gradient at once: for "mean" and
     "sum" the gradients of x, weight and bias are computed in the forward pass, if they will be wanted, and
@@ -44,8 +44,8 @@ def linear_cross_entropy(
     over the tokens in float32 (float64 for float64).
 
     Returns a scalar, or (...) for "none": float32 whatever the dtype of x, float64 for float64. Raises
-    ValueError for shapes, dtypes and options, IndexError for a target out of range on the CPU,
-    UnsupportedBackend if the named backend cannot run this here.
+    ValueError for shapes, dtypes and options, IndexError for a target out of range (on a GPU with
+    LMKERN_CHECKED=1; its loss is NaN without), UnsupportedBackend if the named backend cannot run this here.
     """
     check_options(NAME, label_smoothing, z_loss, softcap, reduction)
     _check(x, weight, bias)

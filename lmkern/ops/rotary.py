@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lmkern.kernels import backends
+from lmkern.kernels.checked import checked
 from lmkern.kernels.rotary.layout import empty_like
 from lmkern.ops.dispatch import check_dtype, direct
 
@@ -35,7 +36,7 @@ def rotary(
         columns 0, 2, 4, ... and x2 columns 1, 3, 5, ... (GPT-J).
     offset: token n stands at position offset + n. positions: (B, N) int64 instead, in [0, P).
     inplace: write into x and return it.
-    backend: "cpu" or "reference"; default the fastest that applies.
+    backend: "triton", "cpu" or "reference"; default the fastest that applies.
 
     Returns x's shape and dtype, heads and tokens in the order in which x has them in memory; computed in
     float32 (float64 for float64). The gradient turns back by the same angles, and so on at every order.
@@ -156,7 +157,7 @@ def _tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_range(positions: Tensor, count: int) -> None:
-    if not positions.numel() or positions.device.type == "meta":
+    if not positions.numel() or not checked(positions):
         return
     low, high = (int(position) for position in positions.aminmax())
     if low < 0 or high >= count:

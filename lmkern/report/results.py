@@ -7,7 +7,10 @@ from typing import Any
 
 
 def result_table(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Header and rows of the table of bits per byte, as plain text."""
+    """Header and rows of the table of bits per byte, or of the scores of pairs, as plain text."""
+    if "pairs" in evaluation:
+        scores = [(row["name"], f"{row['score']:.2f}", row["signature"]) for row in evaluation["rows"]]
+        return [("score", "0 to 100", "sacrebleu signature"), *scores]
     cells = [("model", "bits per byte", "perplexity per token")]
     for row in evaluation["rows"]:
         weight = f" (weight of the GPT {row['weight']:.2f})" if row.get("weight") is not None else ""

@@ -8,6 +8,7 @@ from typing import Any
 
 from lmkern.data.clean import MIN_DUPLICATE_CHARACTERS
 from lmkern.data.shards import REMOVED
+from lmkern.report import pairs
 from lmkern.report.markdown import bar, block, code, count, duration, size, table, text, visible
 from lmkern.report.reproduce import commands
 from lmkern.report.results import result_rows, result_table, versus
@@ -30,7 +31,8 @@ def report(run: Run) -> str:
 def title(run: Run) -> str:
     """What the page is called."""
     name = (run.manifest or {}).get("corpus", {}).get("name")
-    return f"A language model of {name}" if name else f"Run {run.folder.resolve().name}"
+    kind = "A model" if pairs.is_pairs(run) else "A language model"
+    return f"{kind} of {name}" if name else f"Run {run.folder.resolve().name}"
 
 
 def heading(run: Run) -> str:
@@ -46,6 +48,8 @@ def summary(run: Run) -> str:
     if trained and "train" in run.timings:
         seen += f" in {duration(run.timings['train'])}"
     size_of_model = f" of {count(run.parameters)} parameters" if run.parameters else ""
+    if pairs.is_pairs(run):
+        return pairs.summary(run, f"A model{size_of_model}{seen}")
     subject = f"A GPT{size_of_model}{seen}"
     rows = result_rows(run.evaluation or {})
     if "gpt" not in rows:
@@ -79,23 +83,30 @@ def corpus(run: Run) -> str:
             f"{count(manifest['vocab_size'])} tokens, byte-level BPE trained on the training split",
         ),
     ]
-    splits = [
-        (text(name), *(count(split[field]) for field in ("documents", "bytes", "tokens")), density(split))
-        for name, split in manifest["splits"].items()
-    ]
     parts = [
         "## Corpus",
         table(("", ""), facts),
         "### Splits",
-        table(("split", "documents", "bytes", "tokens", "bytes a token"), splits, numbers=(1, 2, 3, 4)),
-        "Longer texts are cut into documents; a hash of its content gives each its split. No document and "
-        f"no paragraph of {MIN_DUPLICATE_CHARACTERS} characters or more stands in two splits. Shorter "
-        "paragraphs (a heading, a speaker's name) may.",
+        pairs.splits(run) if pairs.is_pairs(run) else splits(manifest),
         "### Preparation",
         table(("counted", "number"), counted(manifest.get("counts", {})), numbers=(1,)),
         removed(run),
     ]
     return "\n\n".join(parts)
+
+
+def splits(manifest: Mapping[str, Any]) -> str:
+    """The table of the splits, and how they were made."""
+    rows = [
+        (text(name), *(count(split[field]) for field in ("documents", "bytes", "tokens")), density(split))
+        for name, split in manifest["splits"].items()
+    ]
+    return (
+        table(("split", "documents", "bytes", "tokens", "bytes a token"), rows, numbers=(1, 2, 3, 4))
+        + "\n\nLonger texts are cut into documents; a hash of its content gives each its split. No document "
+        f"and no paragraph of {MIN_DUPLICATE_CHARACTERS} characters or more stands in two splits. Shorter "
+        "paragraphs (a heading, a speaker's name) may."
+    )
 
 
 def density(split: Mapping[str, Any]) -> str:
@@ -166,7 +177,9 @@ def training(run: Run) -> str:
         ]
         parts.append(table(("stage", "unit", "context, tokens", "share of the tokens"), rows, numbers=(2, 3)))
         parts.append(
-            "In each stage the units are shuffled and packed into rows without padding, so inside a row "
+            pairs.batches(run)
+            if pairs.is_pairs(run)
+            else "In each stage the units are shuffled and packed into rows without padding, so inside a row "
             "attention crosses document borders: a token may see the end of the text that happens to stand "
             "before its own."
         )
@@ -206,6 +219,8 @@ def curve_facts(run: Run, steps: Sequence[Mapping[str, Any]]) -> str:
 
 def evaluation(run: Run) -> str:
     """The table of bits per byte."""
+    if pairs.is_pairs(run):
+        return pairs.evaluation(run)
     if run.evaluation is None:
         return (
             f"## Evaluation\n\nThis run has not been evaluated yet: {code(f'lmkern evaluate {run.folder}')}."
@@ -226,6 +241,8 @@ def evaluation(run: Run) -> str:
 
 def samples(run: Run) -> str:
     """What the model writes, literally."""
+    if pairs.is_pairs(run):
+        return pairs.examples(run)
     if not run.samples:
         return (
             f"## Samples\n\nThis run holds no samples; to see some: {code(f'lmkern generate {run.folder}')}."

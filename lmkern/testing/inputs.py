@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
@@ -21,6 +22,8 @@ from lmkern.testing.shapes import (
 Randn = Callable[..., Tensor]
 Layout = Callable[[Randn, int, int, int, int], Tensor]
 
+LARGE = 2**24
+
 LAYOUTS: dict[str, Layout] = {
     "contiguous": lambda randn, B, H, N, D: randn(B, H, N, D),
     # What a module holds after its projection: (B, N, H, D) in memory.
@@ -37,10 +40,16 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def seeded_randn(seed: int, dtype: torch.dtype, device: str = "cpu") -> Randn:
-    """A function of a shape: standard normal numbers from one seeded stream, the same on every device."""
+    """A function of a shape: standard normal numbers from one seeded stream, the same on every device.
+
+    More than LARGE of them are drawn by the device itself: a processor would take seconds.
+    """
     generator = torch.Generator().manual_seed(seed)
+    device_generator = torch.Generator(device).manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
+        if math.prod(shape) > LARGE:
+            return torch.randn(shape, generator=device_generator, device=device).to(dtype)
         return torch.randn(shape, generator=generator).to(dtype=dtype, device=device)
 
     return randn

@@ -236,6 +236,13 @@ LAYER_NORM_BENCHMARK_SHAPES = (
     LayerNormShape(8, 768, "generation: the cost of the call itself"),
 )
 
+NORM_GPU_SHAPES = (
+    LayerNormShape(16384, 4096, "a large model's layer in training"),
+    LayerNormShape(131_072, 128, "heads that are normalised alone"),
+    LayerNormShape(8192, 8192, "the widest row that one backward kernel takes"),
+    LayerNormShape(1024, 65_536, "rows that no program holds"),
+)
+
 CROSS_ENTROPY_BENCHMARK_SHAPES = (
     CrossEntropyShape(4096, 50_304, "GPT-2 small's logits in training"),
     CrossEntropyShape(4096, 4096, "a small vocabulary: rows in the first cache"),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from lmkern.kernels import backends, native, triton_runtime
+from lmkern.testing.interpreter import quicken
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,10 @@ class Target:
         """Where its tensors lie."""
         return "cuda" if self.backend in ("cuda", "triton") and not self.interpreted else "cpu"
 
+    def some(self, items: Iterable[Item], step: int) -> list[Item]:
+        """The items; on the interpreter, which is slow, every step-th of them."""
+        return list(items)[:: step if self.interpreted else 1]
+
     def takes(self, dtype: torch.dtype, **options: Any) -> bool:
         """Whether the backend takes this dtype and these options of the call; a missing one is said to."""
         if backends.load(self.op, self.backend).unavailable():
@@ -52,6 +59,7 @@ class Target:
         Triton's interpreter computes with numpy, whose warnings of overflow and NaN are silenced.
         """
         if self.interpreted:
+            quicken()
             with np.errstate(all="ignore"), warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)
                 yield

@@ -5,18 +5,18 @@ import time
 
 import torch
 
-from lmkern.data import Dataset
-from lmkern.training.ceiling import choose_device, choose_dtype
+from lmkern.ceiling import choose_device, choose_dtype
+from lmkern.data import Dataset, PairDataset
+from lmkern.memory import keep_freed_memory
 from lmkern.training.config import RunConfig
 from lmkern.training.loop import check_fits, cpu_threads
-from lmkern.training.memory import keep_freed_memory
 from lmkern.training.trainer import Trainer
 
 # A stage is measured for so many steps after the first, or until this many seconds have passed.
 STEPS, SECONDS = 5, 2.0
 
 
-def tokens_for_minutes(config: RunConfig, dataset: Dataset, minutes: float) -> int:
+def tokens_for_minutes(config: RunConfig, dataset: Dataset | PairDataset, minutes: float) -> int:
     """The largest number of tokens, in whole steps, with which train() is expected to take this long.
 
     Takes a few steps of each stage and one validation on a throw-away model, and counts the validations that

@@ -14,12 +14,17 @@ import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from lmkern.data import DataConfig
-from lmkern.models import GPTConfig
+from lmkern.models import GPT, T5, GPTConfig, T5Config
 
 T = TypeVar("T")
+
+# The key of [model] that says whose configuration it is, and what it may say.
+ARCHITECTURE = "architecture"
+ARCHITECTURES = MappingProxyType({"gpt": (GPT, GPTConfig), "t5": (T5, T5Config)})
 
 
 def _require(holds: bool, message: str) -> None:
@@ -31,15 +36,15 @@ def _require(holds: bool, message: str) -> None:
 class Stage:
     """A part of the run that reads one kind of unit at one row length."""
 
-    unit: Literal["sentences", "paragraphs", "documents"] = "documents"
-    """What is shuffled and packed into rows."""
+    unit: Literal["sentences", "paragraphs", "documents", "pairs"] = "documents"
+    """What is shuffled and packed into rows; pairs are not packed but put beside others of their length."""
     context: int = 256
-    """Tokens in a row."""
+    """Tokens in a row. Of pairs: in the longer side, its end included; longer ones are left out."""
     share: float = 1.0
     """Share of the run's tokens; the shares of all stages add up to 1."""
 
     def __post_init__(self) -> None:
-        units = ("sentences", "paragraphs", "documents")
+        units = ("sentences", "paragraphs", "documents", "pairs")
         _require(self.unit in units, f"Stage: unit must be one of {', '.join(units)}; got {self.unit!r}")
         _require(self.context >= 1, f"Stage: context must be at least 1; got {self.context}")
         _require(0 < self.share <= 1, f"Stage: share must be in (0, 1]; got {self.share}")
@@ -52,13 +57,17 @@ class TrainingConfig:
     tokens: int = 4_000_000
     """Tokens to train on; the run takes tokens // batch_tokens steps, at least one."""
     batch_tokens: int = 8192
-    """Tokens of one optimizer step, a multiple of the context of each stage."""
+    """Tokens of one optimizer step, a multiple of the context of each stage. Pairs: both sides of all pairs
+    of the step together, padding included, at most; the step counts as so many."""
     micro_batch_tokens: int = 0
     """Tokens held in memory at once; the gradient is accumulated over the step. 0: the whole step at once."""
     stages: tuple[Stage, ...] = (Stage(),)
     """Stages in order."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
+    embedding_rate: float = 1.0
+    """The learning rate of the token embedding and of all other tables, as a multiple. Adam's steps do not
+    know how large a weight is: tables that are of size 1, as a T5's, need some 10."""
     final_learning_rate: float = 0.1
     """Learning rate at the end, as a share of the peak."""
     warmup: float = 0.05
@@ -67,6 +76,10 @@ class TrainingConfig:
     """Decoupled weight decay, on parameters of two or more dimensions."""
     beta1: float = 0.9
     beta2: float = 0.95
+    label_smoothing: float = 0.0
+    """Share of the target's probability that is spread over the vocabulary, in training only."""
+    average: float = 0.0
+    """Decay a step of the running mean of the weights, which is validated and kept instead. 0: none."""
     clip: float = 1.0
     """Largest global gradient norm. 0: no clipping."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -93,13 +106,13 @@ class TrainingConfig:
             value = getattr(self, name)
             _require(value >= 1, f"TrainingConfig: {name} must be at least 1; got {value}")
         counts = ("micro_batch_tokens", "threads", "validate_every", "patience", "checkpoint_every")
-        for name in (*counts, "weight_decay", "clip", "seed"):
+        for name in (*counts, "embedding_rate", "weight_decay", "clip", "seed"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, f"TrainingConfig: {name} must be 0 or more; got {value}")
         for name in ("final_learning_rate", "warmup"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"TrainingConfig: {name} must be in [0, 1]; got {value}")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "label_smoothing", "average"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"TrainingConfig: {name} must be in [0, 1); got {value}")
         _require(
@@ -118,9 +131,11 @@ class TrainingConfig:
             f"TrainingConfig: the shares of the stages must add up to 1; got {total:g}"
             f" from {', '.join(f'{stage.share:g}' for stage in self.stages)}",
         )
+        pairs = {stage.unit == "pairs" for stage in self.stages}
+        _require(len(pairs) == 1, "TrainingConfig: either all stages have the unit pairs or none; got both")
         for stage in self.stages:
             _require(
-                self.batch_tokens % stage.context == 0,
+                stage.unit == "pairs" or self.batch_tokens % stage.context == 0,
                 f"TrainingConfig: batch_tokens must be a multiple of each stage's context; got "
                 f"{self.batch_tokens} and {stage.context}: "
                 f"take {math.ceil(self.batch_tokens / stage.context) * stage.context}",
@@ -137,10 +152,16 @@ class RunConfig:
     """Everything that decides the weights that come out: data, model, training."""
 
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    model: GPTConfig = dataclasses.field(default_factory=GPTConfig)
+    model: GPTConfig | T5Config = dataclasses.field(default_factory=GPTConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
+        if isinstance(self.model, T5Config):
+            _require(
+                self.training.stages[0].unit == "pairs",
+                "RunConfig: an encoder-decoder learns from pairs: set unit = 'pairs' in each stage",
+            )
+            return
         longest = max(stage.context for stage in self.training.stages)
         _require(
             longest <= self.model.context,
@@ -175,13 +196,19 @@ def dump_config(config: RunConfig) -> str:
 
 
 def config_differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Dotted name -> (value before, value now) for each field in which the two differ."""
+    """Dotted name -> (value before, value now) for each field in which the two differ.
+
+    None where one of the two has no such field.
+    """
     old, new = _flatten(before, ""), _flatten(now, "")
-    return {name: (old[name], new[name]) for name in old if old[name] != new[name]}
+    pairs = {name: (old.get(name), new.get(name)) for name in old | new}
+    return {name: (a, b) for name, (a, b) in pairs.items() if a != b}
 
 
 def _flatten(config: Any, prefix: str) -> dict[str, Any]:
     flat: dict[str, Any] = {}
+    if name := _architecture(config):
+        flat[f"{prefix}{ARCHITECTURE}"] = name
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -189,6 +216,11 @@ def _flatten(config: Any, prefix: str) -> dict[str, Any]:
         else:
             flat[f"{prefix}{field.name}"] = value
     return flat
+
+
+def _architecture(config: Any) -> str | None:
+    """The name of the model that this is the configuration of."""
+    return next((name for name, (_, kind) in ARCHITECTURES.items() if type(config) is kind), None)
 
 
 def _build(kind: type[T], table: dict[str, Any], prefix: str) -> T:
@@ -205,9 +237,20 @@ def _build(kind: type[T], table: dict[str, Any], prefix: str) -> T:
     return kind(**values)
 
 
+def _build_model(table: dict[str, Any], place: str) -> Any:
+    """The configuration of the architecture that a table names; a GPT's if it names none."""
+    name = table.get(ARCHITECTURE, "gpt")
+    if name not in ARCHITECTURES:
+        raise ValueError(f"{place}.{ARCHITECTURE} must be one of {', '.join(ARCHITECTURES)}; got {name!r}")
+    fields = {key: value for key, value in table.items() if key != ARCHITECTURE}
+    return _build(ARCHITECTURES[name][1], fields, f"{place}.")
+
+
 def _convert(hint: Any, value: Any, place: str) -> Any:
     """A TOML value as the annotated type; ValueError names the place."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if any(dataclasses.is_dataclass(argument) for argument in arguments) and isinstance(value, dict):
+        return _build_model(value, place)
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return _build(typing.cast(type, hint), value, f"{place}.")
     if origin is tuple and isinstance(value, list):
@@ -227,6 +270,8 @@ def _convert(hint: Any, value: Any, place: str) -> Any:
 
 def _table_lines(config: Any, name: str) -> list[str]:
     plain, tables = [], []
+    if architecture := _architecture(config):
+        plain.append(f"{ARCHITECTURE} = {_toml(architecture)}")
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from lmkern.data import Dataset
+from lmkern.ceiling import choose_device, choose_dtype, measure_ceiling
+from lmkern.data import Dataset, PairBatches, PairDataset
 from lmkern.data.shards import TOKENIZER
-from lmkern.models import save
-from lmkern.training.ceiling import choose_device, choose_dtype, measure_ceiling
+from lmkern.memory import keep_freed_memory
+from lmkern.models import T5Config, save
 from lmkern.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lmkern.training.config import RunConfig
 from lmkern.training.interruption import Interruption
-from lmkern.training.memory import keep_freed_memory
 from lmkern.training.metrics import MetricsLog, rewind_metrics
 from lmkern.training.progress import ProgressLine, Smoothed, readable_count, readable_seconds
 from lmkern.training.run_folder import (
@@ -32,7 +32,7 @@ from lmkern.training.trainer import StepResult, Trainer
 
 def train(
     config: RunConfig,
-    dataset: Dataset,
+    dataset: Dataset | PairDataset,
     folder: str | Path,
     *,
     resume: bool = False,
@@ -136,7 +136,14 @@ class _Run:
             step = state.step
             span = schedule.span(step)
             if step == span.first:
-                stage = {"unit": span.stage.unit, "context": span.stage.context}
+                stage: dict[str, Any] = {"unit": span.stage.unit, "context": span.stage.context}
+                batches = trainer.batches[span.index]
+                if isinstance(batches, PairBatches):
+                    stage |= {"padding": batches.padding, "left_out": batches.left_out}
+                    self.line.say(
+                        f"stage {span.index + 1}: {batches.batches_per_epoch} batches an epoch, "
+                        f"{batches.padding:.1%} of their tokens padding, {batches.left_out} pairs too long"
+                    )
                 self._event("stage", stage=span.index, **stage, steps=span.end - span.first)
             start = time.perf_counter()
             result = trainer.step(step)
@@ -215,9 +222,7 @@ class _Run:
         """The step's event and the live line."""
         trainer, span = self.trainer, self.trainer.schedule.span(step)
         speed = trainer.config.training.batch_tokens / seconds
-        ceiling_share = (
-            speed * trainer.model.flops_per_token(span.stage.context) / self.resolved["ceiling_flops"]
-        )
+        ceiling_share = result.flops / seconds / self.resolved["ceiling_flops"]
         self._event(
             "step",
             stage=span.index,
@@ -252,7 +257,7 @@ class _Run:
 
 
 def _resolve(
-    config: RunConfig, dataset: Dataset, device: torch.device, checkpoint: Checkpoint | None
+    config: RunConfig, dataset: Dataset | PairDataset, device: torch.device, checkpoint: Checkpoint | None
 ) -> dict[str, Any]:
     """dtype, device, threads and measured ceiling of this run; a resumed run keeps its dtype."""
     corpus = dataset.manifest["corpus"]["sha256"]
@@ -275,8 +280,22 @@ def _resolve(
     }
 
 
-def check_fits(config: RunConfig, dataset: Dataset) -> None:
-    """Raises ValueError if the model has fewer tokens than the data."""
+def check_fits(config: RunConfig, dataset: Dataset | PairDataset) -> None:
+    """Raises ValueError for a model with fewer tokens than the data, or other ends, and for other stages."""
+    found, asked = isinstance(dataset, PairDataset), config.training.stages[0].unit == "pairs"
+    if found != asked:
+        kind, unit = ("pairs", "pairs") if found else ("text", "documents")
+        raise ValueError(
+            f"train: {dataset.folder} holds {kind} and the stages read {config.training.stages[0].unit}: set "
+            f"unit = {unit!r} in training.stages"
+        )
+    if isinstance(config.model, T5Config):
+        for name in ("start", "end"):
+            if getattr(config.model, name) != dataset.end_of_text:
+                raise ValueError(
+                    f"train: model.{name} must be the data's end of text, {dataset.end_of_text}; "
+                    f"got {getattr(config.model, name)}: set model.{name} = {dataset.end_of_text}"
+                )
     held = dataset.tokenizer.get_vocab_size()
     if config.model.vocab_size < held:
         raise ValueError(

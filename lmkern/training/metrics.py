@@ -11,8 +11,8 @@ from typing import Any, Self
 
 import torch
 
+from lmkern.ceiling import synchronize
 from lmkern.files import flush_to_disk, write_text
-from lmkern.training.ceiling import synchronize
 from lmkern.training.run_folder import PHASES
 
 

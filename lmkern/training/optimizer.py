@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lmkern.nn import Embedding
 from lmkern.ops import adamw_
 from lmkern.training.config import TrainingConfig
 
@@ -96,12 +97,22 @@ def _moment_dtype(param: Tensor) -> torch.dtype:
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) that decays matrices and embeddings only.
 
-    Gains and biases (parameters of fewer than two dimensions) get no decay.
+    Gains and biases (parameters of fewer than two dimensions) get no decay. A group's "rate" is its learning
+    rate as a multiple of the schedule's: embedding_rate for embeddings, a head tied to one included, and for
+    every other table: what has two dimensions and is the weight of no linear map.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    maps, tables = (
+        {id(module.weight) for module in model.modules() if isinstance(module, kind)}
+        for kind in (nn.Linear, nn.Embedding | Embedding)
+    )
+    matrices = [p for p in parameters if p.ndim >= 2]
+    tables |= {id(p) for p in matrices if id(p) not in maps}
+    decay, rate = config.weight_decay, config.embedding_rate
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in matrices if id(p) not in tables], "weight_decay": decay, "rate": 1.0},
+        {"params": [p for p in matrices if id(p) in tables], "weight_decay": decay, "rate": rate},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0, "rate": 1.0},
     ]
     return AdamW(
         [group for group in groups if group["params"]],

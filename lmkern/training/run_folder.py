@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lmkern.data import Dataset
+from lmkern.data import Dataset, PairDataset
 from lmkern.files import write_json, write_text
 from lmkern.machine import accelerator, processor, versions
 from lmkern.training.checkpoint import list_checkpoints, remove_unfinished
@@ -21,14 +21,14 @@ CHECKPOINTS, MODEL = "checkpoints", "model"
 MARKS = (CONFIG, ABOUT, METRICS, CHECKPOINTS, MODEL)
 # These may be there before it: the text that a demo prepares, and wall seconds by job.
 DATA, TIMINGS = "data", "timings.json"
-EVALUATION, SAMPLES = "evaluation.json", "samples.json"
+EVALUATION, SAMPLES, OUTPUTS = "evaluation.json", "samples.json", "outputs.txt"
 PAGE, PAGE_MARKDOWN, CURVES = "report.html", "report.md", "curves.svg"
 # What is made from a model and says nothing true of the next.
-DERIVED = (EVALUATION, SAMPLES, PAGE, PAGE_MARKDOWN, CURVES)
+DERIVED = (EVALUATION, SAMPLES, OUTPUTS, PAGE, PAGE_MARKDOWN, CURVES)
 # Where the seconds of the training go, in the order of a step.
 PHASES = ("data", "forward", "backward", "optimizer", "validation", "checkpoint")
 # Fields that may change on the way: nothing that is computed depends on them.
-FREE = ("training.keep_checkpoints", "training.checkpoint_every")
+FREE = ("training.keep_checkpoints", "training.checkpoint_every", "training.threads")
 
 
 def check_run_folder(config: RunConfig, folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
@@ -78,7 +78,9 @@ def remove_derived(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def write_about(config: RunConfig, dataset: Dataset, folder: Path, resolved: dict[str, Any]) -> None:
+def write_about(
+    config: RunConfig, dataset: Dataset | PairDataset, folder: Path, resolved: dict[str, Any]
+) -> None:
     """config.toml, as asked for, and run.json: data, command, versions and machine.
 
     resolved: what "auto" became (dtype, device, threads), and the measured ceiling.

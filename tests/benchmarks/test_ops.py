@@ -29,7 +29,7 @@ def test_every_op_has_a_benchmark() -> None:
 def test_cases_are_named_apart(path: Path) -> None:
     module = module_of(path)
     assert path.stem == f"bench_{module.OP}"
-    for cases in (module.CASES, module.QUICK_CASES):
+    for cases in (module.CASES, module.GPU_CASES, module.QUICK_CASES):
         rows = [
             (str(case), direction, dtype)
             for case in cases
@@ -39,7 +39,8 @@ def test_cases_are_named_apart(path: Path) -> None:
         assert len(set(rows)) == len(rows)
         assert all(direction in DIRECTIONS and dtype in DTYPES for _, direction, dtype in rows)
     # One shape an op in README.md.
-    assert len({str(case.shape) for case in module.CASES if case.main}) == 1
+    for cases in (module.CASES, module.GPU_CASES):
+        assert len({str(case.shape) for case in cases if case.main}) == 1
 
 
 @pytest.mark.parametrize(

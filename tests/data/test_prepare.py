@@ -30,7 +30,15 @@ def test_the_manifest_says_what_is_in_the_folder(data_folder: Path, config: Data
     for name, entry in manifest["files"].items():
         data = (data_folder / name).read_bytes()
         assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    assert manifest["config"] == {"paths": list(config.paths), "vocab_size": 400, "max_document_bytes": 1024}
+    assert DataConfig(**manifest["config"]) == config
+    assert manifest["config"] == {
+        "paths": list(config.paths),
+        "vocab_size": 400,
+        "max_document_bytes": 1024,
+        "train": [],
+        "validation": [],
+        "test": [],
+    }
     assert manifest["corpus"]["files"] == manifest["counts"]["read"] == 80
     dataset = load(data_folder)
     for name, entry in manifest["splits"].items():

@@ -1,17 +1,20 @@
-"""Every Triton kernel compiles for the GPUs it is meant for, on a machine without one.
+"""Every Triton kernel compiles for the GPUs it is meant for, on a machine without one, and is not compiled
+again for new lengths and batch sizes.
 
-Compiled in a process of its own, where TRITON_INTERPRET is not set: run as a script, this file writes a JSON
-object of reports to the path it is given.
+Compiled in processes of their own, where TRITON_INTERPRET is not set: run as a script, this file writes a
+JSON object of reports to the path it is given. LMKERN_COMPILE=all compiles every case for every architecture.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +22,45 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+from lmkern.kernels import tuning
+from lmkern.kernels.backends import UnsupportedBackend
+from lmkern.testing.triton_cases import TritonCase, triton_cases
 
-# Bytes a program may have. sm_80 has 163 KB and sm_90 227 KB, but the smaller NVIDIA GPUs have 99 KB.
-SHARED_MEMORY = {"sm_80": 99 * 1024, "sm_90": 99 * 1024, "gfx942": 64 * 1024}
+ARCHITECTURES = ("sm_90", "sm_80", "sm_89", "sm_100", "sm_120", "gfx942")
+CASES = triton_cases()
+ALL = os.environ.get("LMKERN_COMPILE") == "all"
 
-# Every tile of the tables at sm_90, a sample of them elsewhere.
-ATTENTION = [("sm_90", dtype, head_dim) for dtype in ("bf16", "fp32") for head_dim in (32, 64, 128, 256)]
-ATTENTION += [(target, "bf16", 128) for target in ("sm_80", "gfx942")]
-ATTENTION += [(target, "fp32", 64) for target in ("sm_80", "gfx942")]
-ATTENTION += [("sm_90", "fp16", 40)]
-ATTENTION_KERNELS = ("forward", "dq", "dk_dv")
-
-# (target, width, kernel): a fused backward of at most MAX_FUSED_WIDTH, beyond it dx alone.
-LAYER_NORM = [("sm_90", 768, "forward"), ("sm_90", 768, "backward"), ("sm_90", 16384, "forward")]
-LAYER_NORM += [("sm_90", 8192, "backward"), ("sm_90", 8192, "backward_sums"), ("sm_90", 16384, "backward_dx")]
-LAYER_NORM += [(target, 768, kernel) for target in ("sm_80", "gfx942") for kernel in ("forward", "backward")]
-
-KEYS = [
-    f"attention-{kernel}-{dtype}-D{d}-{target}"
-    for target, dtype, d in ATTENTION
-    for kernel in ATTENTION_KERNELS
+# Every tuned configuration at sm_90, a sample of them elsewhere.
+JOBS = [
+    (architecture, case)
+    for architecture in ARCHITECTURES
+    for case in CASES
+    if ALL or case.everywhere or (architecture == "sm_90" and not case.further)
 ]
-KEYS += [f"attention-delta-bf16-D128-{target}" for target in TARGETS]
-KEYS += [f"layer_norm-{kernel}-E{width}-{target}" for target, width, kernel in LAYER_NORM]
+KEYS = [f"{architecture}-{case}" for architecture, case in JOBS]
+AT_SM_90 = [key for key in KEYS if key.startswith("sm_90")]
+
+COUNTED = [case for case in CASES if ALL or not case.further]
+
+# Tokens and sequences that a case is compiled at; ROUNDS random ones count compilations.
+TOKENS, SEQUENCES, ROUNDS = 96, 2, 12
+
+# Where registers are spilled inside a loop at sm_90: kernel and constants that say it, and the reason.
+SPILLS = ()
+
+# At head_dim 256 dk and dv fill the registers, and no tile of the 64 keys that wgmma needs is left. The
+# queries of a decoding step are fewer rows than the 64 of wgmma, and it is memory that they wait for.
+WITHOUT_WGMMA = (
+    ("attention.triton_kernels.backward_dk_dv_kernel", {"BLOCK_D": 256}),
+    ("cached_attention.triton_kernels.split_kernel", {"BLOCK_M": 16}),
+)
+
+Reports = dict[str, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reports]:
+    """{"compiled", "keys"} of the script."""
     folder = tmp_path_factory.mktemp("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -60,108 +74,125 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     return json.loads((folder / "reports.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def reports(written: dict[str, Reports]) -> Reports:
+    return written["compiled"]
+
+
+def of(reports: Reports, key: str) -> list[dict[str, Any]]:
+    """The launches of a case, all of them compiled; skips a case whose options the backend refuses."""
+    launches = reports[key]
+    if refusals := [launch["refused"] for launch in launches if "refused" in launch]:
+        pytest.skip(refusals[0])
+    assert launches, "the case launched no kernel"
+    for launch in launches:
+        assert not launch["error"], f"{launch['kernel']}: {launch['error']}"
+    return launches
+
+
 @pytest.mark.parametrize("key", KEYS)
-def test_kernel_compiles_within_shared_memory(key: str, reports: dict[str, dict[str, Any]]) -> None:
-    assert reports[key]["shared"] <= SHARED_MEMORY[key.rsplit("-", 1)[1]]
+def test_kernels_compile_within_shared_memory(key: str, reports: Reports) -> None:
+    limit = tuning.shared_memory(key.partition("-")[0])
+    for launch in of(reports, key):
+        assert launch["shared"] <= limit, launch
 
 
-@pytest.mark.parametrize("key", [key for key in KEYS if key.endswith("sm_90")])
-def test_no_registers_are_spilled_at_sm_90(key: str, reports: dict[str, dict[str, Any]]) -> None:
-    assert reports[key]["stack"] == 0
-    assert reports[key]["local"] == 0
+@pytest.mark.parametrize("key", AT_SM_90)
+def test_no_registers_are_spilled_in_loops_at_sm_90(key: str, reports: Reports) -> None:
+    for launch in of(reports, key):
+        if not listed(launch, SPILLS):
+            assert launch["spills_in_loops"] == 0, launch
 
 
-# At head_dim 256 dk and dv fill the registers, and no tile of the 64 keys that wgmma needs is left.
-WITH_WGMMA = [key for key in KEYS if re.fullmatch(r"attention-(forward|dq|dk_dv)-(bf|fp)16-D\d+-sm_90", key)]
-WITH_WGMMA.remove("attention-dk_dv-bf16-D256-sm_90")
+@pytest.mark.parametrize("key", AT_SM_90)
+def test_16_bit_products_use_wgmma_at_sm_90(key: str, reports: Reports) -> None:
+    for launch in of(reports, key):
+        products = [dot for dot in launch["dots"] if re.search(r": tensor<\S*xb?f16> \*", dot)]
+        if products and not listed(launch, WITHOUT_WGMMA):
+            assert "wgmma" in launch["instructions"], launch
 
 
-@pytest.mark.parametrize("key", WITH_WGMMA)
-def test_16_bit_products_use_wgmma_at_sm_90(key: str, reports: dict[str, dict[str, Any]]) -> None:
-    assert reports[key]["wgmma"]
+@pytest.mark.parametrize("key", KEYS)
+def test_float32_products_are_not_shortened_to_tf32(key: str, reports: Reports) -> None:
+    for launch in of(reports, key):
+        for dot in launch["dots"]:
+            if re.search(r": tensor<\S*xf32> \*", dot):
+                assert not re.search(r"inputPrecision = tf32\b", dot), launch
 
 
-@pytest.mark.parametrize("key", [key for key in KEYS if "fp32" in key and "sm_" in key])
-def test_float32_products_are_not_shortened_to_tf32(key: str, reports: dict[str, dict[str, Any]]) -> None:
-    assert not reports[key]["tf32"]
+@pytest.mark.parametrize("case", COUNTED, ids=str)
+def test_lengths_and_batch_sizes_compile_nothing_anew(case: TritonCase, written: dict[str, Reports]) -> None:
+    """One compilation serves every length and batch size, after those of the first step."""
+    counts = {row["kernel"]: row for row in of(written["keys"], str(case))}
+    for kernel, row in counts.items():
+        assert row["keys"] == row["keys_of_one_step"], f"{kernel}: {row}"
 
 
-def sources() -> Iterator[tuple[str, str, Any, dict[str, Any], dict[str, str]]]:
-    """(key, target, kernel, constants, pointer types), as the launches make them."""
+def listed(launch: dict[str, Any], exceptions: Any) -> bool:
+    """Whether the launch is one of the exceptions, each a kernel and some of its constants."""
+    return any(
+        launch["kernel"] == kernel and constants.items() <= launch["constants"].items()
+        for kernel, constants, *_ in exceptions
+    )
+
+
+def test_the_reports_tell_spills_in_loops_from_others() -> None:
+    from lmkern.testing.offline import spills_in_loops
+
+    sass = """
+        /*0000*/                   STL [R1], R2 ;
+        /*0010*/                   IADD3 R1, R1, 0x1, RZ ;
+        /*0020*/              @!P0 LDL.64 R2, [R1] ;
+        /*0030*/               @P0 BRA 0x10 ;
+        /*0040*/                   LDL R2, [R1+0x4] ;
+        /*0050*/                   BRA 0x50;
+    """
+    assert spills_in_loops(sass) == 1
+
+
+def compile_case(architecture: str, name: str) -> list[dict[str, Any]]:
+    """The reports of a case's launches, each kernel and configuration once."""
     import torch
 
-    from lmkern.kernels.attention import triton as attention
-    from lmkern.kernels.attention import triton_kernels as attention_kernels
-    from lmkern.kernels.layer_norm import triton as layer_norm
-    from lmkern.kernels.layer_norm import triton_kernels as layer_norm_kernels
+    from lmkern.testing.offline import recording, report
 
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    kernels = {
-        "forward": attention_kernels.forward_kernel,
-        "dq": attention_kernels.backward_dq_kernel,
-        "dk_dv": attention_kernels.backward_dk_dv_kernel,
-    }
-    statistics = dict.fromkeys(("lse_ptr", "dlse_ptr", "delta_ptr"), "*fp32")
-    for target, dtype, head_dim in ATTENTION:
-        for name, kernel in kernels.items():
-            constants = attention.constants(name, dtypes[dtype], head_dim, causal=True)
-            constants |= {arg: 1 for arg in kernel.arg_names if re.fullmatch(r"stride_.d", arg)}
-            types = {arg: f"*{dtype}" for arg in kernel.arg_names if arg.endswith("_ptr")} | statistics
-            yield f"attention-{name}-{dtype}-D{head_dim}-{target}", target, kernel, constants, types
-    for target in TARGETS:
-        kernel = attention_kernels.delta_kernel
-        constants = attention.delta_constants(128) | {"stride_od": 1, "stride_gd": 1}
-        types = {"out_ptr": "*bf16", "dout_ptr": "*bf16"} | statistics
-        yield f"attention-delta-bf16-D128-{target}", target, kernel, constants, types
-    activations = dict.fromkeys(("x_ptr", "y_ptr", "dy_ptr", "dx_ptr"), "*bf16")
-    for target, width, name in LAYER_NORM:
-        kernel = getattr(layer_norm_kernels, f"{name.split('_')[0]}_kernel")
-        unwanted = {"backward_dx": ("dweight_ptr", "dbias_ptr"), "backward_sums": ("dx_ptr", "weight_ptr")}
-        constants = layer_norm.constants(width) | dict.fromkeys(unwanted.get(name, ()))
-        types = {arg: "*fp32" for arg in kernel.arg_names if arg.endswith("_ptr")} | activations
-        yield f"layer_norm-{name}-E{width}-{target}", target, kernel, constants, types
+    torch.set_num_threads(1)
+    (case,) = (case for case in triton_cases() if str(case) == name)
+    try:
+        with recording(architecture, compiled=True) as launches:
+            case.run(SEQUENCES, TOKENS)
+    except UnsupportedBackend as error:
+        return [{"refused": str(error)}]
+    return list({launch.key: report(launch) for launch in launches}.values())
 
 
-def report(target: str, kernel: Any, constants: dict[str, Any], types: dict[str, str]) -> dict[str, Any]:
-    """What the compiler says of a kernel whose pointers and strides are multiples of 16, as a model's are."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def count_keys(name: str) -> list[dict[str, Any]]:
+    """{"kernel", "keys_of_one_step", "keys"} of each kernel of a case: of one call, and of many others."""
+    from lmkern.testing.offline import recording
 
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
-    signature, attributes = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        signature[name] = types.get(name) or ("fp32" if name in ("softmax_scale", "eps") else "i32")
-        if name.endswith("_ptr") or name.startswith("stride_") or name == "E":
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
-    found = {"shared": compiled.metadata.shared}
-    if "ptx" in compiled.asm:
-        found |= {word: word in compiled.asm["ptx"] for word in ("wgmma", "tf32")}
-        found |= stack_and_local_bytes(compiled.asm["cubin"])
-    return found
-
-
-def stack_and_local_bytes(cubin: bytes) -> dict[str, int]:
-    """Per-thread memory outside the registers: where spilled registers go."""
-    import triton
-
-    path = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
-    path.write_bytes(cubin)
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    usage = subprocess.run(
-        [cuobjdump, "--dump-resource-usage", path], capture_output=True, text=True, check=True
-    )
-    return {
-        "stack": max(map(int, re.findall(r"STACK:(\d+)", usage.stdout))),
-        "local": max(map(int, re.findall(r"LOCAL:(\d+)", usage.stdout))),
-    }
+    (case,) = (case for case in triton_cases() if str(case) == name)
+    chance = random.Random(0)
+    first, every = defaultdict(set), defaultdict(set)
+    try:
+        for step in range(ROUNDS):
+            with recording("sm_90", compiled=False) as launches:
+                case.run(chance.randint(1, 6), chance.randint(1, 70))
+            for launch in launches:
+                every[launch.kernel].add(launch.key)
+                if step == 0:
+                    first[launch.kernel].add(launch.key)
+    except UnsupportedBackend as error:
+        return [{"refused": str(error)}]
+    return [
+        {"kernel": kernel, "error": "", "keys_of_one_step": len(first[kernel]), "keys": len(keys)}
+        for kernel, keys in every.items()
+    ]
 
 
 if __name__ == "__main__":
-    made = {key: report(*rest) for key, *rest in sources()}
-    Path(sys.argv[1]).write_text(json.dumps(made))
+    with ProcessPoolExecutor(min(len(os.sched_getaffinity(0)), 16)) as pool:
+        compiled = pool.map(compile_case, *zip(*((a, str(case)) for a, case in JOBS), strict=True))
+        keys = pool.map(count_keys, map(str, COUNTED))
+        reports_of = dict(zip(KEYS, compiled, strict=True))
+        keys_of = dict(zip(map(str, COUNTED), keys, strict=True))
+    Path(sys.argv[1]).write_text(json.dumps({"compiled": reports_of, "keys": keys_of}, default=str))

@@ -16,7 +16,6 @@ from lmkern.kernels.attention import Options
 from lmkern.kernels.attention import reference as attention_reference
 from lmkern.kernels.attention import triton as attention
 from lmkern.kernels.backends import Call
-from lmkern.kernels.layer_norm import reference as layer_norm_reference
 from lmkern.kernels.layer_norm import triton as layer_norm
 
 pytestmark = [
@@ -209,91 +208,6 @@ def test_attention_gives_only_the_gradients_asked_for(needs: tuple[bool, bool, b
         assert torch.equal(one, full) if need else one is None
 
 
-def run_layer_norm(backend, x, weight, bias, dy, needs=ALL) -> tuple[Tensor | None, ...]:
-    """(y, mean, rstd, dx, dweight, dbias)."""
-    y, mean, rstd = backend.forward(x, weight, bias, eps=1e-5)
-    return y, mean, rstd, *backend.backward(dy, x, weight, mean, rstd, needs=needs)
-
-
-def exact_layer_norm(x, weight, bias, dy) -> tuple[Tensor | None, ...]:
-    wide = (None if t is None else t.double() for t in (x, weight, bias, dy))
-    return run_layer_norm(layer_norm_reference, *wide)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "parameters"),
-    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float16)],
-    ids=["float32", "bfloat16-float32", "float16"],
-)
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (7, 5), (150, 33), (5, 768), (9, 2050)])
-def test_layer_norm_matches_reference(
-    rows: int, width: int, dtype: torch.dtype, parameters: torch.dtype
-) -> None:
-    x, dy = normal(rows, width, dtype=dtype, seed=1) + 3, normal(rows, width, dtype=dtype, seed=2)
-    weight, bias = normal(width, dtype=parameters, seed=3), normal(width, dtype=parameters, seed=4)
-    actual = run_layer_norm(layer_norm, x, weight, bias, dy)
-    for one, exact in zip(actual, exact_layer_norm(x, weight, bias, dy), strict=True):
-        assert_close(one, exact, TOLERANCE[dtype])
-    assert [t.dtype for t in actual] == [
-        dtype,
-        torch.float32,
-        torch.float32,
-        dtype,
-        torch.float32,
-        torch.float32,
-    ]
-
-
-def test_wide_layer_norm_sums_its_columns_in_slices() -> None:
-    width = layer_norm.MAX_FUSED_WIDTH + 3
-    x, dy, weight = normal(5, width, seed=1), normal(5, width, seed=2), normal(width, seed=3)
-    actual = run_layer_norm(layer_norm, x, weight, None, dy)
-    for one, exact in zip(actual, exact_layer_norm(x, weight, None, dy), strict=True):
-        assert_close(one, exact, TOLERANCE[torch.float32])
-    some = run_layer_norm(layer_norm, x, weight, None, dy, (False, True, False))
-    assert torch.equal(some[4], actual[4])
-    assert some[3] is None
-    assert some[5] is None
-
-
-@pytest.mark.parametrize("with_weight", [False, True])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_layer_norm_takes_row_strides_and_missing_parameters(with_weight: bool, with_bias: bool) -> None:
-    x, dy = normal(9, 50, seed=1)[:, :17], normal(9, 40, seed=2)[:, 5:22]
-    weight = normal(17, seed=3) if with_weight else None
-    bias = normal(17, seed=4) if with_bias else None
-    for actual, exact in zip(
-        run_layer_norm(layer_norm, x, weight, bias, dy), exact_layer_norm(x, weight, bias, dy), strict=True
-    ):
-        assert_close(actual, exact, TOLERANCE[torch.float32])
-
-
-def test_variance_is_taken_about_the_mean() -> None:
-    x = normal(4, 64) + 1e4
-    _, _, rstd = layer_norm.forward(x, None, None, eps=1e-5)
-    assert_close(rstd, layer_norm_reference.forward(x.double(), None, None, eps=1e-5)[2], 1e-4)
-
-
-@pytest.mark.parametrize(
-    "needs", [(True, False, False), (False, True, False), (False, False, True), (False,) * 3]
-)
-def test_layer_norm_gives_only_the_gradients_asked_for(needs: tuple[bool, bool, bool]) -> None:
-    x, dy, weight = normal(6, 20, seed=1), normal(6, 20, seed=2), normal(20, seed=3)
-    some = run_layer_norm(layer_norm, x, weight, None, dy, needs)[3:]
-    every = run_layer_norm(layer_norm, x, weight, None, dy)[3:]
-    for need, one, full in zip(needs, some, every, strict=True):
-        assert torch.equal(one, full) if need else one is None
-
-
-def test_layer_norm_of_no_rows_has_zero_parameter_gradients() -> None:
-    x = torch.empty(0, 8)
-    y, mean, rstd, dx, dweight, dbias = run_layer_norm(layer_norm, x, torch.ones(8), None, x)
-    assert y.shape == dx.shape == (0, 8)
-    assert mean.shape == rstd.shape == (0,)
-    assert torch.equal(dweight, torch.zeros(8))
-    assert torch.equal(dbias, torch.zeros(8))
-
-
 def call(backend: str | None = "triton", dtype: torch.dtype = torch.float32, head_dim: int = 8) -> Call:
     x = torch.empty(1, 1, 2, head_dim, dtype=dtype)
     return Call("attention", {"q": x, "k": x, "v": x}, {}, backend)
@@ -307,10 +221,6 @@ def test_interpreter_serves_only_calls_that_name_it() -> None:
 def test_what_no_triton_kernel_takes_is_refused_in_words() -> None:
     assert "float64" in attention.unsupported(call(dtype=torch.float64))
     assert "head_dim up to 256; got 257" in attention.unsupported(call(head_dim=257))
-    rows = torch.empty(2, layer_norm.MAX_WIDTH + 1)
-    assert str(layer_norm.MAX_WIDTH) in layer_norm.unsupported(
-        Call("layer_norm", {"x": rows, "weight": None, "bias": None}, {}, "triton")
-    )
 
 
 def test_without_gpu_or_interpreter_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

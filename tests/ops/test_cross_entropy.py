@@ -91,7 +91,13 @@ def errors(target: Target, dtype: torch.dtype, shape: CrossEntropyShape, name: s
     return {n: measure(mine[n].to(dtype), theirs[n], right[n], at_least=at_least[n]) for n in RESULTS}
 
 
-CASES = [(target, dtype) for target in KERNELS for dtype in DTYPES]
+def shapes(target: Target) -> list[CrossEntropyShape]:
+    """Triton's interpreter runs a program a row."""
+    every = CROSS_ENTROPY_SHAPES
+    return [shape for shape in every if shape.R < 20 and shape.V < 5000] if target.interpreted else [*every]
+
+
+CASES = [(target, dtype) for target in KERNELS for dtype in target.some(DTYPES, 2)]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -99,7 +105,7 @@ CASES = [(target, dtype) for target in KERNELS for dtype in DTYPES]
 def test_errors_are_at_most_twice_torchs(target: Target, dtype: torch.dtype, options: str) -> None:
     verdicts = [
         over_budget(f"{result} {shape}", error)
-        for shape in CROSS_ENTROPY_SHAPES
+        for shape in shapes(target)
         for result, error in errors(target, dtype, shape, options).items()
     ]
     assert not any(verdicts), "\n".join(filter(None, verdicts))
@@ -108,7 +114,7 @@ def test_errors_are_at_most_twice_torchs(target: Target, dtype: torch.dtype, opt
 @pytest.mark.parametrize("result", RESULTS)
 @pytest.mark.parametrize(("target", "dtype"), CASES, ids=ids)
 def test_errors_over_all_shapes_are_at_most_torchs(target: Target, dtype: torch.dtype, result: str) -> None:
-    measured = [errors(target, dtype, shape, o)[result] for shape in CROSS_ENTROPY_SHAPES for o in OPTIONS]
+    measured = [errors(target, dtype, shape, o)[result] for shape in shapes(target) for o in OPTIONS]
     verdict = mean_over_budget(result, measured)
     assert verdict is None, verdict
 
@@ -216,7 +222,7 @@ def test_large_and_small_logits(target: Target, factor: float) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("target", KERNELS, ids=str)
+@pytest.mark.parametrize("target", [t for t in KERNELS if t.backend == "cpu"], ids=str)
 def test_results_are_bit_equal_for_any_number_of_threads(target: Target, threads: int) -> None:
     logits, y, _ = cross_entropy_inputs(CrossEntropyShape(40_000, 3))
 
@@ -243,7 +249,7 @@ def test_gradcheck(target: Target, options: str) -> None:
         return lmkern.cross_entropy(logits, y, reduction="none", backend=target.backend, **OPTIONS[options])
 
     with target.active():
-        assert torch.autograd.gradcheck(call, (logits,))
+        assert torch.autograd.gradcheck(call, (logits,), fast_mode=target.interpreted)
 
 
 @hypothesis.settings(max_examples=40, deadline=None, derandomize=True)

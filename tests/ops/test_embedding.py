@@ -51,7 +51,7 @@ def torchs(tokens: Tensor, weight: Tensor, dy: Tensor, padding_idx: int | None =
 @pytest.mark.parametrize("target", KERNELS, ids=str)
 def test_rows_are_exact_and_errors_of_their_sums_within_torchs(target: Target, dtype: torch.dtype) -> None:
     measured, verdicts = [], []
-    for shape in SHAPES:
+    for shape in target.some(SHAPES, 2):
         tokens, weight, dy = inputs(*shape, dtype)
         with target.active(), poisoned_memory():
             y, dweight = gradient(tokens, weight, dy, target.backend)
@@ -120,7 +120,7 @@ def test_nan_stays_in_its_tokens_column(target: Target) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("target", KERNELS, ids=str)
+@pytest.mark.parametrize("target", [t for t in KERNELS if t.backend == "cpu"], ids=str)
 def test_results_are_bit_equal_for_any_number_of_threads(target: Target, threads: int) -> None:
     arguments = inputs(3000, 41, 129)
     with target.active():

@@ -100,14 +100,20 @@ def errors(
     }
 
 
-CASES = [(target, dtype) for target in KERNELS for dtype in DTYPES]
+def shapes(target: Target) -> list[LinearCrossEntropyShape]:
+    """Triton's interpreter runs a program a row."""
+    every = LINEAR_CROSS_ENTROPY_SHAPES
+    return [shape for shape in every if shape.R < 100] if target.interpreted else [*every]
+
+
+CASES = [(target, dtype) for target in KERNELS for dtype in target.some(DTYPES, 2)]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(("target", "dtype"), CASES, ids=ids)
 def test_errors_are_at_most_twice_torchs(target: Target, dtype: torch.dtype, options: str) -> None:
     if dtype == torch.float64:
-        for shape in LINEAR_CROSS_ENTROPY_SHAPES:
+        for shape in shapes(target):
             with poisoned_memory(), target.active():
                 inputs = linear_cross_entropy_inputs(shape, dtype)
                 mine = results(ours(target.backend, **OPTIONS[options]), *inputs)
@@ -116,7 +122,7 @@ def test_errors_are_at_most_twice_torchs(target: Target, dtype: torch.dtype, opt
         return
     verdicts = [
         over_budget(f"{result} {shape}", error)
-        for shape in LINEAR_CROSS_ENTROPY_SHAPES
+        for shape in shapes(target)
         for result, error in errors(target, dtype, shape, options).items()
     ]
     assert not any(verdicts), "\n".join(filter(None, verdicts))
@@ -126,9 +132,7 @@ def test_errors_are_at_most_twice_torchs(target: Target, dtype: torch.dtype, opt
 @pytest.mark.parametrize(("target", "dtype"), [case for case in CASES if case[1] != torch.float64], ids=ids)
 def test_errors_over_all_shapes_are_at_most_torchs(target: Target, dtype: torch.dtype, result: str) -> None:
     measured = [
-        errors(target, dtype, shape, options)[result]
-        for shape in LINEAR_CROSS_ENTROPY_SHAPES
-        for options in OPTIONS
+        errors(target, dtype, shape, options)[result] for shape in shapes(target) for options in OPTIONS
     ]
     verdict = mean_over_budget(result, measured)
     assert verdict is None, verdict
@@ -283,7 +287,7 @@ def test_nan_and_infinity_stay_in_their_token(target: Target, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("target", KERNELS, ids=str)
+@pytest.mark.parametrize("target", [t for t in KERNELS if t.backend == "cpu"], ids=str)
 def test_results_are_bit_equal_for_any_number_of_threads(target: Target, threads: int) -> None:
     inputs = linear_cross_entropy_inputs(LinearCrossEntropyShape(300, 1000, 64), torch.bfloat16)
     with target.active():
@@ -297,9 +301,10 @@ def test_results_are_bit_equal_for_any_number_of_threads(target: Target, threads
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_sums_over_many_tokens_stay_exact(target: Target) -> None:
     """Terms of one sign, which sums in bfloat16 would lose beyond 256 of them."""
-    x = torch.rand(8192, 16).bfloat16().requires_grad_()
+    tokens = 512 if target.interpreted else 8192
+    x = torch.rand(tokens, 16).bfloat16().requires_grad_()
     weight = torch.zeros(8, 16, dtype=torch.bfloat16, requires_grad=True)
-    y = torch.zeros(8192, dtype=torch.int64)
+    y = torch.zeros(tokens, dtype=torch.int64)
     with target.active():
         lmkern.linear_cross_entropy(x, weight, y, reduction="sum", backend=target.backend).backward()
     right = (torch.full((8,), 1 / 8).double() - F.one_hot(torch.tensor(0), 8))[:, None] * x.double().sum(0)
@@ -314,7 +319,9 @@ def test_gradcheck(target: Target, options: str) -> None:
     y[1] = -100
     with target.active():
         assert torch.autograd.gradcheck(
-            lambda *a: ours(target.backend, **OPTIONS[options])(*a, y), leaves(x, weight, bias)
+            lambda *a: ours(target.backend, **OPTIONS[options])(*a, y),
+            leaves(x, weight, bias),
+            fast_mode=target.interpreted,
         )
 
 

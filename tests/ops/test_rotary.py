@@ -92,11 +92,12 @@ def errors(target: Target, interleaved: bool, dtype: torch.dtype, shape: Shape) 
     return {name: measure(ours[name], theirs[name], exact[name]) for name in ours}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("target", KERNELS, ids=str)
+@pytest.mark.parametrize(
+    ("target", "dtype"), [(target, dtype) for target in KERNELS for dtype in target.some(DTYPES, 2)], ids=ids
+)
 def test_errors_are_within_torchs(target: Target, interleaved: bool, dtype: torch.dtype) -> None:
-    measured = {shape: errors(target, interleaved, dtype, shape) for shape in SHAPES}
+    measured = {shape: errors(target, interleaved, dtype, shape) for shape in target.some(SHAPES, 3)}
     verdicts = [
         over_budget(f"{name} {shape}", error)
         for shape, every in measured.items()
@@ -214,13 +215,13 @@ def test_gradients_of_every_order(target: Target, interleaved: bool) -> None:
         return lmkern.rotary(x, cos, sin, interleaved=interleaved, backend=target.backend)
 
     with target.active():
-        assert torch.autograd.gradcheck(call, leaves(x))
-        assert torch.autograd.gradgradcheck(call, leaves(x))
+        assert torch.autograd.gradcheck(call, leaves(x), fast_mode=target.interpreted)
+        assert torch.autograd.gradgradcheck(call, leaves(x), fast_mode=target.interpreted)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-@pytest.mark.parametrize("target", KERNELS, ids=str)
+@pytest.mark.parametrize("target", [t for t in KERNELS if t.backend == "cpu"], ids=str)
 def test_results_are_bit_equal_for_any_number_of_threads(target: Target, layout: str, threads: int) -> None:
     x, dy, cos, sin = inputs((2, 5, 101, 64, 32), layout=layout)
     call = functools.partial(lmkern.rotary, cos=cos, sin=sin, backend="cpu")

@@ -114,7 +114,7 @@ def test_stage_begins_at_the_start_of_its_own_data(make_config: Make, dataset: A
 
 def test_validation_scores_the_same_rows_in_evaluation_mode(make_config: Make, dataset: Any) -> None:
     run = trainer(make_config(model={"dropout": 0.5}), dataset)
-    inputs, targets = run.validation_rows
+    inputs, targets = run.validation_batches[0][:2]
     assert inputs.shape == targets.shape == (256 // 32, 32)
     run.model.train()
     first = run.validate()
@@ -124,13 +124,13 @@ def test_validation_scores_the_same_rows_in_evaluation_mode(make_config: Make, d
         nats = run.model.eval().loss(inputs, targets, reduction="sum").item()
     assert first[0] == pytest.approx(nats / targets.numel(), rel=1e-5)
     other = trainer(make_config(seed=9), dataset)
-    assert torch.equal(other.validation_rows[0], inputs)
+    assert torch.equal(other.validation_batches[0].inputs, inputs)
 
 
 def test_bits_per_byte_count_the_bytes_of_the_scored_text(make_config: Make, dataset: Any) -> None:
     run = trainer(make_config(validation_tokens=10_000), dataset)
     loss, bits_per_byte = run.validate()
-    _, targets = run.validation_rows
+    _, targets = run.validation_batches[0][:2]
     assert dataset.end_of_text in targets
     text = dataset.tokenizer.decode(targets.flatten().tolist(), skip_special_tokens=True)
     expected = loss * targets.numel() / math.log(2) / len(text.encode())

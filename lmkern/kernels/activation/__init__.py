@@ -16,7 +16,7 @@ The contract of every backend. Derivation: docs/kernels/activation.md.
 Only x and bias are kept for the backward pass. Computed in at least float32, sums over the rows too.
 """
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("triton", "cpu", "reference")
 
 # The public functions of the op.
 PUBLIC = ("activation", "geglu", "gelu", "swiglu")

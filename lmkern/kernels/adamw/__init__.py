@@ -19,7 +19,7 @@ The contract of every backend. Derivation: docs/kernels/adamw.md.
 Computed in float32 (float64 for float64) and rounded once, when param is stored.
 """
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("triton", "cpu", "reference")
 
 # The public functions of the op, and the functions of a backend.
 PUBLIC = ("adamw_",)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lmkern.kernels import cpu_call, native
 from lmkern.kernels.attention import Options
+from lmkern.kernels.attention.sinks import sink_gradient
 from lmkern.kernels.backends import Call
 from lmkern.kernels.cpu_call import pointer, unavailable
 
@@ -75,17 +76,8 @@ def backward(
         dbias = dbias.to(options.bias.dtype)
     dsinks = None
     if needs[5] and options.sinks is not None:
-        dsinks = _sink_gradient(dout, out, lse, dlse, options.sinks)
+        dsinks = sink_gradient(dout, out, lse, dlse, options.sinks)
     return dq, dk, dv, dbias, drelative, dsinks
-
-
-def _sink_gradient(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, sinks: Tensor) -> Tensor:
-    """A sink's score has the value zero: its gradient is -weight * delta, summed over the queries."""
-    delta = (dout.to(lse.dtype) * out).sum(-1, dtype=torch.float64)  # (B, H, N_q)
-    if dlse is not None:
-        delta = delta - dlse
-    weights = torch.exp(sinks[:, None].double() - lse.masked_fill(lse == -torch.inf, torch.inf))
-    return -(weights * delta).sum((0, 2)).to(lse.dtype)
 
 
 def pack(tensors: Mapping[str, Tensor | None], options: Options) -> bytes:

@@ -1,6 +1,7 @@
 """Attention on GPUs through Triton: grids, tile sizes and allocation. The kernels are in triton_kernels.py.
 
-O(N) memory and no atomics: forward and backward give the same bits every time.
+O(N) memory apart from a dense bias and its gradient, and no atomics: forward and backward give the same bits
+every time.
 """
 
 from __future__ import annotations
@@ -10,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmkern.kernels import triton_runtime
+from lmkern.kernels import philox, triton_runtime, tuning
 from lmkern.kernels.attention import Options
+from lmkern.kernels.attention.sinks import sink_gradient
 from lmkern.kernels.backends import Call
 
 MAX_HEAD_DIM = 256
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) of each kernel by (bytes an element, BLOCK_D). Chosen from the
 # compiler's reports, not from timings: large tiles that spill nothing on sm_90 and keep within 99 KB of
-# shared memory, which GPUs of compute capability 8.6, 8.9 and 12.0 have. dk_dv spills up to 32 bytes a thread
-# for a head_dim between 64 and 256 that has to be padded, and some on sm_80 and gfx942.
+# shared memory, which GPUs of compute capability 8.6, 8.9 and 12.0 have.
 TILES: dict[str, dict[tuple[int, int], tuple[int, int, int, int]]] = {
     "forward": {
         (2, 32): (128, 64, 4, 3), (2, 64): (128, 64, 4, 3),
@@ -40,11 +41,28 @@ TILES: dict[str, dict[tuple[int, int], tuple[int, int, int, int]]] = {
         (4, 32): (16, 64, 8, 2), (4, 64): (16, 64, 8, 2),
         (4, 128): (16, 32, 8, 2), (4, 256): (16, 16, 8, 2),
     },
+    "dbias": {
+        (2, 32): (64, 64, 4, 1), (2, 64): (64, 64, 4, 1), (2, 128): (64, 64, 8, 1), (2, 256): (64, 32, 8, 1),
+        (4, 32): (32, 32, 4, 1), (4, 64): (32, 32, 4, 1), (4, 128): (32, 32, 8, 1), (4, 256): (16, 16, 8, 1),
+    },
+    # BLOCK_M diagonals and queries, 2 BLOCK_M keys.
+    "drelative": {
+        (2, 32): (32, 64, 4, 1), (2, 64): (32, 64, 4, 1), (2, 128): (32, 64, 4, 1), (2, 256): (32, 64, 8, 1),
+        (4, 32): (16, 32, 4, 1), (4, 64): (16, 32, 4, 1), (4, 128): (16, 32, 4, 1), (4, 256): (16, 32, 8, 1),
+    },
+}  # fmt: skip
+
+# What a program reads or makes beside each score takes registers and shared memory: its tiles are smaller.
+BESIDE: dict[str, tuple[int, int, int, int]] = {
+    "forward": (64, 32, 4, 2), "dq": (64, 32, 4, 2), "dk_dv": (32, 64, 8, 2), "dbias": (32, 32, 4, 1),
+    "drelative": (16, 32, 4, 1),
 }  # fmt: skip
 
 # Rows of the element-wise kernel that makes delta.
 DELTA_ROWS = 64
 
+# Bounds of the band beyond this are the same as none, and fit 32 bits with a length beside them.
+_FAR = 1 << 30
 
 NOTE = triton_runtime.NOTE
 
@@ -60,36 +78,25 @@ def unsupported(call: Call) -> str | None:
     if q is not None and q.shape[3] > MAX_HEAD_DIM:
         return f"takes head_dim up to {MAX_HEAD_DIM}; got {q.shape[3]}"
     options: Options | None = call.options.get("options")
-    return None if options is None else _not_taken_yet(options)
-
-
-def _not_taken_yet(options: Options) -> str | None:
-    features = {
-        "a sliding window": options.left,
-        "softcap": options.softcap or None,
-        "dropout": options.dropout_p or None,
-        "bias": options.bias,
-        "mask": options.mask,
-        "relative_bias": options.relative_bias,
-        "sinks": options.sinks,
-        "packed documents": options.cu_seqlens_q,
-    }
-    given = [name for name, value in features.items() if value is not None]
-    return f"does not take {' and '.join(given)} yet" if given else None
+    if options is not None and options.bias is not None and options.bias.dtype == torch.float64:
+        return "takes no float64 bias"
+    return None
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     from lmkern.kernels.attention import triton_kernels
 
-    diagonal = _diagonal(options, q, k)
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    launch = constants("forward", q.dtype, q.shape[3], causal=diagonal is not None)
-    if programs := q.shape[0] * q.shape[1] * _blocks(q.shape[2], launch["BLOCK_M"]):
-        with triton_runtime.device_of(q):
+    launch = constants("forward", q, options)
+    with triton_runtime.device_of(q):
+        blocks, documents = _blocks(options, options.cu_seqlens_q, q.shape[2], launch["BLOCK_M"])
+        if programs := q.shape[0] * q.shape[1] * blocks:
             triton_kernels.forward_kernel[(programs,)](
-                *_strided(q, k, v, out), lse, *_sizes(q, k, diagonal), options.softmax_scale, **launch
-            )
+                *_strided(q, k, v, out), lse, options.sinks, *_features(options, q.shape[1]),
+                options.cu_seqlens_q, options.cu_seqlens_k, *documents, blocks,
+                *_sizes(q, k, options), **launch,
+            )  # fmt: skip
     return out, lse
 
 
@@ -105,53 +112,80 @@ def backward(
     *,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    from lmkern.kernels.attention import triton_kernels
+    from lmkern.kernels.attention import triton_bias_kernels, triton_kernels
 
-    sequences, heads, n_q, head_dim = q.shape
-    heads_kv, n_k = k.shape[1:3]
+    batch, heads, n_q, head_dim = q.shape
     lse = lse.contiguous()
-    diagonal = _diagonal(options, q, k)
-    sizes = _sizes(q, k, diagonal)
-    key: dict[str, Any] = {"dtype": q.dtype, "head_dim": head_dim, "causal": diagonal is not None}
-    dq = dk = dv = None
+    dlse = None if dlse is None else dlse.contiguous()
+    features, sizes = _features(options, heads), _sizes(q, k, options)
+    bounds = (options.cu_seqlens_q, options.cu_seqlens_k)
+    dq, dk, dv = (torch.empty_like(x) if need else None for x, need in zip((q, k, v), needs[:3], strict=True))
+    dbias = drelative = None
     with triton_runtime.device_of(q):
         delta = torch.empty_like(lse)
-        if programs := sequences * heads * _blocks(n_q, DELTA_ROWS):
-            dlse = None if dlse is None else dlse.contiguous()
+        if programs := batch * heads * -(-n_q // DELTA_ROWS):
             triton_kernels.delta_kernel[(programs,)](
                 *_strided(out, dout), dlse, delta, heads, n_q, **delta_constants(head_dim)
             )
-        if needs[0]:
-            dq = torch.empty_like(q)
-            launch = constants("dq", **key)
-            if programs := sequences * heads * _blocks(n_q, launch["BLOCK_M"]):
+        inputs = (*_strided(q, k, v, dout), lse, delta)
+        if dq is not None:
+            launch = constants("dq", q, options)
+            blocks, documents = _blocks(options, bounds[0], n_q, launch["BLOCK_M"])
+            if programs := batch * heads * blocks:
                 triton_kernels.backward_dq_kernel[(programs,)](
-                    *_strided(dq, q, k, v, dout), lse, delta, *sizes, options.softmax_scale, **launch
+                    *_strided(dq), *inputs, *features, *bounds, *documents, blocks, *sizes, **launch
                 )
-        # One kernel makes both: a caller who wants only one of them is rare.
-        if needs[1] or needs[2]:
-            dk, dv = torch.empty_like(k), torch.empty_like(v)
-            launch = constants("dk_dv", **key)
-            if programs := sequences * heads_kv * _blocks(n_k, launch["BLOCK_N"]):
+        if dk is not None or dv is not None:
+            launch = constants("dk_dv", q, options)
+            blocks, documents = _blocks(options, bounds[1], k.shape[2], launch["BLOCK_N"])
+            if programs := batch * k.shape[1] * blocks:
                 triton_kernels.backward_dk_dv_kernel[(programs,)](
-                    *_strided(dk, dv, q, k, v, dout), lse, delta, *sizes, options.softmax_scale, **launch
+                    *_strided(dk, dv), *inputs, *features, *bounds, *documents, blocks, *sizes, **launch
                 )
-    return dq, dk if needs[1] else None, dv if needs[2] else None, None, None, None
+        if needs[3] and options.bias is not None:
+            launch = constants("dbias", q, options)
+            dbias = torch.zeros(options.bias.shape, dtype=torch.float32, device=q.device)
+            *outer, rows, columns = dbias.shape
+            tiles = -(-rows // launch["BLOCK_M"]) * -(-columns // launch["BLOCK_N"])
+            if (programs := outer[0] * outer[1] * tiles) and batch * heads * n_q * k.shape[2]:
+                triton_bias_kernels.backward_dbias_kernel[(programs,)](
+                    dbias, *dbias.shape, *inputs, *features, batch, *sizes, **launch
+                )
+            dbias = dbias.to(options.bias.dtype)
+        if needs[4] and options.relative_bias is not None:
+            launch = constants("drelative", q, options)
+            drelative = torch.empty(options.relative_bias.shape, dtype=torch.float32, device=q.device)
+            rows, diagonals = drelative.shape
+            sequences = batch if bounds[0] is None else bounds[0].numel() - 1
+            del launch["BLOCK_N"]
+            if programs := rows * -(-diagonals // launch["BLOCK_M"]):
+                triton_bias_kernels.backward_drelative_kernel[(programs,)](
+                    drelative, rows, *inputs, *features, *bounds, sequences, *sizes, **launch
+                )
+    dsinks = None
+    if needs[5] and options.sinks is not None:
+        dsinks = sink_gradient(dout, out, lse, dlse, options.sinks)
+    return dq, dk, dv, dbias, drelative, dsinks
 
 
-def constants(kernel: str, dtype: torch.dtype, head_dim: int, *, causal: bool) -> dict[str, Any]:
-    """The compile-time arguments and launch options of the kernel "forward", "dq" or "dk_dv"."""
-    block_d = _block_d(head_dim)
-    block_m, block_n, num_warps, num_stages = TILES[kernel][dtype.itemsize, max(block_d, 32)]
+def constants(kernel: str, q: Tensor, options: Options) -> dict[str, Any]:
+    """The compile-time arguments and launch options of a kernel of TILES."""
+    head_dim, block_d = q.shape[3], _block_d(q.shape[3])
+    tile = TILES[kernel][q.dtype.itemsize, max(block_d, 32)]
+    shape_class = f"{q.dtype.itemsize}-{max(block_d, 32)}"
+    if any(x is not None for x in (options.bias, options.mask, options.relative_bias, options.seed)):
+        block_m, block_n, num_warps, num_stages = BESIDE[kernel]
+        tile = (min(tile[0], block_m), min(tile[1], block_n), num_warps, num_stages)
+        shape_class += "-beside"
+    default = dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile, strict=True))
     return {
         "D": head_dim,
-        "CAUSAL": causal,
-        "WIDEN": triton_runtime.widen(dtype),
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
+        "HAS_LEFT": options.left is not None,
+        "HAS_RIGHT": options.right is not None,
+        "TOP_LEFT": options.top_left,
+        "SOFTCAP": options.softcap != 0.0,
         "BLOCK_D": block_d,
-        "num_warps": num_warps,
-        "num_stages": num_stages,
+        **tuning.lookup("attention", kernel, tuning.architecture(q.device), shape_class, default),
     }
 
 
@@ -165,23 +199,56 @@ def _block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def _diagonal(options: Options, q: Tensor, k: Tensor) -> int | None:
-    """Query i sees the keys j <= i + diagonal; None: all."""
-    if options.right is None:
-        return None
-    return options.right + (0 if options.top_left else k.shape[2] - q.shape[2])
+def _features(options: Options, heads: int) -> list[Any]:
+    """bias, mask, relative bias and dropout, as the kernels take them."""
+    arguments: list[Any] = []
+    for x in (options.bias, None if options.mask is None else options.mask.view(torch.uint8)):
+        strides = (0,) * 4 if x is None else _broadcast_strides(x)
+        arguments += [x, *strides]
+    relative = options.relative_bias
+    shared = relative is None or relative.shape[0] == 1
+    radius = 0 if relative is None else relative.shape[1] // 2
+    arguments += [
+        None if relative is None else relative.contiguous(),
+        0 if shared else 2 * radius + 1,
+        radius,
+    ]
+    if options.dropout_p and options.seed is not None and philox.threshold(options.dropout_p):
+        p = options.dropout_p
+        return [*arguments, options.seed, philox.threshold(p), philox.keep_scale(p)]
+    return [*arguments, None, 0, 1.0]
 
 
-def _sizes(q: Tensor, k: Tensor, diagonal: int | None) -> tuple[int, int, int, int, int]:
-    """H, H_kv, N_q, N_k and a diagonal that shows the same keys and fits 32 bits."""
-    n_q, n_k = q.shape[2], k.shape[2]
-    return q.shape[1], k.shape[1], n_q, n_k, max(-n_q, min(diagonal or 0, n_k))
+def _broadcast_strides(x: Tensor) -> tuple[int, ...]:
+    """x's strides, 0 along the dimensions of size 1."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
-def _strided(*tensors: Tensor) -> list[Any]:
+def _blocks(
+    options: Options, bounds: Tensor | None, length: int, block: int
+) -> tuple[int, tuple[Tensor | None, Tensor | None, int]]:
+    """How many blocks a head has; for packed documents also the document of each block (their number for one
+    beyond the last), how many blocks come before each document, and the number of documents.
+
+    Each document may add one block that is not full: the bound needs no look at the lengths on the device.
+    """
+    if bounds is None:
+        return -(-length // block), (None, None, 0)
+    documents = bounds.numel() - 1
+    blocks = length // block + documents
+    first = torch.zeros_like(bounds)
+    torch.cumsum((bounds.diff() + (block - 1)) // block, 0, dtype=torch.int32, out=first[1:])
+    numbers = torch.arange(blocks, dtype=torch.int32, device=bounds.device)
+    return blocks, (torch.searchsorted(first[1:], numbers, right=True, out_int32=True), first, documents)
+
+
+def _sizes(q: Tensor, k: Tensor, options: Options) -> tuple[Any, ...]:
+    """H, H_kv, N_q, N_k, left, right (0 where there is none), softmax_scale, softcap."""
+    left, right = (max(-_FAR, min(bound or 0, _FAR)) for bound in (options.left, options.right))
+    lengths = (q.shape[1], k.shape[1], q.shape[2], k.shape[2])
+    return (*lengths, left, right, options.softmax_scale, options.softcap)
+
+
+def _strided(*tensors: Tensor | None) -> list[Any]:
     """Each tensor followed by its strides, as the kernels take them."""
-    return [argument for x in tensors for argument in (x, *x.stride())]
-
-
-def _blocks(length: int, block: int) -> int:
-    return -(-length // block)
+    return [argument for x in tensors for argument in (x, *((0,) * 4 if x is None else x.stride()))]

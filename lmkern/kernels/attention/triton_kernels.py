@@ -1,4 +1,8 @@
-"""The Triton kernels of attention. Imported on first use by triton.py, which launches them."""
+"""The Triton kernels of attention. Imported on first use by triton.py, which launches them.
+
+A loop over blocks has three phases: those that some query sees in part, those that all see, and again those
+in part. `tl.static_range` writes the body out once for each, the check of places in the first and last alone.
+"""
 
 # Triton compiles these functions; annotations would be read as types of arguments.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -6,10 +10,31 @@
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from lmkern.kernels.attention.triton_parts import (
+    biased,
+    dot,
+    exp,
+    finite,
+    kept,
+    key_range,
+    load,
+    load_statistics,
+    long,
+    offset_of,
+    query_range,
+    scored,
+    sequence_of,
+    store,
+    unit_of,
+    visible,
+)
+from lmkern.kernels.triton_kernels import rounded, wide
 
 # Values that change from call to call: a kernel is not compiled again for them.
-RUNTIME = ["H", "H_kv", "N_q", "N_k", "diagonal"]
+RUNTIME = [
+    "H", "H_kv", "N_q", "N_k", "blocks", "sequences", "left", "right", "radius", "threshold", "stride_rh",
+    "stride_bb", "stride_bh", "stride_bi", "stride_mb", "stride_mh", "stride_mi",
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -19,17 +44,25 @@ def forward_kernel(
     v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,  # (B, H_kv, N_k, D)
     out_ptr, stride_ob, stride_oh, stride_on, stride_od,  # (B, H, N_q, D)
     lse_ptr,  # (B, H, N_q), contiguous
-    H, H_kv, N_q, N_k, diagonal, softmax_scale,
+    sinks_ptr,  # (H,), or None
+    bias_ptr, stride_bb, stride_bh, stride_bi, stride_bj,  # (B, H, N_q, N_k) through its strides, or None
+    mask_ptr, stride_mb, stride_mh, stride_mi, stride_mj,  # likewise, 0: hidden
+    relative_ptr, stride_rh, radius,  # (H or 1, 2 radius + 1), or None
+    seed_ptr, threshold, keep_scale,  # () int64, or None: no dropout
+    cu_q_ptr, cu_k_ptr, sequence_ptr, first_block_ptr, sequences,  # packed documents, or None
+    blocks, H, H_kv, N_q, N_k, left, right, softmax_scale, softcap,
     D: tl.constexpr,
-    CAUSAL: tl.constexpr,  # False: every key is seen and diagonal is not read
-    WIDEN: tl.constexpr,  # bfloat16 computed in float32, for the interpreter
+    HAS_LEFT: tl.constexpr,  # False: left is not read
+    HAS_RIGHT: tl.constexpr,
+    TOP_LEFT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr,  # queries
     BLOCK_N: tl.constexpr,  # keys
     BLOCK_D: tl.constexpr,  # power of two, at least D
 ):  # fmt: skip
-    """One program per block of queries; grid (B * H * ceil(N_q / BLOCK_M),).
+    """One program per block of queries; grid (B * H * blocks,).
 
-        scores = q @ k^T * softmax_scale
+        scores = softcap(q @ k^T * softmax_scale) + biases
         out    = exp(scores - row_max) @ v / row_sum
         lse    = row_max + log(row_sum)
 
@@ -37,46 +70,78 @@ def forward_kernel(
     once, and once the keys and values that they see. Derivation: docs/kernels/attention.md.
     Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135.
     """
-    blocks = tl.cdiv(N_q, BLOCK_M)
     program = tl.program_id(0)
     row = program // blocks  # batch * H + head
     batch, head = row // H, row % H
     head_kv = head // (H // H_kv)
     # A causal row's last block sees the most keys: longest first leaves the shortest for the end.
-    first_query = (blocks - 1 - program % blocks) * BLOCK_M
+    sequence, block, first_q, n_q, first_k, n_k, offset = sequence_of(
+        blocks - 1 - program % blocks, batch, N_q, N_k, cu_q_ptr, cu_k_ptr, sequence_ptr, first_block_ptr,
+        sequences, TOP_LEFT,
+    )  # fmt: skip
+    first_query = block * BLOCK_M
     queries = first_query + tl.arange(0, BLOCK_M)
 
-    q_ptr += _offset(batch, stride_qb, head, stride_qh)
-    k_ptr += _offset(batch, stride_kb, head_kv, stride_kh)
-    v_ptr += _offset(batch, stride_vb, head_kv, stride_vh)
-    out_ptr += _offset(batch, stride_ob, head, stride_oh)
-    lse_ptr += row.to(tl.int64) * N_q
+    q_ptr += offset_of(batch, stride_qb, head, stride_qh, first_q, stride_qn)
+    k_ptr += offset_of(batch, stride_kb, head_kv, stride_kh, first_k, stride_kn)
+    v_ptr += offset_of(batch, stride_vb, head_kv, stride_vh, first_k, stride_vn)
+    out_ptr += offset_of(batch, stride_ob, head, stride_oh, first_q, stride_on)
+    lse_ptr += long(row) * N_q + first_q
 
-    q = _load(q_ptr, queries, N_q, stride_qn, stride_qd, D, BLOCK_D)
+    unit: tl.constexpr = unit_of(q_ptr.dtype.element_ty)
+    q = load(q_ptr, queries, n_q, stride_qn, stride_qd, D, BLOCK_D)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    full, stop = _key_range(first_query, N_k, diagonal, CAUSAL, BLOCK_M, BLOCK_N)
-    for first_key in range(0, full, BLOCK_N):
-        row_max, row_sum, acc = _attend(
-            q, row_max, row_sum, acc, queries, first_key,
-            k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd, N_q, N_k, diagonal,
-            softmax_scale, D, CAUSAL, False, WIDEN, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    for first_key in range(full, stop, BLOCK_N):
-        row_max, row_sum, acc = _attend(
-            q, row_max, row_sum, acc, queries, first_key,
-            k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd, N_q, N_k, diagonal,
-            softmax_scale, D, CAUSAL, True, WIDEN, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
+    start, full, full_stop, stop = key_range(
+        first_query, n_k, offset, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
+    )
+    for PHASE in tl.static_range(0 if HAS_LEFT else 1, 3):
+        begin = start if PHASE == 0 else (full if PHASE == 1 else full_stop)
+        end = full if PHASE == 0 else (full_stop if PHASE == 1 else stop)
+        for first_key in range(begin, end, BLOCK_N):
+            keys = first_key + tl.arange(0, BLOCK_N)
+            k = load(k_ptr, keys, n_k, stride_kn, stride_kd, D, BLOCK_D)
+            scores, _ = scored(q, k, softmax_scale, softcap, SOFTCAP, unit)
+            scores = biased(
+                scores, queries[:, None], keys[None, :], n_q, n_k, offset, batch, head,
+                bias_ptr, stride_bb, stride_bh, stride_bi, stride_bj,
+                mask_ptr, stride_mb, stride_mh, stride_mi, stride_mj,
+                relative_ptr, stride_rh, radius, unit,
+            )  # fmt: skip
+            if PHASE != 1:
+                seen = visible(
+                    queries[:, None], keys[None, :], n_q, n_k, offset, left, right, HAS_LEFT, HAS_RIGHT
+                )
+                scores = tl.where(seen, scores, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(scores, 1))
+            # A row with no visible key has row_max = -inf: subtracting 0 keeps exp2(-inf) = 0 and no NaN.
+            subtract = tl.where(new_max == float("-inf"), 0.0, new_max)
+            weights = exp(scores - subtract[:, None], q.dtype)
+            rescale = exp(row_max - subtract, q.dtype)
+            row_sum = row_sum * rescale + tl.sum(weights, 1)
+            if seed_ptr is not None:
+                weights *= kept(seed_ptr, threshold, keep_scale, queries, first_key, head, sequence, BLOCK_N)
+            v = load(v_ptr, keys, n_k, stride_vn, stride_vd, D, BLOCK_D)
+            acc = dot(rounded(weights, v.dtype), v, acc * rescale[:, None])
+            row_max = new_max
 
     # Select on the sum, so that a query without a visible key is zero whatever v holds.
     empty = row_sum == 0.0
-    row_sum = tl.where(empty, 1.0, row_sum)
-    out = tl.where(empty[:, None], 0.0, acc / row_sum[:, None])
-    lse = tl.where(empty, float("-inf"), row_max / _unit(q.dtype) + tl.log(row_sum))
-    _store(out_ptr, out, queries, N_q, stride_on, stride_od, D, WIDEN, BLOCK_D)
-    tl.store(lse_ptr + queries, lse, mask=queries < N_q)
+    divisor = tl.where(empty, 1.0, row_sum)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head) * unit
+        highest = tl.maximum(row_max, sink)
+        subtract = tl.where(highest == float("-inf"), 0.0, highest)
+        factor = exp(row_max - subtract, q.dtype)
+        total = row_sum * factor + exp(sink - subtract, q.dtype)
+        divisor = tl.where(empty, 1.0, total / tl.where(empty, 1.0, factor))
+        lse = tl.where(total == 0.0, float("-inf"), subtract / unit + tl.log(total))
+    else:
+        lse = tl.where(empty, float("-inf"), row_max / unit + tl.log(divisor))
+    out = tl.where(empty[:, None], 0.0, acc / divisor[:, None])
+    store(out_ptr, out, queries, n_q, stride_on, stride_od, D, BLOCK_D)
+    tl.store(lse_ptr + queries, lse, mask=queries < n_q)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -96,14 +161,14 @@ def delta_kernel(
     batch, head = row // H, row % H
     queries = (program % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     seen = queries < N_q
-    out_ptr += _offset(batch, stride_ob, head, stride_oh)
-    dout_ptr += _offset(batch, stride_gb, head, stride_gh)
-    out = _load(out_ptr, queries, N_q, stride_on, stride_od, D, BLOCK_D).to(tl.float32)
-    dout = _load(dout_ptr, queries, N_q, stride_gn, stride_gd, D, BLOCK_D).to(tl.float32)
+    out_ptr += offset_of(batch, stride_ob, head, stride_oh, 0, stride_on)
+    dout_ptr += offset_of(batch, stride_gb, head, stride_gh, 0, stride_gn)
+    out = wide(load(out_ptr, queries, N_q, stride_on, stride_od, D, BLOCK_D))
+    dout = wide(load(dout_ptr, queries, N_q, stride_gn, stride_gd, D, BLOCK_D))
     delta = tl.sum(dout * out, 1)
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + row.to(tl.int64) * N_q + queries, mask=seen, other=0.0)
-    tl.store(delta_ptr + row.to(tl.int64) * N_q + queries, delta, mask=seen)
+        delta -= tl.load(dlse_ptr + long(row) * N_q + queries, mask=seen, other=0.0)
+    tl.store(delta_ptr + long(row) * N_q + queries, delta, mask=seen)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -114,15 +179,22 @@ def backward_dq_kernel(
     v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,  # (B, H_kv, N_k, D)
     dout_ptr, stride_gb, stride_gh, stride_gn, stride_gd,  # (B, H, N_q, D)
     lse_ptr, delta_ptr,  # (B, H, N_q), contiguous
-    H, H_kv, N_q, N_k, diagonal, softmax_scale,
+    bias_ptr, stride_bb, stride_bh, stride_bi, stride_bj,  # (B, H, N_q, N_k) through its strides, or None
+    mask_ptr, stride_mb, stride_mh, stride_mi, stride_mj,  # likewise, 0: hidden
+    relative_ptr, stride_rh, radius,  # (H or 1, 2 radius + 1), or None
+    seed_ptr, threshold, keep_scale,  # () int64, or None: no dropout
+    cu_q_ptr, cu_k_ptr, sequence_ptr, first_block_ptr, sequences,  # packed documents, or None
+    blocks, H, H_kv, N_q, N_k, left, right, softmax_scale, softcap,
     D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WIDEN: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    HAS_LEFT: tl.constexpr,  # False: left is not read
+    HAS_RIGHT: tl.constexpr,
+    TOP_LEFT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # queries
+    BLOCK_N: tl.constexpr,  # keys
+    BLOCK_D: tl.constexpr,  # power of two, at least D
 ):  # fmt: skip
-    """One program per block of queries; grid (B * H * ceil(N_q / BLOCK_M),).
+    """One program per block of queries; grid (B * H * blocks,).
 
         weights = exp(scores - lse)
         dscores = weights * (dout @ v^T - delta)
@@ -130,58 +202,89 @@ def backward_dq_kernel(
 
     Nothing is added across programs, so the result is the same bits every time.
     """
-    blocks = tl.cdiv(N_q, BLOCK_M)
     program = tl.program_id(0)
     row = program // blocks
     batch, head = row // H, row % H
     head_kv = head // (H // H_kv)
-    first_query = (blocks - 1 - program % blocks) * BLOCK_M
+    sequence, block, first_q, n_q, first_k, n_k, offset = sequence_of(
+        blocks - 1 - program % blocks, batch, N_q, N_k, cu_q_ptr, cu_k_ptr, sequence_ptr, first_block_ptr,
+        sequences, TOP_LEFT,
+    )  # fmt: skip
+    first_query = block * BLOCK_M
     queries = first_query + tl.arange(0, BLOCK_M)
 
-    dq_ptr += _offset(batch, stride_xb, head, stride_xh)
-    q_ptr += _offset(batch, stride_qb, head, stride_qh)
-    k_ptr += _offset(batch, stride_kb, head_kv, stride_kh)
-    v_ptr += _offset(batch, stride_vb, head_kv, stride_vh)
-    dout_ptr += _offset(batch, stride_gb, head, stride_gh)
+    dq_ptr += offset_of(batch, stride_xb, head, stride_xh, first_q, stride_xn)
+    q_ptr += offset_of(batch, stride_qb, head, stride_qh, first_q, stride_qn)
+    k_ptr += offset_of(batch, stride_kb, head_kv, stride_kh, first_k, stride_kn)
+    v_ptr += offset_of(batch, stride_vb, head_kv, stride_vh, first_k, stride_vn)
+    dout_ptr += offset_of(batch, stride_gb, head, stride_gh, first_q, stride_gn)
 
-    q = _load(q_ptr, queries, N_q, stride_qn, stride_qd, D, BLOCK_D)
-    dout = _load(dout_ptr, queries, N_q, stride_gn, stride_gd, D, BLOCK_D)
-    lse, delta = _load_statistics(lse_ptr, delta_ptr, row, queries, N_q, q.dtype)
+    unit: tl.constexpr = unit_of(q_ptr.dtype.element_ty)
+    CHOSEN: tl.constexpr = (mask_ptr is not None) or (bias_ptr is not None)
+    q = load(q_ptr, queries, n_q, stride_qn, stride_qd, D, BLOCK_D)
+    dout = load(dout_ptr, queries, n_q, stride_gn, stride_gd, D, BLOCK_D)
+    base = long(row) * N_q + first_q
+    lse, delta = load_statistics(lse_ptr, delta_ptr, base, queries, n_q, unit)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    full, stop = _key_range(first_query, N_k, diagonal, CAUSAL, BLOCK_M, BLOCK_N)
-    for first_key in range(0, full, BLOCK_N):
-        dq = _add_dq(
-            dq, q, dout, lse, delta, queries, first_key,
-            k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd, N_q, N_k, diagonal,
-            softmax_scale, D, CAUSAL, False, WIDEN, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    for first_key in range(full, stop, BLOCK_N):
-        dq = _add_dq(
-            dq, q, dout, lse, delta, queries, first_key,
-            k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd, N_q, N_k, diagonal,
-            softmax_scale, D, CAUSAL, True, WIDEN, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    _store(dq_ptr, dq * softmax_scale, queries, N_q, stride_xn, stride_xd, D, WIDEN, BLOCK_D)
+    start, full, full_stop, stop = key_range(
+        first_query, n_k, offset, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
+    )
+    for PHASE in tl.static_range(0 if HAS_LEFT else 1, 3):
+        begin = start if PHASE == 0 else (full if PHASE == 1 else full_stop)
+        end = full if PHASE == 0 else (full_stop if PHASE == 1 else stop)
+        for first_key in range(begin, end, BLOCK_N):
+            keys = first_key + tl.arange(0, BLOCK_N)
+            k = load(k_ptr, keys, n_k, stride_kn, stride_kd, D, BLOCK_D)
+            v = load(v_ptr, keys, n_k, stride_vn, stride_vd, D, BLOCK_D)
+            scores, slope = scored(q, k, softmax_scale, softcap, SOFTCAP, unit)
+            scores = biased(
+                scores, queries[:, None], keys[None, :], n_q, n_k, offset, batch, head,
+                bias_ptr, stride_bb, stride_bh, stride_bi, stride_bj,
+                mask_ptr, stride_mb, stride_mh, stride_mi, stride_mj,
+                relative_ptr, stride_rh, radius, unit,
+            )  # fmt: skip
+            if PHASE != 1:
+                seen = visible(
+                    queries[:, None], keys[None, :], n_q, n_k, offset, left, right, HAS_LEFT, HAS_RIGHT
+                )
+                scores = tl.where(seen, scores, float("-inf"))
+            weights = exp(scores - lse[:, None], q.dtype)
+            dweights = dot(dout, tl.trans(v), None)
+            if seed_ptr is not None:
+                dweights *= kept(seed_ptr, threshold, keep_scale, queries, first_key, head, sequence, BLOCK_N)
+            dscores = weights * (dweights - delta[:, None]) * slope
+            if PHASE != 1 or CHOSEN:
+                dscores = tl.where(scores == float("-inf"), 0.0, dscores)
+                k = finite(k)
+            dq = dot(rounded(dscores, k.dtype), k, dq)
+    store(dq_ptr, dq * softmax_scale, queries, n_q, stride_xn, stride_xd, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def backward_dk_dv_kernel(
-    dk_ptr, stride_xb, stride_xh, stride_xn, stride_xd,  # (B, H_kv, N_k, D)
-    dv_ptr, stride_yb, stride_yh, stride_yn, stride_yd,  # (B, H_kv, N_k, D)
+    dk_ptr, stride_xb, stride_xh, stride_xn, stride_xd,  # (B, H_kv, N_k, D), or None
+    dv_ptr, stride_yb, stride_yh, stride_yn, stride_yd,  # (B, H_kv, N_k, D), or None
     q_ptr, stride_qb, stride_qh, stride_qn, stride_qd,  # (B, H, N_q, D)
     k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,  # (B, H_kv, N_k, D)
     v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,  # (B, H_kv, N_k, D)
     dout_ptr, stride_gb, stride_gh, stride_gn, stride_gd,  # (B, H, N_q, D)
     lse_ptr, delta_ptr,  # (B, H, N_q), contiguous
-    H, H_kv, N_q, N_k, diagonal, softmax_scale,
+    bias_ptr, stride_bb, stride_bh, stride_bi, stride_bj,  # (B, H, N_q, N_k) through its strides, or None
+    mask_ptr, stride_mb, stride_mh, stride_mi, stride_mj,  # likewise, 0: hidden
+    relative_ptr, stride_rh, radius,  # (H or 1, 2 radius + 1), or None
+    seed_ptr, threshold, keep_scale,  # () int64, or None: no dropout
+    cu_q_ptr, cu_k_ptr, sequence_ptr, first_block_ptr, sequences,  # packed documents, or None
+    blocks, H, H_kv, N_q, N_k, left, right, softmax_scale, softcap,
     D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WIDEN: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    HAS_LEFT: tl.constexpr,  # False: left is not read
+    HAS_RIGHT: tl.constexpr,
+    TOP_LEFT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # queries
+    BLOCK_N: tl.constexpr,  # keys
+    BLOCK_D: tl.constexpr,  # power of two, at least D
 ):  # fmt: skip
-    """One program per block of keys; grid (B * H_kv * ceil(N_k / BLOCK_N),).
+    """One program per block of keys; grid (B * H_kv * blocks,).
 
         dv = weights^T @ dout
         dk = dscores^T @ q * softmax_scale
@@ -190,264 +293,81 @@ def backward_dk_dv_kernel(
     scores are computed transposed, (keys, queries), so that weights^T and dscores^T are left operands in
     registers already.
     """
-    blocks = tl.cdiv(N_k, BLOCK_N)
     program = tl.program_id(0)
     row_kv = program // blocks  # batch * H_kv + head_kv
     batch, head_kv = row_kv // H_kv, row_kv % H_kv
     group = H // H_kv
     # The first keys are seen by the most queries: longest first.
-    first_key = (program % blocks) * BLOCK_N
+    sequence, block, first_q, n_q, first_k, n_k, offset = sequence_of(
+        program % blocks,
+        batch,
+        N_q,
+        N_k,
+        cu_q_ptr,
+        cu_k_ptr,
+        sequence_ptr,
+        first_block_ptr,
+        sequences,
+        TOP_LEFT,
+    )
+    first_key = block * BLOCK_N
     keys = first_key + tl.arange(0, BLOCK_N)
 
-    k_ptr += _offset(batch, stride_kb, head_kv, stride_kh)
-    v_ptr += _offset(batch, stride_vb, head_kv, stride_vh)
-    k = _load(k_ptr, keys, N_k, stride_kn, stride_kd, D, BLOCK_D)
-    v = _load(v_ptr, keys, N_k, stride_vn, stride_vd, D, BLOCK_D)
+    unit: tl.constexpr = unit_of(q_ptr.dtype.element_ty)
+    CHOSEN: tl.constexpr = (mask_ptr is not None) or (bias_ptr is not None)
+    k_ptr += offset_of(batch, stride_kb, head_kv, stride_kh, first_k, stride_kn)
+    v_ptr += offset_of(batch, stride_vb, head_kv, stride_vh, first_k, stride_vn)
+    k = load(k_ptr, keys, n_k, stride_kn, stride_kd, D, BLOCK_D)
+    v = load(v_ptr, keys, n_k, stride_vn, stride_vd, D, BLOCK_D)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    start, full = _query_range(first_key, N_q, N_k, diagonal, CAUSAL, BLOCK_M, BLOCK_N)
+    start, full, full_stop, stop = query_range(
+        first_key, n_q, n_k, offset, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M, BLOCK_N
+    )
     for member in range(group):
         head = head_kv * group + member
-        row = batch * H + head
-        q_head = q_ptr + _offset(batch, stride_qb, head, stride_qh)
-        dout_head = dout_ptr + _offset(batch, stride_gb, head, stride_gh)
-        # Not pipelined: few blocks, and two pipelines would spill registers.
-        for first_query in tl.range(start, full, BLOCK_M, num_stages=1):
-            dk, dv = _add_dk_dv(
-                dk, dv, k, v, keys, first_query, row, q_head, stride_qn, stride_qd,
-                dout_head, stride_gn, stride_gd, lse_ptr, delta_ptr, N_q, N_k, diagonal,
-                softmax_scale, D, CAUSAL, True, WIDEN, BLOCK_M, BLOCK_D,
-            )  # fmt: skip
-        for first_query in range(full, N_q, BLOCK_M):
-            dk, dv = _add_dk_dv(
-                dk, dv, k, v, keys, first_query, row, q_head, stride_qn, stride_qd,
-                dout_head, stride_gn, stride_gd, lse_ptr, delta_ptr, N_q, N_k, diagonal,
-                softmax_scale, D, CAUSAL, False, WIDEN, BLOCK_M, BLOCK_D,
-            )  # fmt: skip
-    dk_ptr += _offset(batch, stride_xb, head_kv, stride_xh)
-    dv_ptr += _offset(batch, stride_yb, head_kv, stride_yh)
-    _store(dk_ptr, dk * softmax_scale, keys, N_k, stride_xn, stride_xd, D, WIDEN, BLOCK_D)
-    _store(dv_ptr, dv, keys, N_k, stride_yn, stride_yd, D, WIDEN, BLOCK_D)
-
-
-@triton.jit
-def _attend(
-    q, row_max, row_sum, acc, queries, first_key, k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
-    N_q, N_k, diagonal, softmax_scale,
-    D: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, WIDEN: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """The running softmax state after one more block of keys."""
-    keys = first_key + tl.arange(0, BLOCK_N)
-    k = _load(k_ptr, keys, N_k, stride_kn, stride_kd, D, BLOCK_D)
-    scores = _scores(q, k, softmax_scale, WIDEN)
-    if MASKED:
-        visible = _visible(queries[:, None], keys[None, :], N_q, N_k, diagonal, CAUSAL)
-        scores = tl.where(visible, scores, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
-    # A row with no visible key has row_max = -inf; subtracting 0 instead keeps exp2(-inf) = 0 and no NaN.
-    subtract = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = _exp(scores - subtract[:, None], q.dtype)
-    rescale = _exp(row_max - subtract, q.dtype)
-    row_sum = row_sum * rescale + tl.sum(weights, 1)
-    v = _load(v_ptr, keys, N_k, stride_vn, stride_vd, D, BLOCK_D)
-    acc = _dot(_round(weights, v.dtype, WIDEN), v, acc * rescale[:, None], WIDEN)
-    return new_max, row_sum, acc
-
-
-@triton.jit
-def _add_dq(
-    dq, q, dout, lse, delta, queries, first_key, k_ptr, stride_kn, stride_kd, v_ptr, stride_vn, stride_vd,
-    N_q, N_k, diagonal, softmax_scale,
-    D: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, WIDEN: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """dq plus what one block of keys gives, without the scale."""
-    keys = first_key + tl.arange(0, BLOCK_N)
-    k = _load(k_ptr, keys, N_k, stride_kn, stride_kd, D, BLOCK_D)
-    v = _load(v_ptr, keys, N_k, stride_vn, stride_vd, D, BLOCK_D)
-    scores = _scores(q, k, softmax_scale, WIDEN)
-    weights = _exp(scores - lse[:, None], q.dtype)
-    dweights = _dot(dout, tl.trans(v), None, WIDEN)
-    dscores = weights * (dweights - delta[:, None])
-    if MASKED:
-        visible = _visible(queries[:, None], keys[None, :], N_q, N_k, diagonal, CAUSAL)
-        dscores = tl.where(visible, dscores, 0.0)
-        k = _finite(k)
-    return _dot(_round(dscores, k.dtype, WIDEN), k, dq, WIDEN)
-
-
-@triton.jit
-def _add_dk_dv(
-    dk, dv, k, v, keys, first_query, row, q_ptr, stride_qn, stride_qd, dout_ptr, stride_gn, stride_gd,
-    lse_ptr, delta_ptr, N_q, N_k, diagonal, softmax_scale,
-    D: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, WIDEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """dk and dv plus what one block of queries gives, dk without the scale."""
-    queries = first_query + tl.arange(0, BLOCK_M)
-    q = _load(q_ptr, queries, N_q, stride_qn, stride_qd, D, BLOCK_D)
-    dout = _load(dout_ptr, queries, N_q, stride_gn, stride_gd, D, BLOCK_D)
-    lse, delta = _load_statistics(lse_ptr, delta_ptr, row, queries, N_q, q.dtype)
-    scores = _scores(k, q, softmax_scale, WIDEN)  # (keys, queries)
-    weights = _exp(scores - lse[None, :], q.dtype)
-    dweights = _dot(v, tl.trans(dout), None, WIDEN)
-    dscores = weights * (dweights - delta[None, :])
-    if MASKED:
-        visible = _visible(queries[None, :], keys[:, None], N_q, N_k, diagonal, CAUSAL)
-        weights = tl.where(visible, weights, 0.0)
-        dscores = tl.where(visible, dscores, 0.0)
-        q = _finite(q)
-    dv = _dot(_round(weights, dout.dtype, WIDEN), dout, dv, WIDEN)
-    dk = _dot(_round(dscores, q.dtype, WIDEN), q, dk, WIDEN)
-    return dk, dv
-
-
-@triton.jit
-def _key_range(
-    first_query, N_k, diagonal, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """(full, stop): every query of the block sees all keys before full, and none sees a key from stop on.
-
-    full is a multiple of BLOCK_N.
-    """
-    full, stop = N_k, N_k
-    if CAUSAL:
-        full = tl.minimum(tl.maximum(first_query + diagonal + 1, 0), N_k)
-        stop = tl.minimum(tl.maximum(first_query + BLOCK_M + diagonal, 0), N_k)
-    return full // BLOCK_N * BLOCK_N, stop
-
-
-@triton.jit
-def _query_range(
-    first_key, N_q, N_k, diagonal, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """(start, full): no query before start sees a key of the block, every query from full on sees them all.
-
-    Multiples of BLOCK_M. start may lie beyond full, and both beyond N_q, where no query sees a key.
-    """
-    start, full = 0, 0
-    if CAUSAL:
-        last_key = tl.minimum(first_key + BLOCK_N, N_k) - 1
-        start = tl.maximum(first_key - diagonal, 0) // BLOCK_M * BLOCK_M
-        full = tl.cdiv(tl.maximum(last_key - diagonal, 0), BLOCK_M) * BLOCK_M
-    return start, tl.minimum(full, tl.cdiv(N_q, BLOCK_M) * BLOCK_M)
-
-
-@triton.jit
-def _visible(queries, keys, N_q, N_k, diagonal, CAUSAL: tl.constexpr):
-    """Which query sees which key; what lies beyond the lengths sees nothing and is seen by nothing."""
-    visible = (queries < N_q) & (keys < N_k)
-    if CAUSAL:
-        visible = visible & (keys - queries <= diagonal)
-    return visible
-
-
-@triton.jit
-def _load_statistics(lse_ptr, delta_ptr, row, queries, N_q, dtype: tl.constexpr):
-    """lse in the unit of the dtype and delta of one block of queries.
-
-    Where every score is -inf lse is 0 instead of -inf, because -inf - -inf would be NaN. Beyond N_q nothing
-    needs masking: dout and delta are zero there.
-    """
-    base = row.to(tl.int64) * N_q
-    lse = tl.load(lse_ptr + base + queries, mask=queries < N_q, other=0.0)
-    delta = tl.load(delta_ptr + base + queries, mask=queries < N_q, other=0.0)
-    return tl.where(lse == float("-inf"), 0.0, lse * _unit(dtype)), delta
-
-
-@triton.jit
-def _offset(batch, stride_b, head, stride_h):
-    """Where one head of one sequence begins, in 64 bits: a tensor may hold more than 2^31 elements."""
-    return batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
-
-
-@triton.jit
-def _load(ptr, rows, N, stride_n, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(len(rows), BLOCK_D) elements of one head, zero beyond (N, D)."""
-    columns = tl.arange(0, BLOCK_D)
-    pointers = ptr + rows[:, None].to(tl.int64) * stride_n + columns[None, :].to(tl.int64) * stride_d
-    mask = (rows < N)[:, None]
-    if D < BLOCK_D:
-        mask = mask & (columns < D)[None, :]
-    return tl.load(pointers, mask=mask, other=0.0)
-
-
-@triton.jit
-def _store(ptr, x, rows, N, stride_n, stride_d, D: tl.constexpr, WIDEN: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The inverse of `_load`, rounding to the memory's dtype."""
-    columns = tl.arange(0, BLOCK_D)
-    pointers = ptr + rows[:, None].to(tl.int64) * stride_n + columns[None, :].to(tl.int64) * stride_d
-    mask = (rows < N)[:, None]
-    if D < BLOCK_D:
-        mask = mask & (columns < D)[None, :]
-    tl.store(pointers, _round(x, ptr.dtype.element_ty, WIDEN), mask=mask)
-
-
-@triton.jit
-def _finite(x):
-    """x with zero for NaN and infinity.
-
-    A weight of zero times such an element would be NaN, and reach queries that do not see it. Where a NaN is
-    seen, the score has carried it on already.
-    """
-    wide = x.to(tl.float32)
-    return tl.where(tl.abs(wide) < float("inf"), wide, 0.0).to(x.dtype)
-
-
-@triton.jit
-def _unit(dtype: tl.constexpr):
-    """What scores are counted in, as a factor of natural units.
-
-    16-bit inputs: log2(e). exp2 is one instruction, and the factor goes into the scale. float32 inputs: 1,
-    because the rounding error of lse * log2(e) grows with lse, and would be a relative error of the weights.
-    """
-    if dtype == tl.float32:
-        return 1.0
-    return LOG2_E
-
-
-@triton.jit
-def _exp(scores, dtype: tl.constexpr):
-    """The exponential of scores or their differences, counted in the unit of inputs of this dtype."""
-    if dtype == tl.float32:
-        return tl.exp(scores)
-    return tl.exp2(scores)
-
-
-@triton.jit
-def _scores(a, b, softmax_scale, WIDEN: tl.constexpr):
-    """a @ b^T * softmax_scale in the unit of the dtype, of a (M, BLOCK_D) and b (N, BLOCK_D).
-
-    Wide float32 rows are multiplied in two halves, the even and the odd columns: shorter sums have smaller
-    errors.
-    """
-    scale = softmax_scale * _unit(a.dtype)
-    if a.dtype == tl.float32 and a.shape[1] > 128:
-        a_even, a_odd = tl.split(tl.reshape(a, [a.shape[0], a.shape[1] // 2, 2]))
-        b_even, b_odd = tl.split(tl.reshape(b, [b.shape[0], b.shape[1] // 2, 2]))
-        # Scaled before they are added: the compiler would make one long sum of a sum of two products.
-        return (
-            _dot(a_even, tl.trans(b_even), None, WIDEN) * scale
-            + _dot(a_odd, tl.trans(b_odd), None, WIDEN) * scale
-        )
-    return _dot(a, tl.trans(b), None, WIDEN) * scale
-
-
-@triton.jit
-def _round(x, dtype: tl.constexpr, WIDEN: tl.constexpr):
-    """float32 x in another dtype, rounded to nearest; the interpreter would cut bfloat16 off."""
-    if WIDEN:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    return x.to(dtype)
-
-
-@triton.jit
-def _dot(a, b, acc, WIDEN: tl.constexpr):
-    """a @ b + acc in float32; float32 operands are not shortened to TF32."""
-    if WIDEN:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+        q_head = q_ptr + offset_of(batch, stride_qb, head, stride_qh, first_q, stride_qn)
+        dout_head = dout_ptr + offset_of(batch, stride_gb, head, stride_gh, first_q, stride_gn)
+        base = long(batch * H + head) * N_q + first_q
+        for PHASE in tl.static_range(0 if HAS_RIGHT else 1, 3 if HAS_LEFT else 2):
+            begin = start if PHASE == 0 else (full if PHASE == 1 else full_stop)
+            end = full if PHASE == 0 else (full_stop if PHASE == 1 else stop)
+            for first_query in range(begin, end, BLOCK_M):
+                queries = first_query + tl.arange(0, BLOCK_M)
+                q = load(q_head, queries, n_q, stride_qn, stride_qd, D, BLOCK_D)
+                dout = load(dout_head, queries, n_q, stride_gn, stride_gd, D, BLOCK_D)
+                lse, delta = load_statistics(lse_ptr, delta_ptr, base, queries, n_q, unit)
+                scores, slope = scored(k, q, softmax_scale, softcap, SOFTCAP, unit)  # (keys, queries)
+                scores = biased(
+                    scores, queries[None, :], keys[:, None], n_q, n_k, offset, batch, head,
+                    bias_ptr, stride_bb, stride_bh, stride_bi, stride_bj,
+                    mask_ptr, stride_mb, stride_mh, stride_mi, stride_mj,
+                    relative_ptr, stride_rh, radius, unit,
+                )  # fmt: skip
+                if PHASE != 1:
+                    seen = visible(
+                        queries[None, :], keys[:, None], n_q, n_k, offset, left, right, HAS_LEFT, HAS_RIGHT
+                    )
+                    scores = tl.where(seen, scores, float("-inf"))
+                weights = exp(scores - lse[None, :], q.dtype)
+                dweights = dot(v, tl.trans(dout), None)
+                dscores = weights * (dweights - delta[None, :]) * slope
+                if seed_ptr is not None:
+                    keep = tl.trans(
+                        kept(seed_ptr, threshold, keep_scale, queries, first_key, head, sequence, BLOCK_N)
+                    )
+                    dscores = weights * (dweights * keep - delta[None, :]) * slope
+                    weights *= keep
+                if PHASE != 1 or CHOSEN:
+                    dscores = tl.where(scores == float("-inf"), 0.0, dscores)
+                    q = finite(q)
+                if dv_ptr is not None:
+                    dv = dot(rounded(weights, dout.dtype), dout, dv)
+                if dk_ptr is not None:
+                    dk = dot(rounded(dscores, q.dtype), q, dk)
+    if dk_ptr is not None:
+        dk_ptr += offset_of(batch, stride_xb, head_kv, stride_xh, first_k, stride_xn)
+        store(dk_ptr, dk * softmax_scale, keys, n_k, stride_xn, stride_xd, D, BLOCK_D)
+    if dv_ptr is not None:
+        dv_ptr += offset_of(batch, stride_yb, head_kv, stride_yh, first_k, stride_yn)
+        store(dv_ptr, dv, keys, n_k, stride_yn, stride_yd, D, BLOCK_D)

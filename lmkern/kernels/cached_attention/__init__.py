@@ -25,7 +25,7 @@ Scores, statistics and sums are at least float32.
 
 from lmkern.kernels.cached_attention.options import Options
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("triton", "cpu", "reference")
 PASSES = ("forward",)
 
 __all__ = ["BACKENDS", "PASSES", "Options"]

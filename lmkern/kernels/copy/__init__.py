@@ -12,7 +12,7 @@ Values are rounded once, to the nearest; numbers under the smallest normal float
 is the same copy of dy into x's dtype.
 """
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("triton", "cpu", "reference")
 
 # The public functions of the op.
 PUBLIC = ("cast", "transposed_copy")

@@ -24,4 +24,4 @@ Sums are at least float32. The statistics of an ignored token are 0. They are tw
 number would give all weights of a token an error in common, of |lse| / 2 units in the last place.
 """
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("triton", "cpu", "reference")

@@ -7,7 +7,8 @@ The contract of every backend.
     forward(tokens, weight) -> y
     backward(dy, tokens, *, vocabulary, padding_idx) -> dweight
 
-    tokens      (N,)      int64, contiguous; forward raises IndexError unless each lies in [0, V)
+    tokens      (N,)      int64, contiguous; forward raises IndexError unless each lies in [0, V),
+                          where lmkern.kernels.checked looks
     weight      (V, E)    contiguous
     y           (N, E)    contiguous, weight's dtype
     dy          (N, E)    any row stride, elements of a row contiguous; weight's dtype
@@ -15,4 +16,4 @@ The contract of every backend.
     padding_idx           the row of dweight that stays zero, or -1
 """
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("triton", "cpu", "reference")

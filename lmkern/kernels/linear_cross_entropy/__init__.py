@@ -20,4 +20,4 @@ every product is summed in at least float32.
 Hsu et al. 2024, "Liger Kernel", arXiv:2410.10989, section 3.2.
 """
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("triton", "cpu", "reference")

@@ -19,4 +19,4 @@ Columns from 2 pairs on are copied. Computed in float32 (float64 for float64). B
 other `inverse`.
 """
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("triton", "cpu", "reference")

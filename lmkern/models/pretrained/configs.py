@@ -246,6 +246,10 @@ def read_t5(fields: Fields) -> T5Config:
 
 
 def write_t5(config: T5Config) -> dict[str, Any]:
+    if config.scaled_scores:
+        raise ValueError(
+            "save_pretrained: transformers' T5 does not scale scores; got a T5Config with scaled_scores"
+        )
     return {
         "vocab_size": config.vocab_size,
         "num_layers": config.layers,

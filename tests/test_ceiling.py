@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from lmkern.training import ceiling
-from lmkern.training.ceiling import choose_device, choose_dtype, measure_ceiling
+from lmkern import ceiling
+from lmkern.ceiling import choose_device, choose_dtype, measure_ceiling
 
 CPU = torch.device("cpu")
 

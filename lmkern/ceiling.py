@@ -50,7 +50,8 @@ def synchronize(device: torch.device) -> None:
 
 
 def _product_seconds(device: torch.device, dtype: torch.dtype, size: int, tries: int) -> float:
-    a = torch.ones(size, size, device=device, dtype=dtype)
+    # Random numbers: a GPU multiplies constants faster than any data, for want of bits that flip.
+    a = torch.rand(size, size, device=device, dtype=dtype)
     out = torch.empty_like(a)
     best = float("inf")
     for _ in range(tries):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lmkern.training.memory import keep_freed_memory
+from lmkern.memory import keep_freed_memory
 
 
 @pytest.fixture(autouse=True)

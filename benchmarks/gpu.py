@@ -1,0 +1,284 @@
+"""Builds, tests and times the kernels on the GPU at hand: `make gpu`, or one stage of it.
+
+    python -m benchmarks.gpu                  every stage: build, test, bench, report
+    python -m benchmarks.gpu test             one stage; what has passed is not run again
+    python -m benchmarks.gpu --dry-run        the plan, which needs no GPU
+
+Needs no network. Every step is a process of its own with a time limit, so that one that hangs costs one row,
+and its outcome is written to STATE/steps.json before the next begins: interrupt it and call it again. A stage
+stops beginning steps after --budget seconds, with status 75, and goes on when called again. A change of a
+source file begins everything anew. An op whose tests failed is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+from benchmarks import machine
+from benchmarks.contest import DIRECTIONS
+
+ROOT = machine.ROOT
+STATE = ROOT / "build" / "gpu"
+STAGES = ("build", "test", "bench", "report")
+# Seconds: of a test; of a file of op tests, which are many; of a tool that runs everything far slower; of a
+# benchmark of an op, which compiles each row with torch.compile.
+TEST, FILE, SLOW, BENCH, BUILD = 30, 120, 240, 240, 580
+# A stage begins no step after so many seconds.
+BUDGET = 540.0
+# Tests at a time: they wait for compilers more than for the GPU.
+WORKERS = min(8, os.cpu_count() or 1)
+UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h
+NOTHING_SELECTED = 5  # pytest's
+PASSED, FAILED, HUNG = "passed", "failed", "hung"
+# Of a step's output, what is kept.
+TAIL = 6000
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process. about: the op whose kernels it judges; empty: none alone."""
+
+    stage: str
+    name: str
+    command: tuple[str, ...]
+    limit: float
+    about: str = ""
+    alone: bool = True
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a step ended. status: passed, failed or hung."""
+
+    status: str
+    seconds: float
+    output: str
+
+
+def python(*arguments: str) -> tuple[str, ...]:
+    return (sys.executable, *arguments)
+
+
+def pytest(*arguments: str) -> tuple[str, ...]:
+    # Without plugins of the environment that change how tests run.
+    return python("-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
+
+
+def plan() -> Iterator[Step]:
+    """Every step, in order."""
+    install = ("-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", ".")
+    yield Step("build", "install", python(*install), BUILD)
+    yield Step("build", "doctor", python("-m", "benchmarks.gpu", "--doctor"), TEST)
+    for name, about in gpu_tests():
+        yield Step("test", name, pytest(name), TEST, about, alone=False)
+    for path in sorted((ROOT / "tests" / "ops").glob("test_*.py")):
+        name, about = path.relative_to(ROOT).as_posix(), op_of(path.stem.removeprefix("test_"))
+        yield Step("test", name, pytest(name, "-k", "triton or cuda"), FILE, about, alone=False)
+    compilation = ("env", "LMKERN_COMPILE=all", *pytest("tests/kernels/test_triton_compile.py"))
+    yield Step("test", "offline compilation", compilation, SLOW)
+    if sanitizer := shutil.which("compute-sanitizer"):
+        for name, about in gpu_tests("memory_checked"):
+            command = (sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *pytest(name))
+            yield Step("test", f"compute-sanitizer {name}", command, SLOW, about, alone=False)
+    for path in sorted((ROOT / "benchmarks" / "ops").glob("bench_*.py")):
+        op = path.stem.removeprefix("bench_")
+        for direction in DIRECTIONS:
+            command = pytest(
+                path.relative_to(ROOT).as_posix(), "-k", f"[{direction}-", "-p", "no:logging",
+                "--benchmark-enable", "--record", "--tested", "make gpu-test",
+            )  # fmt: skip
+            yield Step("bench", f"{op} {direction}", command, BENCH, op)
+    yield Step("report", "pages", python("-m", "benchmarks.report"), SLOW)
+
+
+def gpu_tests(marker: str = "gpu") -> list[tuple[str, str]]:
+    """(node id, op) of every test with the marker."""
+    folders = ("tests/gpu", "tests/kernels")
+    collect = pytest("--collect-only", "-m", marker, *folders)
+    found = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True)
+    if found.returncode not in (0, 5):
+        raise RuntimeError(f"gpu: the tests cannot be collected:\n{found.stdout}\n{found.stderr}")
+    names = [line for line in found.stdout.splitlines() if "::" in line]
+    return [(name, op_of(name.partition("[")[2] or Path(name.partition("::")[0]).stem)) for name in names]
+
+
+def op_of(words: str) -> str:
+    """The op that a test is named after; empty where it is none."""
+    from lmkern.kernels.backends import op_names
+
+    words = words.removeprefix("test_").removeprefix("cuda_")
+    return max((op for op in op_names() if words.startswith(op)), key=len, default="")
+
+
+class Record:
+    """The outcomes of the steps, kept in a file that is whole after each of them."""
+
+    def __init__(self, path: Path, sources: str) -> None:
+        self.path, self.sources = path, sources
+        self.outcomes: dict[str, Outcome] = {}
+        self.lock = threading.Lock()
+        if path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["sources"] == sources:
+                self.outcomes = {name: Outcome(**outcome) for name, outcome in kept["steps"].items()}
+
+    @staticmethod
+    def key(step: Step) -> str:
+        return f"{step.stage}: {step.name}"
+
+    def keep(self, step: Step, outcome: Outcome) -> None:
+        with self.lock:
+            self.outcomes[self.key(step)] = outcome
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            steps = {name: asdict(outcome) for name, outcome in self.outcomes.items()}
+            part = self.path.with_suffix(".part")
+            part.write_text(json.dumps({"sources": self.sources, "steps": steps}, indent=1), encoding="utf-8")
+            part.replace(self.path)
+
+    def done(self, step: Step) -> bool:
+        """Whether it has run: a test that did not pass is kept, and anything else tried again."""
+        outcome = self.outcomes.get(self.key(step))
+        return outcome is not None and (outcome.status == PASSED or step.stage == "test")
+
+    def forget_failures(self) -> None:
+        self.outcomes = {name: one for name, one in self.outcomes.items() if one.status == PASSED}
+
+    def red(self, op: str, steps: Sequence[Step]) -> list[str]:
+        """The tests of an op that did not pass, or have not run."""
+        tests = [step for step in steps if step.stage == "test" and step.about == op]
+        return [
+            step.name
+            for step in tests
+            if self.key(step) not in self.outcomes or self.outcomes[self.key(step)].status != PASSED
+        ]
+
+
+def run(step: Step) -> Outcome:
+    """The step's outcome; at its limit it is ended together with all that it started."""
+    start = time.monotonic()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    if step.stage == "build":
+        environment.setdefault("LMKERN_CUDA", "1")
+    environment.setdefault("LMKERN_COMMIT", commit_name())
+    process = subprocess.Popen(
+        step.command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=step.limit)
+        status = PASSED if process.returncode in (0, NOTHING_SELECTED) else FAILED
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        status = HUNG
+    return Outcome(status, round(time.monotonic() - start, 1), output[-TAIL:])
+
+
+def run_stage(stage: str, steps: Sequence[Step], record: Record, deadline: float) -> int:
+    """0 when every step of the stage has passed, UNFINISHED when time ran out, 1 when some did not pass."""
+    waiting = [step for step in steps if step.stage == stage and not record.done(step)]
+    together = [step for step in waiting if not step.alone]
+
+    def one(step: Step) -> bool:
+        if time.monotonic() > deadline:
+            return False
+        if stage == "bench" and (red := record.red(step.about, steps)):
+            outcome = Outcome(FAILED, 0.0, f"not timed: {len(red)} tests are not green, first {red[0]}")
+        else:
+            outcome = run(step)
+        record.keep(step, outcome)
+        print(f"{outcome.status:6} {outcome.seconds:6.1f} s  {step.stage}: {step.name}", flush=True)
+        if outcome.status != PASSED:
+            print("    " + "\n    ".join(outcome.output.splitlines()[-12:]), flush=True)
+        return True
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        begun = list(pool.map(one, together))
+    begun += [one(step) for step in waiting if step.alone]
+    if not all(begun):
+        print(f"gpu: {stage}: {begun.count(False)} steps are left; call it again to go on")
+        return UNFINISHED
+    bad = [
+        step.name
+        for step in steps
+        if step.stage == stage and record.outcomes[record.key(step)].status != PASSED
+    ]
+    print(f"gpu: {stage}: {len(bad)} steps did not pass" if bad else f"gpu: {stage}: passed")
+    return 1 if bad else 0
+
+
+@cache
+def commit_name() -> str:
+    """The commit; of a tree with local changes a digest of its sources, so that rows of one run may join."""
+    commit = machine.commit()
+    return commit if commit.isalnum() else f"sources{machine.sources()[:12]}"
+
+
+def doctor() -> int:
+    """What can run here, as `lmkern doctor` says it, without the packages that the command line needs."""
+    from lmkern.kernels.backends import describe
+
+    for row in describe():
+        print(f"{row.op:22}{row.backend:11}{'yes' if row.usable else 'no':5}{row.reason}")
+    for name, value in machine.environment().items():
+        print(f"{name}: {value}")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)}; all by default")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds a stage begins steps for")
+    parser.add_argument("--state", type=Path, default=STATE, help="folder of what has been done")
+    parser.add_argument("--again", action="store_true", help="run what did not pass once more")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan")
+    parser.add_argument("--doctor", action="store_true", help="print what can run here")
+    options = parser.parse_args(arguments)
+    stages = options.stages or STAGES
+    if unknown := set(stages) - set(STAGES):
+        parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
+    if options.doctor:
+        return doctor()
+    if not options.dry_run and machine.choose_device().type != "cuda":
+        print("gpu: needs a CUDA GPU and none is visible; --dry-run prints the plan", file=sys.stderr)
+        return 2
+    steps = [step for step in plan() if step.stage in stages or step.stage == "test"]
+    if options.dry_run:
+        for step in steps:
+            print(f"{step.stage:7}{step.limit:5.0f} s  {step.name}: {' '.join(step.command)}")
+        return 0
+    record = Record(options.state / "steps.json", machine.sources())
+    if options.again:
+        record.forget_failures()
+    worst = 0
+    for stage in stages:
+        status = run_stage(stage, steps, record, time.monotonic() + options.budget)
+        if status == UNFINISHED or (stage == "build" and status):
+            return status
+        worst = max(worst, status)
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main())

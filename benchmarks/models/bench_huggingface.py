@@ -1,0 +1,86 @@
+"""A training step of transformers' models, patched by lmkern, beside transformers' default (SDPA).
+
+    python benchmarks/models/bench_huggingface.py gpt2 [--dropout 0.1] [--steps 5]
+    python benchmarks/models/bench_huggingface.py gpt2 --memory ours     (or theirs: a process for each)
+
+Random weights, bf16 autocast, forward, backward and optimizer. Theirs: torch.optim.AdamW. Ours: lmkern's. The
+steps alternate in one process, and both live in one allocator, which keeps freed memory
+(lmkern.memory); --memory leaves it as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import time
+from typing import Any
+
+import torch
+
+import lmkern
+from lmkern.memory import keep_freed_memory
+from lmkern.training.optimizer import AdamW
+
+
+def make(name: str, dropout: float) -> tuple[Any, dict[str, torch.Tensor]]:
+    import transformers as t
+
+    torch.manual_seed(0)
+    if name == "gpt2":
+        model = t.GPT2LMHeadModel(t.GPT2Config(attn_pdrop=dropout, resid_pdrop=dropout, embd_pdrop=dropout))
+        tokens = torch.randint(0, 50257, (4, 1024))
+        return model, {"input_ids": tokens, "labels": tokens}
+    if name == "bert":
+        config = t.BertConfig(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+        tokens = torch.randint(0, 30522, (8, 512))
+        labels = torch.where(torch.rand(8, 512) < 0.15, tokens, -100)
+        return t.BertForMaskedLM(config), {"input_ids": tokens, "labels": labels}
+    config = t.T5Config(dropout_rate=dropout, decoder_start_token_id=0)
+    inputs = torch.randint(2, 32128, (8, 512))
+    return t.T5ForConditionalGeneration(config), {
+        "input_ids": inputs,
+        "labels": torch.randint(2, 32128, (8, 128)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=("gpt2", "bert", "t5"))
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--memory", choices=("ours", "theirs"))
+    arguments = parser.parse_args()
+    sides = [arguments.memory] if arguments.memory else ["theirs", "ours"]
+    if not arguments.memory:
+        keep_freed_memory()
+    runs: dict[str, Any] = {}
+    for side in sides:
+        model, inputs = make(arguments.model, arguments.dropout)
+        model.train()
+        if side == "ours":
+            lmkern.patch(model)
+        optimizer: Any = (AdamW if side == "ours" else torch.optim.AdamW)(model.parameters(), lr=1e-4)
+        runs[side] = model, optimizer, inputs
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for step in range(arguments.steps + 1):
+        for side, (model, optimizer, inputs) in runs.items():
+            start = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(**inputs).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            times[side].append(time.perf_counter() - start)
+            print(f"step {step} {side}: loss {loss.item():.4f}, {times[side][-1]:.2f} s", flush=True)
+    medians = {side: statistics.median(seconds[1:] or seconds) for side, seconds in times.items()}
+    if len(medians) == 2:
+        print(
+            f"{arguments.model}, dropout {arguments.dropout}: "
+            f"{medians['theirs'] / medians['ours']:.2f} times as fast"
+        )
+    print(f"peak resident: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Feed-forward modules of transformers, known by their parts' names: bias and activation in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmkern.huggingface.swapping import subclass, swap_if_same
+from lmkern.ops import activation
+from lmkern.patching import Undo
+
+# The names of their parts: the activation, what it is applied to, the gated
+# value or None, dropout or None, what follows or None.
+_FEED_FORWARDS = (
+    ("act", "c_fc", None, None, "c_proj", "dropout"),
+    ("act", "wi", None, "dropout", "wo", None),
+    ("act", "wi_0", "wi_1", "dropout", "wo", None),
+    ("act_fn", "gate_proj", "up_proj", None, "down_proj", None),
+    ("intermediate_act_fn", "dense", None, None, None, None),
+    ("transform_act_fn", "dense", None, None, "LayerNorm", None),
+)
+_FUNCTIONS: dict[Any, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+    "relu_squared": lambda x: F.relu(x).square(),
+}
+
+
+def feed_forward_parts(module: nn.Module) -> tuple[str | None, ...] | None:
+    children = {name for name, _ in module.named_children()}
+    found = (parts for parts in _FEED_FORWARDS if children == {name for name in parts if name})
+    return next(found, None)
+
+
+def _product(module: nn.Module, x: Tensor) -> Tensor:
+    """Without the bias, which the activation adds."""
+    weight: Any = module.weight
+    return F.linear(x, weight) if isinstance(module, nn.Linear) else x @ weight
+
+
+@cache
+def _feed_forward(parts: tuple[str | None, ...], function: Any) -> Callable[[Any, Tensor], Tensor]:
+    _, gate, value, dropout, down, last = parts
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        up = getattr(self, str(gate))
+        if value is None:
+            hidden = activation(_product(up, hidden_states), up.bias, function)  # (..., F)
+        else:
+            halves = up(hidden_states), getattr(self, value)(hidden_states)
+            hidden = activation(torch.cat(halves, -1), None, function, gated=True)
+        if dropout is not None:
+            hidden = getattr(self, dropout)(hidden)
+        if down is not None:
+            following = getattr(self, down)
+            if down == "wo" and not torch.is_autocast_enabled(hidden.device.type):
+                # T5 keeps this weight in float32 in models of 16 bits.
+                hidden = hidden.to(following.weight.dtype)
+            hidden = following(hidden)
+        return hidden if last is None else getattr(self, last)(hidden)
+
+    return forward
+
+
+def swap_feed_forward(module: nn.Module) -> Undo | str:
+    parts = feed_forward_parts(module)
+    assert parts is not None
+    act, first = getattr(module, str(parts[0])), getattr(module, str(parts[1]))
+    if type(first).__name__ not in ("Linear", "Conv1D"):
+        return f"its first layer is a {type(first).__name__}"
+    x = torch.linspace(-6, 6, 97, dtype=torch.float32)
+    with torch.no_grad():
+        function = next(
+            (name for name, f in _FUNCTIONS.items() if torch.allclose(act(x), f(x), atol=1e-6)), None
+        )
+    if function is None:
+        return f"its activation {type(act).__name__} is none of {', '.join(_FUNCTIONS)}"
+    width = first.weight.shape[1 if isinstance(first, nn.Linear) else 0]
+    theirs: Any = type(module)
+    cls = subclass(theirs, forward=_feed_forward(parts, function))
+    return swap_if_same(module, width, cls) or f"{cls.__name__} computes something else than we would"

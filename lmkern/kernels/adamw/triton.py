@@ -1,0 +1,61 @@
+"""AdamW on GPUs through Triton."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from lmkern.kernels import triton_runtime, tuning
+from lmkern.kernels.backends import Call
+
+__all__ = ["NOTE", "constants", "step", "unavailable", "unsupported"]
+
+NOTE = triton_runtime.NOTE
+
+# Elements of a program, and the threads that share them.
+BLOCK = 1024
+NUM_WARPS = 4
+
+
+def unavailable() -> str | None:
+    return triton_runtime.unavailable()
+
+
+def unsupported(call: Call) -> str | None:
+    return triton_runtime.unsupported(call, float64=True)
+
+
+def step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    copy: Tensor | None,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float,
+) -> None:
+    from lmkern.kernels.adamw import triton_kernels
+
+    count = param.numel()
+    options = constants(param)
+    if programs := -(-count // options["BLOCK"]):
+        with triton_runtime.device_of(param):
+            triton_kernels.step_kernel[(programs,)](
+                param, grad, exp_avg, exp_avg_sq, copy, count,
+                1 - lr * weight_decay, 1 - beta1, beta2, lr / (1 - beta1**step),
+                math.sqrt(1 - beta2**step), eps, grad_scale, **options,
+            )  # fmt: skip
+
+
+def constants(param: Tensor) -> dict[str, int]:
+    """The compile-time arguments of the kernel."""
+    default = {"BLOCK": BLOCK, "num_warps": NUM_WARPS}
+    architecture = tuning.architecture(param.device)
+    return tuning.lookup("adamw", "step", architecture, str(param.element_size()), default)

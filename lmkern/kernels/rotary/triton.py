@@ -1,0 +1,83 @@
+"""Rotary positions on GPUs through Triton: grid, block sizes and allocation."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lmkern.kernels import triton_runtime, tuning
+from lmkern.kernels.backends import Call
+from lmkern.kernels.rotary.layout import empty_like
+
+__all__ = ["NOTE", "backward", "constants", "forward", "unavailable", "unsupported"]
+
+NOTE = triton_runtime.NOTE
+
+# Elements of x that a program turns, and the threads that share them.
+TILE = 4096
+NUM_WARPS = 4
+
+
+def unavailable() -> str | None:
+    return triton_runtime.unavailable()
+
+
+def unsupported(call: Call) -> str | None:
+    return triton_runtime.unsupported(call, float64=True)
+
+
+def forward(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    *,
+    offset: int,
+    interleaved: bool,
+    inverse: bool,
+    inplace: bool,
+) -> Tensor:
+    from lmkern.kernels.rotary import triton_kernels
+
+    B, H, N, D = x.shape
+    P, pairs = cos.shape
+    y = x if inplace else empty_like(x)
+    options = constants(x, pairs, interleaved, inplace)
+    token_blocks = -(-N // options["BLOCK_N"])
+    if x.numel():
+        with triton_runtime.device_of(x):
+            triton_kernels.forward_kernel[(B * H * token_blocks,)](
+                x, *x.stride(), y, *y.stride(), cos, sin, cos.stride(0), positions,
+                H, N, D, P, pairs, offset, token_blocks, -1.0 if inverse else 1.0, **options,
+            )  # fmt: skip
+    return y
+
+
+def backward(
+    dy: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    *,
+    offset: int,
+    interleaved: bool,
+    inverse: bool,
+) -> Tensor:
+    return forward(
+        dy, cos, sin, positions, offset=offset, interleaved=interleaved, inverse=not inverse, inplace=False
+    )
+
+
+def constants(x: Tensor, pairs: int, interleaved: bool, inplace: bool) -> dict[str, int]:
+    """The compile-time arguments of the kernel."""
+    block_p = 1 << max(pairs - 1, 0).bit_length()
+    rest = x.shape[3] - 2 * pairs
+    default = {"BLOCK_N": max(1, TILE // (2 * block_p)), "num_warps": NUM_WARPS}
+    shape_class = f"{x.element_size()}-{block_p}{'-interleaved' if interleaved else ''}"
+    chosen = tuning.lookup("rotary", "forward", tuning.architecture(x.device), shape_class, default)
+    return {
+        "INTERLEAVED": interleaved,
+        "IN_PLACE": inplace,
+        "BLOCK_P": block_p,
+        "BLOCK_REST": 1 << (rest - 1).bit_length() if rest else 0,
+        **chosen,
+    }

@@ -1,0 +1,170 @@
+"""`make gpu` as far as it goes without a GPU: its plan, its records, and the GPU tests' own code on a CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.gpu import FAILED, HUNG, PASSED, UNFINISHED, Outcome, Record, Step
+
+ROOT = Path(__file__).parents[2]
+# What a machine with a GPU may not have: the plan, the tests and the benchmarks there do without.
+ABSENT = ("tyro", "ftfy", "tokenizers", "matplotlib", "markdown_it", "tqdm", "transformers")
+BLOCK = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {ABSENT}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# The GPU tests on the CPU, with small numbers where they have large ones.
+ON_GPU = load(ROOT / "tests" / "gpu" / "test_ops.py")
+ON_GPU.DEVICE, ON_GPU.REPEATS, ON_GPU.LARGE_ROWS, ON_GPU.LARGE_BATCH = "cpu", 2, 96, 3
+
+
+def step(name: str, code: str, *, stage: str = "test", about: str = "", limit: float = 60) -> Step:
+    return Step(stage, name, (sys.executable, "-c", code), limit, about)
+
+
+def test_the_plan_tests_every_op_before_it_times_it() -> None:
+    steps = list(gpu.plan())
+    tested = {step.about for step in steps if step.stage == "test"}
+    timed = [step for step in steps if step.stage == "bench"]
+    from lmkern.kernels.backends import backend_names, op_names
+
+    assert {step.about for step in timed} == set(op_names())
+    with_gpu = {op for op in op_names() if {"triton", "cuda"} & set(backend_names(op))}
+    assert with_gpu <= tested
+    assert [step.stage for step in steps] == sorted((step.stage for step in steps), key=gpu.STAGES.index)
+    assert len({Record.key(step) for step in steps}) == len(steps)
+    assert all(step.limit < 600 for step in steps)
+    assert any("test_cuda_layer_norm" in step.name and step.about == "layer_norm" for step in steps)
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert gpu.main(["report"]) == 2
+    assert "needs a CUDA GPU" in capsys.readouterr().err
+
+
+def test_a_step_that_hangs_is_ended_with_its_children() -> None:
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    start = time.monotonic()
+    outcome = gpu.run(step("sleeper", code, limit=2))
+    assert outcome.status == HUNG
+    assert time.monotonic() - start < 30
+
+
+def test_outcomes_are_kept_as_they_come_and_passed_steps_are_not_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "log"
+    write = f"open({str(log)!r}, 'a').write('x')"
+    steps = [step("good", write), step("bad", "raise SystemExit('the reason')"), step("last", write)]
+    path = tmp_path / "state" / "steps.json"
+    late = time.monotonic() + 60
+    assert gpu.run_stage("test", steps, Record(path, "abc"), late) == 1
+    assert log.read_text() == "xx"
+    kept = json.loads(path.read_text())["steps"]
+    assert kept["test: bad"]["status"] == FAILED
+    assert "the reason" in kept["test: bad"]["output"]
+    assert "the reason" in capsys.readouterr().out
+    again = Record(path, "abc")
+    assert gpu.run_stage("test", steps, again, late) == 1
+    assert log.read_text() == "xx"
+    again.forget_failures()
+    assert not again.done(steps[1])
+    assert gpu.run_stage("test", steps, Record(path, "another tree"), late) == 1
+    assert log.read_text() == "xxxx"
+
+
+def test_a_stage_out_of_time_is_told_apart(tmp_path: Path) -> None:
+    record = Record(tmp_path / "steps.json", "abc")
+    assert gpu.run_stage("test", [step("one", "pass")], record, time.monotonic() - 1) == UNFINISHED
+    assert not record.outcomes
+
+
+def test_an_op_with_red_tests_is_not_timed(tmp_path: Path) -> None:
+    record = Record(tmp_path / "steps.json", "abc")
+    tests = [step(f"of {op}", "pass", about=op) for op in ("copy", "rotary")]
+    record.keep(tests[0], Outcome(PASSED, 1.0, ""))
+    record.keep(tests[1], Outcome(HUNG, 30.0, ""))
+    timed = [step(op, "pass", stage="bench", about=op) for op in ("copy", "rotary")]
+    assert gpu.run_stage("bench", [*tests, *timed], record, time.monotonic() + 60) == 1
+    assert record.outcomes["bench: copy"].status == PASSED
+    assert record.outcomes["bench: rotary"] == Outcome(
+        FAILED, 0.0, "not timed: 1 tests are not green, first of rotary"
+    )
+
+
+# One of each op; the others differ in shapes and options.
+PLAYED = list({op.op: op for op in reversed(ON_GPU.OPS)}.values())
+PLAYED += [op for op in ON_GPU.OPS if op.name.startswith(("packed", "dropout", "paged"))]
+
+
+@pytest.mark.parametrize("op", PLAYED, ids=str)
+def test_gpu_tests_run_on_a_cpu(op: Any) -> None:
+    """The code of the GPU tests, with the CPU kernels in the GPU's place."""
+    ON_GPU.test_results_are_those_of_float64_from_poisoned_memory(op, "cpu", op.dtypes[0])
+    ON_GPU.test_ten_times_the_same_bits(op, "cpu", op.dtypes[0])
+
+
+def test_gpu_tests_fail_for_wrong_results() -> None:
+    op = next(op for op in ON_GPU.OPS if op.op == "rms_norm")
+
+    def wrong(backend: str, **inputs: Any) -> dict[str, torch.Tensor]:
+        results = op.run(backend, **inputs)
+        if backend == "cpu":
+            results["dweight"].view(-1)[0] += torch.rand(()) * results["dweight"].norm() + 1
+        return results
+
+    broken = dataclasses.replace(op, run=wrong)
+    with pytest.raises(AssertionError, match="dweight: off by"):
+        ON_GPU.test_results_are_those_of_float64_from_poisoned_memory(broken, "cpu", torch.float32)
+    with pytest.raises(AssertionError, match="dweight: other bits"):
+        ON_GPU.test_ten_times_the_same_bits(broken, "cpu", torch.float32)
+
+
+def test_gpu_tests_of_large_tensors_run_on_a_cpu() -> None:
+    for name in ("layer_norm", "rms_norm"):
+        ON_GPU.test_more_than_2_31_elements_norm(name, "cpu")
+    ON_GPU.test_more_than_2_31_elements_attention("cpu")
+    ON_GPU.test_more_than_2_31_elements_cross_entropy("cpu")
+    ON_GPU.test_memory_is_read_and_written_in_bounds(ON_GPU.CHECKED[0], "cpu", torch.bfloat16)
+
+
+def test_nothing_that_runs_on_a_gpu_needs_packages_of_the_rest() -> None:
+    """Imports the driver, the benchmarks, their pages and the GPU tests where those packages are missing."""
+    code = BLOCK + (
+        "import pytest, benchmarks.gpu, benchmarks.report\n"
+        "assert benchmarks.report.pictures() is None\n"
+        "benchmarks.gpu.doctor()\n"
+        "raise SystemExit(pytest.main(['-q', '--collect-only', 'tests/gpu', 'tests/kernels', 'tests/ops', "
+        "'benchmarks/ops']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,0 +1,206 @@
+"""transformers' models on lmkern's kernels: padding, position bias, loss, generation, Trainer and undo."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lmkern
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+SMALL = {"vocab_size": 67, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+LLAMA = {
+    **SMALL, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+BERT = {
+    **SMALL, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+GPT2 = {
+    **SMALL, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "attn_pdrop": 0.0,
+    "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+}  # fmt: skip
+T5 = {
+    "vocab_size": 67, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+    "dropout_rate": 0.0, "decoder_start_token_id": 0,
+}  # fmt: skip
+GEMMA2 = {**LLAMA, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}
+MODELS = {
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA),
+    "mistral": ("MistralForCausalLM", "MistralConfig", {**LLAMA, "sliding_window": 4}),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", GEMMA2),
+    "bert": ("BertForMaskedLM", "BertConfig", BERT),
+    "t5": ("T5ForConditionalGeneration", "T5Config", T5),
+    "t5-gated": ("T5ForConditionalGeneration", "T5Config", {**T5, "feed_forward_proj": "gated-gelu"}),
+}
+DECODERS = [name for name in MODELS if name != "bert"]
+TOLERANCE = 2e-6
+
+
+def make(name: str, implementation: str = "eager") -> Any:
+    model_class, config_class, options = MODELS[name]
+    torch.manual_seed(1)
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**options))
+    model.set_attn_implementation(implementation)
+    return model.train()
+
+
+def batch(padding: str) -> dict[str, Tensor]:
+    tokens, mask = torch.randint(3, 67, (3, 11)), torch.ones(3, 11, dtype=torch.long)
+    if padding == "left":
+        mask[1, :4] = 0
+    if padding == "right":
+        mask[1, -4:] = 0
+    # The token after left padding would be predicted from a position that sees nothing.
+    labels = tokens.masked_fill((mask == 0) | (mask.roll(1, 1) == 0), -100)
+    return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+
+
+def results(model: Any, inputs: dict[str, Tensor], **more: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Loss, logits where there is no padding, and the gradients."""
+    model.zero_grad()
+    loss = model(**inputs, **more).loss
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.eval()
+    with torch.no_grad():
+        logits = model(**inputs).logits[inputs["attention_mask"].bool()]
+    model.train()
+    return loss.detach(), logits, gradients
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    torch.testing.assert_close(ours[0], theirs[0], atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(ours[1], theirs[1], atol=TOLERANCE, rtol=0)
+    for name, gradient in theirs[2].items():
+        torch.testing.assert_close(ours[2][name], gradient, atol=TOLERANCE, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("name", MODELS)
+def test_patched_models_agree_with_eager_attention_and_undo(name: str, padding: str) -> None:
+    model, inputs = make(name), batch(padding)
+    theirs = results(model, inputs)
+    patch = lmkern.patch(model, verbose=False)
+    assert {"loss without logits", "attention", "feed-forward"} <= set(patch.swapped.values())
+    assert not lmkern.patch(model, verbose=False).swapped
+    assert model(**inputs).logits is None
+    assert_same(results(model, inputs), theirs)
+    patch.undo()
+    again = results(model, inputs)
+    assert torch.equal(again[0], theirs[0]) and torch.equal(again[1], theirs[1])
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_registered_attention_alone_agrees_with_eager(name: str, padding: str) -> None:
+
+    model, inputs = make(name), batch(padding)
+    theirs = results(model, inputs)
+    model.set_attn_implementation("lmkern")
+    assert_same(results(model, inputs), theirs)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_generate_writes_the_same_tokens(name: str, cache: str) -> None:
+    model, inputs = make(name).eval(), batch("left")
+    del inputs["labels"]
+    options = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8, "disable_compile": True}
+    if cache == "static":
+        options["cache_implementation"] = "static"
+    theirs = model.generate(**inputs, **options)
+    lmkern.patch(model, verbose=False)
+    assert torch.equal(model.generate(**inputs, **options), theirs)
+
+
+def test_num_items_in_batch_divides_the_sum() -> None:
+    model, inputs = make("gpt2"), batch("right")
+    theirs = results(model, inputs, num_items_in_batch=torch.tensor(50))
+    lmkern.patch(model, verbose=False)
+    assert_same(results(model, inputs, num_items_in_batch=torch.tensor(50)), theirs)
+
+
+def test_gradient_checkpointing() -> None:
+    model, inputs = make("llama"), batch("right")
+    theirs = results(model, inputs)
+    lmkern.patch(model, verbose=False)
+    # The older name is deprecated where the newer stands.
+    older, name = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+    getattr(model, name if hasattr(model, name) else older)()
+    assert_same(results(model, inputs), theirs)
+
+
+def test_trainer_takes_the_same_steps(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    inputs = batch("right")
+    data = [{key: value[i] for key, value in inputs.items()} for i in range(3)] * 2
+
+    def losses(patched: bool) -> list[float]:
+        model = make("gpt2")
+        if patched:
+            lmkern.patch(model, verbose=False)
+        options = transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, report_to=[],
+            logging_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = transformers.Trainer(model=model, args=options, train_dataset=data)
+            trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    theirs = losses(False)
+    assert len(theirs) == 3
+    assert losses(True) == pytest.approx(theirs, abs=1e-4)
+
+
+def test_masks_say_no_more_than_they_must() -> None:
+    from lmkern.huggingface import lmkern_mask
+
+    sizes: dict[str, Any] = {"batch_size": 3, "q_length": 11, "kv_length": 11}
+    padded = batch("left")["attention_mask"].bool()
+    assert lmkern_mask(**sizes) is None
+    assert lmkern_mask(**sizes, attention_mask=torch.ones(3, 11, dtype=torch.bool)) is None
+    mask = lmkern_mask(**sizes, attention_mask=padded)
+    assert mask is not None and torch.equal(mask, padded[:, None, None])
+    full = lmkern_mask(batch_size=3, q_length=4, kv_length=11)
+    assert full is not None and full.shape == (3, 1, 4, 11)
+
+
+def test_a_query_that_sees_no_key_gives_zeros() -> None:
+    from lmkern.huggingface import lmkern_attention, lmkern_mask
+
+    padded = batch("left")["attention_mask"].bool()
+    mask = lmkern_mask(batch_size=3, q_length=11, kv_length=11, attention_mask=padded)
+    q, k, v = (torch.randn(3, 4, 11, 8, requires_grad=True) for _ in range(3))
+    out, _ = lmkern_attention(torch.nn.Identity(), q, k, v, mask)
+    assert not out[1, :4].any() and out[1, 4:].all()
+    out.sum().backward()
+    assert q.grad is not None and not q.grad[1, :, :4].any()
+    assert v.grad is not None and not v.grad[1, :, :4].any() and v.grad[1, :, 4:].all()
+
+
+def test_a_transformers_whose_t5_asks_no_registry_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmkern.huggingface import register
+
+    monkeypatch.setattr(transformers, "__version__", "5.14.2")
+    with pytest.raises(ImportError, match=r"expected transformers 5\.15 or later.*got 5\.14\.2"):
+        register()
+
+
+def test_attention_weights_are_refused() -> None:
+    from lmkern.huggingface import lmkern_attention
+
+    q = torch.randn(1, 1, 2, 4)
+    with pytest.raises(ValueError, match="output_attentions=True"):
+        lmkern_attention(torch.nn.Identity(), q, q, q, None, output_attentions=True)
