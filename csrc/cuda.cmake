@@ -17,8 +17,8 @@ enable_language(CUDA)
 
 pybind11_add_module(_cuda NO_EXTRAS
     csrc/cuda_module.cpp
-    csrc/layer_norm/cuda_forward.cu
-    csrc/layer_norm/cuda_backward.cu)
+    csrc/norm/cuda_forward.cu
+    csrc/norm/cuda_backward.cu)
 
 # Hopper's own instructions, which no other GPU and no later compiler takes.
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.0)

@@ -7,7 +7,7 @@
 #include <string_view>
 
 #include "attention/cuda.hpp"
-#include "layer_norm/cuda.hpp"
+#include "norm/cuda.hpp"
 
 namespace py = pybind11;
 
@@ -46,6 +46,6 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("attention_forward", call<CudaAttentionParams, cuda::attention_forward>);
     m.def("attention_backward", call<CudaAttentionParams, cuda::attention_backward>);
 #endif
-    m.def("layer_norm_forward", call<LayerNormParams, cuda::layer_norm_forward>);
-    m.def("layer_norm_backward", call<LayerNormParams, cuda::layer_norm_backward>);
+    m.def("norm_forward", call<CudaNormParams, cuda::norm_forward>);
+    m.def("norm_backward", call<CudaNormParams, cuda::norm_backward>);
 }

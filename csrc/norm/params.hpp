@@ -27,7 +27,7 @@ struct NormParams {
     double eps, offset;       // weight counts as offset + weight
     double keep_scale;        // what an element that dropout keeps is multiplied by
     int64_t keep_threshold;   // an element is dropped if its 16 random bits are less; 0: no dropout
-    int64_t seed;             // the key of the random bits
+    int64_t seed;             // the key of the random bits; on a GPU its address
     int64_t dtype;            // Dtype of x, y, dy and dx
     int64_t residual_dtype;   // of residual, h, dh and dresidual: dtype, or float32 beside a 16-bit one
     int64_t parameter_dtype;  // of weight and bias: likewise

@@ -68,22 +68,17 @@ __device__ Pack<float, W> to_float(const Pack<T, W>& pack) {
     return wide;
 }
 
-// The elements from `column` of a vector shared by all rows; `otherwise` if there is none.
-template <int W, class T>
-__device__ Pack<float, W> load_or(const T* vector, int column, float otherwise) {
-    if (vector != nullptr) return to_float(load_pack<W>(vector + column));
-    Pack<float, W> pack;
+template <class T, int W>
+__device__ Pack<T, W> from_float(const Pack<float, W>& pack) {
+    Pack<T, W> narrow;
 #pragma unroll
-    for (int w = 0; w < W; ++w) pack.element[w] = otherwise;
-    return pack;
+    for (int w = 0; w < W; ++w) from_float(pack.element[w], narrow.element[w]);
+    return narrow;
 }
 
 template <class T, int W>
 __device__ void store_pack(T* to, const Pack<float, W>& pack) {
-    Pack<T, W> narrow;
-#pragma unroll
-    for (int w = 0; w < W; ++w) from_float(pack.element[w], narrow.element[w]);
-    *reinterpret_cast<Pack<T, W>*>(to) = narrow;
+    *reinterpret_cast<Pack<T, W>*>(to) = from_float<T>(pack);
 }
 
 // body(i, column) for each pack of this thread. columns: a multiple of W.
@@ -109,6 +104,14 @@ public:
         for_packs<W, V>(columns, [&](int i, int column) { packs_[i] = load_pack<W>(row + column); });
     }
     __device__ Pack<float, W> at(int i, int) const { return to_float(packs_[i]); }
+    // Each pack becomes make(i, column), rounded to T, and is written to the row `to`.
+    template <class Make>
+    __device__ void become(T* to, int columns, const Make& make) {
+        for_packs<W, V>(columns, [&](int i, int column) {
+            packs_[i] = from_float<T>(make(i, column));
+            *reinterpret_cast<Pack<T, W>*>(to + column) = packs_[i];
+        });
+    }
 
 private:
     Pack<T, W> packs_[V];
@@ -118,7 +121,15 @@ template <class T, int W>
 class Row<T, W, 0> {
 public:
     __device__ Row(const T* row, int) : row_(row) {}
-    __device__ Pack<float, W> at(int, int column) const { return to_float(load_pack<W>(row_ + column)); }
+    // Not through the read-only cache: become() may have written it.
+    __device__ Pack<float, W> at(int, int column) const {
+        return to_float(*reinterpret_cast<const Pack<T, W>*>(row_ + column));
+    }
+    template <class Make>
+    __device__ void become(T* to, int columns, const Make& make) {
+        for_packs<W, 0>(columns, [&](int i, int column) { store_pack(to + column, make(i, column)); });
+        row_ = to;
+    }
 
 private:
     const T* row_;

@@ -1,4 +1,4 @@
-"""What the norms on the CPU share: one call into csrc/norm/cpu_*.cpp, packed as csrc/norm/params.hpp."""
+"""What the norms in C++ share: one call into csrc/norm, packed as csrc/norm/params.hpp."""
 
 from __future__ import annotations
 
@@ -19,6 +19,25 @@ _MAX_CHUNKS = 64
 _MIN_CHUNK_ROWS = 16
 
 
+class Engine:
+    """Where a call runs: here on the CPU."""
+
+    def run(self, entry: str, packed: bytes, x: Tensor) -> None:
+        """Calls an entry point of the compiled module. x: of the dtype that it computes in."""
+        getattr(native.module(), entry)(packed)
+
+    def seed(self, seed: Tensor) -> int:
+        """The field `seed` of params.hpp."""
+        return int(seed)
+
+    def chunks(self, h: Tensor) -> int:
+        """In how many chunks the rows of h are summed for dweight and dbias."""
+        return max(1, min(_MAX_CHUNKS, h.shape[0] // _MIN_CHUNK_ROWS))
+
+
+CPU = Engine()
+
+
 def forward(
     x: Tensor,
     residual: Tensor | None,
@@ -30,6 +49,7 @@ def forward(
     offset: float = 0.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    engine: Engine = CPU,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """y, h (None without a residual), mean (None unless centred) and rstd."""
     rows, columns = x.shape
@@ -39,7 +59,8 @@ def forward(
     mean = rstd.new_empty(rows) if centred else None
     code = DTYPE_CODES[x.dtype]
     parameter = bias if weight is None else weight
-    native.module().norm_forward(
+    engine.run(
+        "norm_forward",
         PARAMS.pack(
             x.data_ptr(),
             pointer(residual),
@@ -58,13 +79,14 @@ def forward(
             0,
             eps,
             offset,
-            *_dropout(dropout_p, seed),
+            *_dropout(engine, dropout_p, seed),
             code,
             code if residual is None else DTYPE_CODES[residual.dtype],
             code if parameter is None else DTYPE_CODES[parameter.dtype],
             centred,
             native.threads(),
-        )
+        ),
+        x,
     )
     return y, h, mean, rstd
 
@@ -81,6 +103,7 @@ def backward(
     offset: float = 0.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    engine: Engine = CPU,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dresidual, dweight and dbias, where needed; dx has the dtype of dy, dresidual that of h."""
     rows, columns = h.shape
@@ -88,10 +111,11 @@ def backward(
     dresidual = h.new_empty((rows, columns)) if needs[1] else None
     dweight = rstd.new_empty(columns) if needs[2] else None
     dbias = rstd.new_empty(columns) if needs[3] else None
-    chunks = max(1, min(_MAX_CHUNKS, rows // _MIN_CHUNK_ROWS))
+    chunks = engine.chunks(h)
     partials = rstd.new_empty((chunks, 2, columns))
     code = DTYPE_CODES[dy.dtype]
-    native.module().norm_backward(
+    engine.run(
+        "norm_backward",
         PARAMS.pack(
             0,
             0,
@@ -118,19 +142,20 @@ def backward(
             chunks,
             0.0,
             offset,
-            *_dropout(dropout_p, seed),
+            *_dropout(engine, dropout_p, seed),
             code,
             DTYPE_CODES[h.dtype],
             code if weight is None else DTYPE_CODES[weight.dtype],
             mean is not None,
             native.threads(),
-        )
+        ),
+        dy,
     )
     return dx, dresidual, dweight, dbias
 
 
-def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[float, int, int]:
-    """keep_scale, keep_threshold and the seed."""
+def _dropout(engine: Engine, dropout_p: float, seed: Tensor | None) -> tuple[float, int, int]:
+    """keep_scale, keep_threshold and seed."""
     if dropout_p == 0.0 or seed is None:
         return 1.0, 0, 0
-    return philox.keep_scale(dropout_p), philox.threshold(dropout_p), int(seed)
+    return philox.keep_scale(dropout_p), philox.threshold(dropout_p), engine.seed(seed)

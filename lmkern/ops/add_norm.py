@@ -44,7 +44,7 @@ def add_norm(
         multiplied by 1 / (1 - dropout_p). Zero outside training: there is no mode here.
     dropout_seed: () int64 on x's device, the same mask for the same seed on every backend; default one from
         torch's generator.
-    backend: "triton", "cpu" or "reference"; default the fastest that applies.
+    backend: "cuda", "triton", "cpu" or "reference"; default the fastest that applies.
 
     Returns y in x's dtype and h in residual's, both of x's shape and contiguous; y is the norm of h as it is
     stored. Statistics and the sums of the gradients of weight and bias are float32 (float64 for float64).

@@ -41,7 +41,7 @@ def rms_norm(
     weight: normalized_shape, in input's dtype, or float32 beside a 16-bit input; None: no factor at all.
     eps: default the spacing of numbers at 1 in the dtype of the sums: float32's, float64's for float64.
     offset: 1 where weights are stored as their distance from one (Gemma).
-    backend: "triton", "cpu" or "reference"; default the fastest that applies.
+    backend: "cuda", "triton", "cpu" or "reference"; default the fastest that applies.
 
     Returns input's shape and dtype, contiguous. The mean square and the sum of the weight's gradient are
     float32 (float64 for float64). Raises ValueError for shapes, dtypes and devices; UnsupportedBackend if the

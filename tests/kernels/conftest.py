@@ -14,12 +14,14 @@ from types import ModuleType
 
 import pytest
 
+from lmkern.kernels import cuda_call
+
 ROOT = Path(__file__).parents[2]
 EMULATOR = ROOT / "tests/csrc/cuda_emulator"
 SOURCES = (
     "cuda_module.cpp",
-    "layer_norm/cuda_forward.cu",
-    "layer_norm/cuda_backward.cu",
+    "norm/cuda_forward.cu",
+    "norm/cuda_backward.cu",
     "attention/cuda_forward.cu",
     "attention/cuda_backward.cu",
 )
@@ -53,3 +55,25 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(cuda_call.unavailable() is not None, reason=str(cuda_call.unavailable())),
+            ],
+        ),
+    ]
+)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """cpu: the CUDA backends take CPU tensors, on an emulated GPU of three processors."""
+    if request.param == "cpu":
+        compiled = request.getfixturevalue("emulated")
+        monkeypatch.setattr(cuda_call, "module", lambda: compiled)
+        monkeypatch.setattr(cuda_call, "device_and_stream", lambda x: (0, 0))
+        monkeypatch.setattr(cuda_call, "processors", lambda device: 3)
+    return str(request.param)

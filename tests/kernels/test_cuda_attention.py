@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmkern.kernels import cuda_call
 from lmkern.kernels.attention import Options, cuda, reference
 from lmkern.testing import AttentionShape, attention_inputs, measure, over_budget, poisoned_memory
 
@@ -24,26 +23,11 @@ BRAIN, HALF = torch.bfloat16, torch.float16
 ALL = (True, True, True, False, False, False)
 
 
-@pytest.fixture(
-    params=[
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(cuda.unavailable() is not None, reason=str(cuda.unavailable())),
-            ],
-        ),
-    ]
-)
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """cpu: lmkern.kernels.attention.cuda takes CPU tensors, on an emulated GPU of three processors."""
-    if request.param == "cpu":
-        compiled = request.getfixturevalue("emulated")
-        monkeypatch.setattr(cuda_call, "module", lambda: compiled)
-        monkeypatch.setattr(cuda_call, "device_and_stream", lambda x: (0, 0))
-        monkeypatch.setattr(cuda_call, "processors", lambda device: 3)
-    return str(request.param)
+@pytest.fixture
+def device(device: str) -> str:
+    if device == "cuda" and (reason := cuda.unavailable()):
+        pytest.skip(reason)
+    return device
 
 
 def run(

@@ -16,11 +16,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from lmkern.kernels import backends, cuda_call, native
-from lmkern.kernels.layer_norm import cuda
+from lmkern.kernels import backends, cuda_call, native, norm_call, norm_cuda
 
 ROOT = Path(__file__).parents[2]
-ENTRIES = {f"{op}_{way}" for op in ("attention", "layer_norm") for way in ("forward", "backward")}
+ENTRIES = {f"{op}_{way}" for op in ("attention", "norm") for way in ("forward", "backward")}
 BUILD_FILES = ("setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE")
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
@@ -134,27 +133,36 @@ def test_a_packed_call_of_another_size_is_refused(module: ModuleType) -> None:
 @needs_nvcc
 @no_gpu
 def test_an_error_of_the_gpu_names_the_call(module: ModuleType) -> None:
-    packed = cuda._PARAMS.pack(*[0] * 11, 11, 12, 13, 14, 15, 0.5, 1, 0, 3, 4, 5)
-    told = r"x \(13, 14\) bfloat16 of row stride 11, weight and bias float32, CUDA device 4: cudaError"
-    for entry in (module.layer_norm_forward, module.layer_norm_backward):
+    packed = norm_call.PARAMS.pack(*[0] * 20, 13, 14, 15, 0.5, 0.0, 1.0, 0, 0, 1, 0, 0, 1, 3)
+    packed += norm_cuda._MORE.pack(4, 5)
+    told = r"layer norm \w+ on \(13, 14\) bfloat16, residual float32, .* float32, CUDA device 4: cudaError"
+    for entry in (module.norm_forward, module.norm_backward):
         with pytest.raises(RuntimeError, match=told):
             entry(packed)
 
 
-def test_packed_call_mirrors_the_struct() -> None:
-    text = (ROOT / "csrc/layer_norm/params.hpp").read_text(encoding="utf-8")
-    text = re.sub(r"//.*", "", text)
-    (body,) = re.findall(r"struct LayerNormParams \{(.*?)\};", text, re.DOTALL)
-    codes = []
-    for declaration in filter(None, map(str.strip, body.split(";"))):
+def codes_of(fields: str) -> str:
+    """The struct codes of a params.hpp's fields."""
+    codes = ""
+    for declaration in filter(None, map(str.strip, re.sub(r"//.*", "", fields).split(";"))):
         code = "d" if declaration.startswith("double ") else "q"
         assert code == "d" or re.match(r"(const )?void\* |int64_t ", declaration), declaration
         codes += code * (declaration.count(",") + 1)
-    expanded = "".join(
-        code * int(count or 1) for count, code in re.findall(r"(\d*)([qd])", cuda._PARAMS.format)
-    )
-    assert "".join(codes) == expanded
-    assert cuda._PARAMS.size == struct.calcsize("=" + "".join(codes))
+    return codes
+
+
+@pytest.mark.parametrize(
+    ("header", "name", "packed"),
+    [
+        ("params.hpp", "NormParams", norm_call.PARAMS),
+        ("cuda.hpp", "CudaNormParams", norm_cuda._MORE),
+    ],
+)
+def test_packed_call_mirrors_the_struct(header: str, name: str, packed: struct.Struct) -> None:
+    text = (ROOT / "csrc/norm" / header).read_text(encoding="utf-8").replace("    NormParams norm;", "")
+    (body,) = re.findall(rf"struct {name} \{{(.*?)\}};", text, re.DOTALL)
+    expanded = (code * int(count or 1) for count, code in re.findall(r"(\d*)([qd])", packed.format))
+    assert codes_of(body) == "".join(expanded)
 
 
 @pytest.mark.parametrize(
@@ -242,14 +250,14 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("with_gpu")
 def test_kernel_that_has_not_been_run_is_taken_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "RUN_ON_HARDWARE", None)
+    monkeypatch.setattr(norm_cuda, "RUN_ON_HARDWARE", None)
     assert (
-        cuda.unsupported(call(None))
+        norm_cuda.unsupported(call(None))
         == "has not been run on a GPU yet; ask for backend='cuda' by name to try it"
     )
-    assert cuda.unsupported(call("cuda")) is None
-    monkeypatch.setattr(cuda, "RUN_ON_HARDWARE", "a GPU")
-    assert cuda.unsupported(call(None)) is None
+    assert norm_cuda.unsupported(call("cuda")) is None
+    monkeypatch.setattr(norm_cuda, "RUN_ON_HARDWARE", "a GPU")
+    assert norm_cuda.unsupported(call(None)) is None
 
 
 @pytest.mark.usefixtures("with_gpu")
@@ -260,10 +268,6 @@ def test_refused_calls_give_their_reason() -> None:
         "takes weight and bias of one dtype": call("cuda", weight=Usable(torch.float32), bias=Usable()),
     }
     for reason, refused in reasons.items():
-        assert (cuda.unsupported(refused) or "").startswith(reason)
+        assert (norm_cuda.unsupported(refused) or "").startswith(reason)
     on_cpu = backends.Call("layer_norm", {"x": torch.ones(2, 2)}, {}, "cuda")
-    assert cuda.unsupported(on_cpu) == "needs tensors on a GPU; x is on cpu"
-
-
-def cuda_fields() -> int:
-    return len(cuda._PARAMS.unpack(bytes(cuda._PARAMS.size)))
+    assert norm_cuda.unsupported(on_cpu) == "needs tensors on a GPU; x is on cpu"

@@ -25,4 +25,4 @@ from lmkern.kernels.add_norm.options import Options
 
 __all__ = ["BACKENDS", "Options"]
 
-BACKENDS = ("triton", "cpu", "reference")
+BACKENDS = ("cuda", "triton", "cpu", "reference")

@@ -7,12 +7,19 @@ from torch import Tensor
 from lmkern.kernels import norm_call
 from lmkern.kernels.add_norm.options import Options
 from lmkern.kernels.cpu_call import unavailable, unsupported
+from lmkern.kernels.norm_call import CPU, Engine
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
 
 def forward(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: Options,
+    *,
+    engine: Engine = CPU,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     y, h, mean, rstd = norm_call.forward(
         x,
@@ -24,6 +31,7 @@ def forward(
         offset=options.offset,
         dropout_p=options.dropout_p,
         seed=options.seed,
+        engine=engine,
     )
     assert h is not None
     return y, h, mean, rstd
@@ -39,6 +47,7 @@ def backward(
     options: Options,
     *,
     needs: tuple[bool, bool, bool, bool],
+    engine: Engine = CPU,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     # Without dropout, and in one dtype, the two gradients are the same numbers.
     same = options.dropout_p == 0.0 and dy.dtype == h.dtype
@@ -54,6 +63,7 @@ def backward(
         offset=options.offset,
         dropout_p=options.dropout_p,
         seed=options.seed,
+        engine=engine,
     )
     if same:
         dx, dresidual = dresidual if needs[0] else None, dresidual if needs[1] else None

@@ -15,4 +15,4 @@ docs/kernels/rms_norm.md.
 Sums are at least float32, that of dweight over the rows too.
 """
 
-BACKENDS = ("triton", "cpu", "reference")
+BACKENDS = ("cuda", "triton", "cpu", "reference")

@@ -1,0 +1,235 @@
+// The norms backward on NVIDIA GPUs. With x_hat = (h - mean) rstd and g = dy (offset + weight)
+// (docs/kernels/layer_norm.md):
+//
+//     dresidual = rstd (g - mean(g) - x_hat mean(g x_hat)) + dh
+//     dx = dresidual, times dropout's factors
+//     dweight = sum over rows of dy x_hat      dbias = sum over rows of dy
+//
+// RMS norm is the same with mean = 0, and without mean(g) and dbias.
+//
+// Rows of up to 8192 elements (4096 where they are not aligned to 16 bytes) are read once, into registers: a
+// grid of p.chunks blocks goes over them, and each block leaves its sums for dweight and dbias in its slice
+// of partials. For wider rows one grid makes dx and dresidual, reading each row twice, and another the
+// slices. Then the slices are added. Every order is fixed by the shapes and p.chunks: no atomics, the same
+// bits each time.
+#include "norm/cuda.hpp"
+#include "norm/cuda_common.hpp"
+#include "tile/row.hpp"
+
+namespace lmkern::cuda {
+namespace {
+
+// Elements of a row that a thread holds of each of h, dy and the two sums, and the most threads of a block
+// that holds rows: 128 registers a thread have room for them.
+template <int W>
+constexpr int kElements = W == 1 ? 8 : 16;
+constexpr int64_t kThreads = 512;
+
+// Threads of a block that sums columns.
+constexpr int64_t kColumnThreads = 128;
+
+// The slice that a block leaves its sums in: (2, E), each null if nobody wants it.
+struct Slice {
+    float* dweight;
+    float* dbias;
+
+    __device__ Slice(const NormParams& p, int64_t chunk) {
+        float* start = static_cast<float*>(p.partials) + 2 * p.columns * chunk;
+        dweight = p.dweight == nullptr ? nullptr : start;
+        dbias = p.dbias == nullptr ? nullptr : start + p.columns;
+    }
+};
+
+// A sum over a block's rows for the columns of a thread, folded over threadIdx.y at the end.
+template <int W, int V>
+class ColumnSums {
+public:
+    __device__ void add(int i, int w, float value) { sums_[i][w] += value; }
+    // Every thread of the block calls it. to: (E,) or null.
+    __device__ void finish(float* to, int columns) {
+        __shared__ float fold[V * W * kThreads];
+        const int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
+        if (to == nullptr) return;
+        if (blockDim.y > 1) {
+            __syncthreads();
+            each([&](int i, int w) { fold[(i * W + w) * threads + thread] = sums_[i][w]; });
+            __syncthreads();
+            if (threadIdx.y > 0) return;
+            each([&](int i, int w) {
+                for (unsigned y = 1; y < blockDim.y; ++y)
+                    sums_[i][w] += fold[(i * W + w) * threads + y * blockDim.x + thread];
+            });
+        }
+        for_packs<W, V>(columns, [&](int i, int column) {
+            Pack<float, W> pack;
+#pragma unroll
+            for (int w = 0; w < W; ++w) pack.element[w] = sums_[i][w];
+            store_pack(to + column, pack);
+        });
+    }
+
+private:
+    // use(i, w), unrolled: an index known only at run time would put the sums in memory.
+    template <class Use>
+    __device__ static void each(const Use& use) {
+#pragma unroll
+        for (int i = 0; i < V; ++i)
+#pragma unroll
+            for (int w = 0; w < W; ++w) use(i, w);
+    }
+
+    float sums_[V][W] = {};
+};
+
+// Rows that are read each time: their columns are summed by column_sums_kernel.
+template <int W>
+class ColumnSums<W, 0> {
+public:
+    __device__ void add(int, int, float) {}
+    __device__ void finish(float*, int) {}
+};
+
+// Grid: any number of blocks, p.chunks where V > 0; block b takes rows b blockDim.y + threadIdx.y, and so on
+// in steps of the grid. Traffic: 3 R E elements, one more for each of dh and a second result, and 8 R bytes;
+// 8 E bytes a block.
+template <class T, class S, int W, int V>
+__global__ void __launch_bounds__(V > 0 ? kThreads : kMaxThreads, 1) backward_kernel(CudaNormParams call) {
+    __shared__ float scratch[2][kMaxThreads / 32];
+    const NormParams& p = call.norm;
+    const int all_columns = static_cast<int>(p.columns);
+    const float offset = static_cast<float>(p.offset);
+    ColumnSums<W, V> dweight, dbias;
+
+    const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
+    int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+    for (; row - threadIdx.y < p.rows; row += step) {
+        // Beyond the last row a thread has nothing to read, but takes part in the sums.
+        const int columns = row < p.rows ? all_columns : 0;
+        const Row<S, W, V> h(static_cast<const S*>(p.h) + row * p.h_stride, columns);
+        const Row<T, W, V> dy(static_cast<const T*>(p.dy) + row * p.dy_stride, columns);
+        const float mean = row < p.rows && p.centred ? static_cast<const float*>(p.mean)[row] : 0.0f;
+        const float rstd = row < p.rows ? static_cast<const float*>(p.rstd)[row] : 0.0f;
+
+        float sums[2] = {0.0f, 0.0f};  // of g, and of g x_hat
+        for_packs<W, V>(columns, [&](int i, int column) {
+            const Pack<float, W> h_part = h.at(i, column), dy_part = dy.at(i, column);
+            const Pack<float, W> scale = load_parameter<T, W>(p, p.weight, column, offset, 1.0f);
+#pragma unroll
+            for (int w = 0; w < W; ++w) {
+                const float x_hat = (h_part.element[w] - mean) * rstd;
+                const float g = dy_part.element[w] * scale.element[w];
+                sums[0] += g;
+                sums[1] += g * x_hat;
+                dweight.add(i, w, dy_part.element[w] * x_hat);
+                dbias.add(i, w, dy_part.element[w]);
+            }
+        });
+        if (p.dx == nullptr && p.dresidual == nullptr) continue;
+        sum_over_threads(sums, scratch);
+        const float g_mean = p.centred ? sums[0] / static_cast<float>(p.columns) : 0.0f;
+        const float along = sums[1] / static_cast<float>(p.columns);
+        for_packs<W, V>(columns, [&](int i, int column) {
+            Pack<float, W> part = h.at(i, column);
+            const Pack<float, W> dy_part = dy.at(i, column);
+            const Pack<float, W> scale = load_parameter<T, W>(p, p.weight, column, offset, 1.0f);
+#pragma unroll
+            for (int w = 0; w < W; ++w) {
+                const float x_hat = (part.element[w] - mean) * rstd;
+                part.element[w] = (dy_part.element[w] * scale.element[w] - g_mean - x_hat * along) * rstd;
+            }
+            if (p.dh != nullptr) {
+                const S* dh = static_cast<const S*>(p.dh) + row * p.dh_stride;
+                const Pack<float, W> dh_part = to_float(load_pack<W>(dh + column));
+#pragma unroll
+                for (int w = 0; w < W; ++w) part.element[w] += dh_part.element[w];
+            }
+            if (p.dresidual != nullptr)
+                store_pack(static_cast<S*>(p.dresidual) + row * p.columns + column, part);
+            if (p.dx == nullptr) return;
+            drop(p, row, column, part);
+            store_pack(static_cast<T*>(p.dx) + row * p.columns + column, part);
+        });
+    }
+    const Slice slice(p, blockIdx.x);
+    dweight.finish(slice.dweight, all_columns);
+    dbias.finish(slice.dbias, all_columns);
+}
+
+// Grid: (E / (W blockDim.x), p.chunks); a block takes W blockDim.x columns of the rows blockIdx.y, and so on
+// in steps of p.chunks. Traffic: 2 R E elements, and 8 E bytes a chunk.
+template <class T, class S, int W>
+__global__ void __launch_bounds__(kColumnThreads) column_sums_kernel(CudaNormParams call) {
+    const NormParams& p = call.norm;
+    const int64_t column = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * W;
+    if (column >= p.columns) return;
+    Pack<float, W> dweight{}, dbias{};
+#pragma unroll 4
+    for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
+        const auto h = to_float(load_pack<W>(static_cast<const S*>(p.h) + row * p.h_stride + column));
+        const auto dy = to_float(load_pack<W>(static_cast<const T*>(p.dy) + row * p.dy_stride + column));
+        const float mean = p.centred ? static_cast<const float*>(p.mean)[row] : 0.0f;
+        const float rstd = static_cast<const float*>(p.rstd)[row];
+#pragma unroll
+        for (int w = 0; w < W; ++w) {
+            dweight.element[w] += dy.element[w] * ((h.element[w] - mean) * rstd);
+            dbias.element[w] += dy.element[w];
+        }
+    }
+    const Slice slice(p, blockIdx.y);
+    if (slice.dweight != nullptr) store_pack(slice.dweight + column, dweight);
+    if (slice.dbias != nullptr) store_pack(slice.dbias + column, dbias);
+}
+
+// Lanes that share out the slices of a column.
+constexpr int64_t kLanes = 32;
+
+// Grid: (E / 32, 2): dweight, dbias. Block: 32 columns by up to kLanes lanes; lane l adds the slices l, l +
+// lanes, and so on, and the lanes are added in order.
+__global__ void __launch_bounds__(32 * kLanes) sum_chunks_kernel(CudaNormParams call) {
+    __shared__ float lane_sums[kLanes][32];
+    const NormParams& p = call.norm;
+    float* out = static_cast<float*>(blockIdx.y == 0 ? p.dweight : p.dbias);
+    if (out == nullptr) return;
+    const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
+    const float* partials = static_cast<const float*>(p.partials) + blockIdx.y * p.columns + column;
+    float total = 0.0f;
+    if (column < p.columns)
+        for (int64_t chunk = threadIdx.y; chunk < p.chunks; chunk += blockDim.y)
+            total += partials[chunk * 2 * p.columns];
+    lane_sums[threadIdx.y][threadIdx.x] = total;
+    __syncthreads();
+    if (threadIdx.y > 0 || column >= p.columns) return;
+    for (unsigned lane = 1; lane < blockDim.y; ++lane) total += lane_sums[lane][threadIdx.x];
+    out[column] = total;
+}
+
+}  // namespace
+
+void norm_backward(const CudaNormParams& call) {
+    const NormParams& p = call.norm;
+    const auto what = [&] { return describe("backward", call); };
+    const DeviceGuard guard(call.device, what);
+    const bool sums = p.dweight != nullptr || p.dbias != nullptr;
+    const auto chunks = static_cast<unsigned>(p.chunks);
+    with_types_and_packs(p, [&](auto type, auto residual_type, auto width) {
+        using T = typename decltype(type)::type;
+        using S = typename decltype(residual_type)::type;
+        constexpr int W = decltype(width)::value;
+        const dim3 block = block_for(p.columns, kElements<W>, kThreads);
+        if (p.columns <= kThreads * kElements<W>) {
+            launch(backward_kernel<T, S, W, kElements<W> / W>, dim3(chunks), block, call.stream, call, what);
+            return;
+        }
+        const dim3 every_row(static_cast<unsigned>(std::min<int64_t>(p.rows, INT32_MAX)));
+        if (p.rows > 0 && (p.dx != nullptr || p.dresidual != nullptr))
+            launch(backward_kernel<T, S, W, 0>, every_row, block, call.stream, call, what);
+        const dim3 grid(static_cast<unsigned>(ceil_div(p.columns, W * kColumnThreads)), chunks);
+        if (sums) launch(column_sums_kernel<T, S, W>, grid, dim3(kColumnThreads), call.stream, call, what);
+    });
+    if (!sums) return;
+    const dim3 grid(static_cast<unsigned>(ceil_div(p.columns, 32)), 2);
+    const dim3 block(32, static_cast<unsigned>(std::min(p.chunks, kLanes)));
+    launch(sum_chunks_kernel, grid, block, call.stream, call, what);
+}
+
+}  // namespace lmkern::cuda

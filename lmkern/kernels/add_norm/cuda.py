@@ -1,0 +1,13 @@
+"""Dropout, residual and norm on NVIDIA GPUs: csrc/norm/cuda_*.cu."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from lmkern.kernels.add_norm import cpu
+from lmkern.kernels.norm_cuda import ENGINE, NOTE, unavailable, unsupported
+
+__all__ = ["NOTE", "backward", "forward", "unavailable", "unsupported"]
+
+forward = partial(cpu.forward, engine=ENGINE)
+backward = partial(cpu.backward, engine=ENGINE)
