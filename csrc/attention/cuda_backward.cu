@@ -45,7 +45,7 @@ struct Shared {
     alignas(128) float dq[kConsumers][kPart<D>];
     alignas(16) float lse[kStages][kQueries];  // base 2; +inf for a query without keys and beyond the last
     alignas(16) float delta[kStages][kQueries];
-    // q_full: q, lse and delta are there. empty: both consumers are done with the step's q and dout.
+    // q_full: q, lse and delta are there. empty: the consumers' warps are done with the step's q and dout.
     ptx::Barrier keys_full, q_full[kStages], dout_full[kStages], empty[kStages];
 };
 
@@ -253,7 +253,7 @@ __device__ void consume(const Call& call, Shared<T, D>& shared, const Work& work
         add = true;
 
         const auto release = [&] {
-            if (own_thread == 0) ptx::mbarrier_arrive(&shared.empty[stage]);
+            if (own_thread % 32 == 0) ptx::mbarrier_arrive(&shared.empty[stage]);
         };
         if (p.dq == nullptr) {
             ptx::wgmma_wait_group<0>(dk.element, dv.element);
@@ -308,7 +308,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_cons
         for (int i = 0; i < kStages; ++i) {
             ptx::mbarrier_init(&shared.q_full[i], 1 + 32);
             ptx::mbarrier_init(&shared.dout_full[i], 1);
-            ptx::mbarrier_init(&shared.empty[i], kConsumers);
+            ptx::mbarrier_init(&shared.empty[i], kConsumerThreads / 32);
         }
         ptx::fence_mbarrier_init();
     }

@@ -10,7 +10,8 @@ namespace lmkern::cuda {
 namespace {
 
 constexpr int kConsumers = 2, kQueries = 64 * kConsumers;
-constexpr int kConsumerThreads = kConsumers * kWarpgroup, kThreads = kConsumerThreads + kWarpgroup;
+constexpr int kConsumerThreads = kConsumers * kWarpgroup, kConsumerWarps = kConsumerThreads / 32;
+constexpr int kThreads = kConsumerThreads + kWarpgroup;
 
 // Of the registers that 384 threads may share out, 65,536: 24 * 128 + 2 * 240 * 128.
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
@@ -39,7 +40,8 @@ template <class T, int D>
 struct Shared {
     SharedTile<T, kQueries, D> q[kQueryStages<D>];
     SharedTile<T, kKeys<D>, D> k[kStages], v[kStages];
-    // full: the copy is there (the producer's thread arrives). empty: read (each consumer arrives).
+    // full: the copy is there (the producer's thread arrives). empty: read (each of the consumers' warps
+    // arrives: a product is done for the warp that waited for it).
     ptx::Barrier q_full[kQueryStages<D>], q_empty[kQueryStages<D>];
     ptx::Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
 };
@@ -175,7 +177,7 @@ template <class T, int D>
 __device__ void consume(const Call& call, Shared<T, D>& shared, int consumer) {
     constexpr int KEYS = kKeys<D>;
     const AttentionParams& p = call.p;
-    const bool speaker = threadIdx.x % kWarpgroup == 0;
+    const bool speaker = threadIdx.x % 32 == 0;
     const auto wait_turn = [&] { ptx::bar_sync(kTurn + consumer, kConsumerThreads); };
     const auto pass_turn = [&] { ptx::bar_arrive(kTurn + (consumer ^ 1), kConsumerThreads); };
     const auto release = [&](ptx::Barrier* empty) {
@@ -291,13 +293,13 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
     if (threadIdx.x == 0) {
         for (int i = 0; i < kQueryStages<D>; ++i) {
             ptx::mbarrier_init(&shared.q_full[i], 1);
-            ptx::mbarrier_init(&shared.q_empty[i], kConsumers);
+            ptx::mbarrier_init(&shared.q_empty[i], kConsumerWarps);
         }
         for (int i = 0; i < kStages; ++i) {
             ptx::mbarrier_init(&shared.k_full[i], 1);
-            ptx::mbarrier_init(&shared.k_empty[i], kConsumers);
+            ptx::mbarrier_init(&shared.k_empty[i], kConsumerWarps);
             ptx::mbarrier_init(&shared.v_full[i], 1);
-            ptx::mbarrier_init(&shared.v_empty[i], kConsumers);
+            ptx::mbarrier_init(&shared.v_empty[i], kConsumerWarps);
         }
         ptx::fence_mbarrier_init();
     }

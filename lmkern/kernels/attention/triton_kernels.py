@@ -332,7 +332,8 @@ def backward_dk_dv_kernel(
         for PHASE in tl.static_range(0 if HAS_RIGHT else 1, 3 if HAS_LEFT else 2):
             begin = start if PHASE == 0 else (full if PHASE == 1 else full_stop)
             end = full if PHASE == 0 else (full_stop if PHASE == 1 else stop)
-            for first_query in range(begin, end, BLOCK_M):
+            # Cut blocks are few and not pipelined: a second pipeline would spill registers.
+            for first_query in tl.range(begin, end, BLOCK_M, num_stages=None if PHASE == 1 else 1):
                 queries = first_query + tl.arange(0, BLOCK_M)
                 q = load(q_head, queries, n_q, stride_qn, stride_qd, D, BLOCK_D)
                 dout = load(dout_head, queries, n_q, stride_gn, stride_gd, D, BLOCK_D)
@@ -359,7 +360,9 @@ def backward_dk_dv_kernel(
                     dscores = weights * (dweights * keep - delta[None, :]) * slope
                     weights *= keep
                 if PHASE != 1 or CHOSEN:
-                    dscores = tl.where(scores == float("-inf"), 0.0, dscores)
+                    hidden = scores == float("-inf")
+                    weights = tl.where(hidden, 0.0, weights)
+                    dscores = tl.where(hidden, 0.0, dscores)
                     q = finite(q)
                 if dv_ptr is not None:
                     dv = dot(rounded(weights, dout.dtype), dout, dv)
