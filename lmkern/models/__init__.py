@@ -1,7 +1,5 @@
 """Whole networks, and how they are saved and loaded."""
 
-from types import MappingProxyType
-
 from lmkern.models.bert import Bert, BertConfig
 from lmkern.models.decoder import DecoderCache
 from lmkern.models.gpt import GPT, GPTConfig
@@ -11,11 +9,7 @@ from lmkern.models.pretrained import from_pretrained, save_pretrained
 from lmkern.models.t5 import T5, T5Cache, T5Config
 from lmkern.models.transformer import PositionalEncoder, Transformer, TransformerConfig
 
-# What a run can train, by the name in its configuration file.
-ARCHITECTURES = MappingProxyType({"gpt": (GPT, GPTConfig), "t5": (T5, T5Config)})
-
 __all__ = [
-    "ARCHITECTURES",
     "GPT",
     "T5",
     "Bert",

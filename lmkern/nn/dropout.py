@@ -6,30 +6,20 @@ import torch
 from torch import Tensor, nn
 
 
-class Dropout(nn.Module):
+class Dropout(nn.Dropout):
     """As torch.nn.Dropout: in training an element is 0 with probability p, else x / (1 - p).
 
     p is rounded to a multiple of 1 / 65536: on a CPU, where torch draws a number for each element in turn,
     one draw of 64 bits then serves four. It draws from torch's default generator.
     """
 
-    def __init__(self, p: float = 0.5) -> None:
-        super().__init__()
-        if not 0.0 <= p <= 1.0:
-            raise ValueError(f"Dropout: p must lie in [0, 1]; got {p}")
-        self.p = p
-
     def forward(self, x: Tensor) -> Tensor:
         """(*) -> (*), in x's dtype."""
         if not self.training or self.p == 0.0:
             return x
-        if x.device.type != "cpu" or self.p == 1.0:
-            return nn.functional.dropout(x, self.p)
+        if x.device.type != "cpu" or self.p == 1.0 or self.inplace:
+            return super().forward(x)
         draws = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),), dtype=torch.int64)
         bits = draws.view(torch.int16)[: x.numel()].view(x.shape)
         kept = bits >= round(self.p * 65536) - 32768
         return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
-
-    def extra_repr(self) -> str:
-        """What print(model) shows."""
-        return f"p={self.p}"

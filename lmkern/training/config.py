@@ -14,15 +14,17 @@ import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from lmkern.data import DataConfig
-from lmkern.models import ARCHITECTURES, GPTConfig, T5Config
+from lmkern.models import GPT, T5, GPTConfig, T5Config
 
 T = TypeVar("T")
 
-# The key of [model] that says whose configuration it is.
+# The key of [model] that says whose configuration it is, and what it may say.
 ARCHITECTURE = "architecture"
+ARCHITECTURES = MappingProxyType({"gpt": (GPT, GPTConfig), "t5": (T5, T5Config)})
 
 
 def _require(holds: bool, message: str) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from lmkern.data import Batches, Dataset, PairBatches, PairDataset, PairSplit
 from lmkern.data.pair_batches import IGNORED
 from lmkern.generation.inference import inference
-from lmkern.models import ARCHITECTURES, GPTConfig
-from lmkern.training.config import RunConfig, Stage
+from lmkern.models import GPTConfig
+from lmkern.training.config import ARCHITECTURES, RunConfig, Stage
 from lmkern.training.metrics import PhaseClock
 from lmkern.training.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
 from lmkern.training.schedule import Schedule, StageSpan

@@ -39,7 +39,7 @@ def test_from_pairs_to_scores_targets_and_report(
 ) -> None:
     pytest.importorskip("sacrebleu")
     out = str(tmp_path / "run")
-    assert main(["train", "--data", data, "--out", out, *OPTIONS, "--training.tokens", "140000"]) == 0
+    assert main(["train", "--data", data, "--out", out, *OPTIONS, "--training.tokens", "100000"]) == 0
     assert "of their tokens padding" in capsys.readouterr().err
 
     assert main(["evaluate", out]) == 0

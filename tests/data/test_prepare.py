@@ -35,7 +35,9 @@ def test_the_manifest_says_what_is_in_the_folder(data_folder: Path, config: Data
         "paths": list(config.paths),
         "vocab_size": 400,
         "max_document_bytes": 1024,
-        **dict.fromkeys(("train", "validation", "test"), []),
+        "train": [],
+        "validation": [],
+        "test": [],
     }
     assert manifest["corpus"]["files"] == manifest["counts"]["read"] == 80
     dataset = load(data_folder)

@@ -150,8 +150,8 @@ def test_dropout_is_everywhere_t5_has_it_and_in_training_only():
     source, mask, target = _pair()
     assert torch.equal(model(source, target, mask), model(source, target, mask))
     assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.25}
-    for name in ("weight_dropout", "hidden_dropout"):
-        assert {getattr(m, name) for m in model.modules() if hasattr(m, name)} == {0.25}
+    assert {m.hidden_dropout.p for m in model.modules() if hasattr(m, "hidden_dropout")} == {0.25}
+    assert {m.weight_dropout for m in model.modules() if hasattr(m, "weight_dropout")} == {0.25}
     assert not torch.equal(model.train()(source, target, mask), model(source, target, mask))
 
 

@@ -50,7 +50,10 @@ def takes(target: Target, dtype: torch.dtype, features: AttentionFeatures) -> bo
 def cases(
     among: list[Target], dtypes: tuple[torch.dtype, ...], features: tuple[AttentionFeatures, ...]
 ) -> list[tuple[Target, torch.dtype, AttentionFeatures]]:
-    return [(t, dtype, f) for t in among for dtype in dtypes for f in features if takes(t, dtype, f)]
+    """On the interpreter a sample: tests/kernels/test_triton_attention.py draws combinations for it."""
+    return [
+        (t, dtype, f) for t in among for dtype in dtypes for f in t.some(features, 6) if takes(t, dtype, f)
+    ]
 
 
 def taking(features: dict[str, AttentionFeatures], among: list[Target] = FAST) -> list[tuple[Target, str]]:

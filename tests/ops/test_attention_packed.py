@@ -87,8 +87,8 @@ WITHOUT_DROPOUT = [features for features in FEATURES if not features.dropout_p]
     [
         (t, f, dtype)
         for t in KERNELS
-        for f in FEATURES
-        for dtype in (DTYPES if f in (FEATURES[0], FEATURES[-1]) else DTYPES[:2])
+        for f in t.some(FEATURES, 4)
+        for dtype in t.some(DTYPES if f in (FEATURES[0], FEATURES[-1]) else DTYPES[:2], 2)
         if takes(t, f, dtype)
     ],
     ids=str,

@@ -85,7 +85,9 @@ def test_value_out_of_range_is_refused(fields: dict[str, Any], message: str) -> 
 
 
 def test_stage_of_unknown_unit_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"unit must be one of sentences, .*, pairs; got 'words'"):
+    with pytest.raises(
+        ValueError, match="unit must be one of sentences, paragraphs, documents, pairs; got 'words'"
+    ):
         Stage("words")  # type: ignore[arg-type]
 
 

@@ -52,7 +52,7 @@ TILES: dict[str, dict[tuple[int, int], tuple[int, int, int, int]]] = {
     },
 }  # fmt: skip
 
-# What a program reads or makes beside each score takes registers and shared memory: it has smaller tiles then.
+# What a program reads or makes beside each score takes registers and shared memory: its tiles are smaller.
 BESIDE: dict[str, tuple[int, int, int, int]] = {
     "forward": (64, 32, 4, 2), "dq": (64, 32, 4, 2), "dk_dv": (32, 64, 8, 2), "dbias": (32, 32, 4, 1),
     "drelative": (16, 32, 4, 1),
@@ -94,7 +94,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
         if programs := q.shape[0] * q.shape[1] * blocks:
             triton_kernels.forward_kernel[(programs,)](
                 *_strided(q, k, v, out), lse, options.sinks, *_features(options, q.shape[1]),
-                options.cu_seqlens_q, options.cu_seqlens_k, *documents, blocks, *_sizes(q, k, options), **launch,
+                options.cu_seqlens_q, options.cu_seqlens_k, *documents, blocks,
+                *_sizes(q, k, options), **launch,
             )  # fmt: skip
     return out, lse
 
@@ -173,8 +174,8 @@ def constants(kernel: str, q: Tensor, options: Options) -> dict[str, Any]:
     tile = TILES[kernel][q.dtype.itemsize, max(block_d, 32)]
     shape_class = f"{q.dtype.itemsize}-{max(block_d, 32)}"
     if any(x is not None for x in (options.bias, options.mask, options.relative_bias, options.seed)):
-        smaller = (min(sizes) for sizes in zip(tile[:2], BESIDE[kernel][:2], strict=True))
-        tile = (*smaller, *BESIDE[kernel][2:])
+        block_m, block_n, num_warps, num_stages = BESIDE[kernel]
+        tile = (min(tile[0], block_m), min(tile[1], block_n), num_warps, num_stages)
         shape_class += "-beside"
     default = dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile, strict=True))
     return {
@@ -226,8 +227,8 @@ def _broadcast_strides(x: Tensor) -> tuple[int, ...]:
 def _blocks(
     options: Options, bounds: Tensor | None, length: int, block: int
 ) -> tuple[int, tuple[Tensor | None, Tensor | None, int]]:
-    """How many blocks a head has, and for packed documents the document of each (their number for those beyond
-    the last), how many blocks come before each document, and the number of documents.
+    """How many blocks a head has; for packed documents also the document of each block (their number for one
+    beyond the last), how many blocks come before each document, and the number of documents.
 
     Each document may add one block that is not full: the bound needs no look at the lengths on the device.
     """

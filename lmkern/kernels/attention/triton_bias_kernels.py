@@ -72,7 +72,7 @@ def _gradients(
 
 @triton.jit(do_not_specialize=[*RUNTIME, "batches", "heads", "rows", "columns", "B"])
 def backward_dbias_kernel(
-    dbias_ptr, batches, heads, rows, columns,  # the bias: (1 or B, 1 or H, 1 or N_q, 1 or N_k), contiguous, float32
+    dbias_ptr, batches, heads, rows, columns,  # (1 or B, 1 or H, 1 or N_q, 1 or N_k), contiguous, float32
     q_ptr, stride_qb, stride_qh, stride_qn, stride_qd,  # (B, H, N_q, D)
     k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,  # (B, H_kv, N_k, D)
     v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,  # (B, H_kv, N_k, D)
@@ -94,8 +94,8 @@ def backward_dbias_kernel(
 ):  # fmt: skip
     """dbias, summed over the dimensions along which the bias is broadcast. One program per tile of the bias.
 
-    Grid (batches * heads * ceil(rows / BLOCK_M) * ceil(columns / BLOCK_N),). A tile has one owner, which goes over
-    the broadcast dimensions in their order: no atomics, and no memory beyond the result.
+    Grid (batches * heads * ceil(rows / BLOCK_M) * ceil(columns / BLOCK_N),). A tile has one owner, which goes
+    over the broadcast dimensions in their order: no atomics, and no memory beyond the result.
     """
     row_blocks, column_blocks = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     program = tl.program_id(0)
@@ -162,12 +162,12 @@ def backward_drelative_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the relative bias, summed along diagonals j - p, over sequences, and over heads if they share
-    one. One program per BLOCK_M diagonals; grid (rows * ceil((2 radius + 1) / BLOCK_M),).
+    """The gradient of the relative bias, summed along diagonals j - p, over sequences, and over heads if they
+    share one. One program per BLOCK_M diagonals; grid (rows * ceil((2 radius + 1) / BLOCK_M),).
 
-    BLOCK_M diagonals of BLOCK_M queries lie in a tile of BLOCK_M queries and 2 BLOCK_M keys, at column i + t for
-    query i and diagonal t. Half of the tile is another program's: twice the products, and no memory beyond the
-    result.
+    BLOCK_M diagonals of BLOCK_M queries lie in a tile of BLOCK_M queries and 2 BLOCK_M keys, at column i + t
+    for query i and diagonal t. Half of the tile is another program's: twice the products, and no memory but
+    the result.
     """
     blocks = tl.cdiv(2 * radius + 1, BLOCK_M)
     program = tl.program_id(0)
@@ -187,13 +187,14 @@ def backward_drelative_kernel(
             offset = 0
             if not TOP_LEFT:
                 offset = n_k - n_q
-            # Key of query 0 on the first diagonal; queries whose keys lie outside the sequence are passed over.
+            # Key of query 0 on the first diagonal. Queries whose keys lie outside are passed over.
             shift = offset + first_diagonal - radius
             begin = tl.maximum(-shift - 2 * BLOCK_M + 1, 0) // BLOCK_M * BLOCK_M
             end = tl.minimum(n_k - shift, n_q)
             for first_query in range(begin, end, BLOCK_M):
                 tile = _gradients(
-                    batch, head, sequence, first_query, first_query + shift, first_q, first_k, n_q, n_k, offset,
+                    batch, head, sequence, first_query, first_query + shift, first_q, first_k,
+                    n_q, n_k, offset,
                     q_ptr, stride_qb, stride_qh, stride_qn, stride_qd,
                     k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,
                     v_ptr, stride_vb, stride_vh, stride_vn, stride_vd,

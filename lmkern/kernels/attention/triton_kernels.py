@@ -1,7 +1,7 @@
 """The Triton kernels of attention. Imported on first use by triton.py, which launches them.
 
-A loop over blocks has three phases: those that some query sees in part, those that all see, and again those in
-part. `tl.static_range` writes the body out once for each, the check of places in the first and last alone.
+A loop over blocks has three phases: those that some query sees in part, those that all see, and again those
+in part. `tl.static_range` writes the body out once for each, the check of places in the first and last alone.
 """
 
 # Triton compiles these functions; annotations would be read as types of arguments.
@@ -115,7 +115,7 @@ def forward_kernel(
                 )
                 scores = tl.where(seen, scores, float("-inf"))
             new_max = tl.maximum(row_max, tl.max(scores, 1))
-            # A row with no visible key has row_max = -inf; subtracting 0 instead keeps exp2(-inf) = 0 and no NaN.
+            # A row with no visible key has row_max = -inf: subtracting 0 keeps exp2(-inf) = 0 and no NaN.
             subtract = tl.where(new_max == float("-inf"), 0.0, new_max)
             weights = exp(scores - subtract[:, None], q.dtype)
             rescale = exp(row_max - subtract, q.dtype)

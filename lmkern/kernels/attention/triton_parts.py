@@ -1,7 +1,7 @@
-"""What the Triton kernels of attention are made of: which keys are seen, how scores and their gradients come about.
+"""What the Triton kernels of attention are made of: which keys are seen, and how scores come about.
 
-A block of scores is (queries, keys), or transposed (keys, queries): functions take the numbers of its queries and
-keys as two arrays that broadcast to it.
+A block of scores is (queries, keys), or transposed (keys, queries): functions take the numbers of its queries
+and keys as two arrays that broadcast to it.
 """
 
 # Triton compiles these functions; annotations would be read as types of arguments.
@@ -22,9 +22,9 @@ def sequence_of(
 ):  # fmt: skip
     """(sequence, block, first_query, n_q, first_key, n_k, offset) of block number `program` of a head.
 
-    offset: a query's position less its number. Packed documents: sequence_ptr has the document of each block, the
-    number of documents for those beyond the last, and first_block_ptr how many blocks come before each; n_q
-    and n_k are 0 for a block beyond the last.
+    offset: a query's position less its number. Packed documents: sequence_ptr has the document of each block
+    (the number of documents for one beyond the last, whose n_q and n_k are 0), and first_block_ptr how many
+    blocks come before each document.
     """
     if cu_q_ptr is not None:
         sequence = tl.load(sequence_ptr + program)
@@ -50,8 +50,8 @@ def key_range(
     first_query, n_k, offset, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(start, full, full_stop, stop): the block's queries see no key before start or from stop on, and all of them
-    see every key from full to full_stop. All but stop are multiples of BLOCK_N, in ascending order.
+    """(start, full, full_stop, stop): the block's queries see no key before start or from stop on, and all of
+    them see every key from full to full_stop. All but stop are multiples of BLOCK_N, in ascending order.
     """
     first_position = first_query + offset
     last_position = first_position + BLOCK_M - 1
@@ -72,7 +72,7 @@ def query_range(
     first_key, n_q, n_k, offset, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(start, full, full_stop, stop): likewise the queries that see a block of keys; all but stop multiples of BLOCK_M.
+    """(start, full, full_stop, stop): likewise the queries that see a block of keys, in multiples of BLOCK_M.
 
     What lies beyond n_k in the block does not count.
     """
