@@ -8,8 +8,10 @@ from functools import cache
 
 # malloc.h: mallopt's parameters.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
-# Above this size a block is still given back to the system at once, and the top of the heap is kept up to it.
+# Above this size a block is still given back to the system at once.
 _KEPT_BYTES = 2**31 - 1
+# The top of the heap is never given back: a step's activations may be all of it, and more than 2 GiB.
+_NEVER = -1
 _TOP_PAD_BYTES = 64 * 2**20
 
 
@@ -29,7 +31,7 @@ def keep_freed_memory() -> bool:
         return False
     options = (
         (_M_MMAP_THRESHOLD, _KEPT_BYTES),
-        (_M_TRIM_THRESHOLD, _KEPT_BYTES),
+        (_M_TRIM_THRESHOLD, _NEVER),
         (_M_TOP_PAD, _TOP_PAD_BYTES),
     )
     return all(mallopt(parameter, size) == 1 for parameter, size in options)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lmkern.nn import Dropout
 from lmkern.nn.transformer import COUNTERPARTS
 
 Undo = Callable[[], None]
@@ -75,9 +76,9 @@ def patch(model: nn.Module, *, verbose: bool = True) -> Patch:
 
     Of transformers' models: attention, rotary embedding, feed-forwards, RMS norms and the language models'
     loss (`lmkern.huggingface`). Of torch.nn: the Transformer and its parts, MultiheadAttention, LayerNorm,
-    RMSNorm and Embedding. A module of a subclass of these is left, since it may compute something else.
-    Further rules stand in `RULES`; the first that matches a module decides. Other losses and functions that a
-    forward calls are not touched.
+    RMSNorm, Embedding and Dropout. A module of a subclass of these is left, since it may compute something
+    else. Further rules stand in `RULES`; the first that matches a module decides. Other losses and functions
+    that a forward calls are not touched.
 
     Returns a `Patch`, printed unless verbose is False. Patching twice changes nothing more. If a rule raises,
     all is as before. Patch before torch.compile.
@@ -119,6 +120,6 @@ def _rule(theirs: type[nn.Module], ours: type[nn.Module]) -> Rule:
 
 
 # In order: the first that matches decides. Rules for subclasses of torch's modules stand before these.
-RULES: list[Rule] = [_rule(theirs, ours) for theirs, ours in COUNTERPARTS.items()]
+RULES: list[Rule] = [_rule(theirs, ours) for theirs, ours in {**COUNTERPARTS, nn.Dropout: Dropout}.items()]
 # Whose modules need further rules: importing the file adds them.
 RULES_OF = {"transformers": "lmkern.huggingface"}

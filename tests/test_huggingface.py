@@ -193,7 +193,7 @@ def test_a_query_that_sees_no_key_gives_zeros() -> None:
 def test_a_transformers_whose_t5_asks_no_registry_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from lmkern.huggingface import register
 
-    monkeypatch.setattr(transformers, "__version__", "5.14.2")
+    monkeypatch.setattr("transformers.__version__", "5.14.2")
     with pytest.raises(ImportError, match=r"expected transformers 5\.15 or later.*got 5\.14\.2"):
         register()
 

@@ -3,9 +3,9 @@
     python benchmarks/models/bench_huggingface.py gpt2 [--dropout 0.1] [--steps 5]
     python benchmarks/models/bench_huggingface.py gpt2 --memory ours     (or theirs: a process for each)
 
-Random weights, bf16 autocast, forward, backward and optimizer. Theirs: torch.optim.AdamW. Ours: lmkern's. The
-steps alternate in one process, and both live in one allocator, which keeps freed memory
-(lmkern.memory); --memory leaves it as it is.
+Random weights, bf16 autocast, forward, backward and optimizer. Theirs: torch.optim.AdamW. Ours: lmkern's, or
+--optimizer torch. The steps alternate in one process, and both live in one allocator, which keeps freed
+memory (lmkern.memory); --memory leaves it as it is.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("model", choices=("gpt2", "bert", "t5"))
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--optimizer", choices=("lmkern", "torch"), default="lmkern", help="of our side")
     parser.add_argument("--memory", choices=("ours", "theirs"))
     arguments = parser.parse_args()
     sides = [arguments.memory] if arguments.memory else ["theirs", "ours"]
@@ -60,7 +61,8 @@ def main() -> None:
         model.train()
         if side == "ours":
             lmkern.patch(model)
-        optimizer: Any = (AdamW if side == "ours" else torch.optim.AdamW)(model.parameters(), lr=1e-4)
+        ours = side == "ours" and arguments.optimizer == "lmkern"
+        optimizer: Any = (AdamW if ours else torch.optim.AdamW)(model.parameters(), lr=1e-4)
         runs[side] = model, optimizer, inputs
     times: dict[str, list[float]] = {side: [] for side in sides}
     for step in range(arguments.steps + 1):

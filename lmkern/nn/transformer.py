@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmkern.nn.attention import MultiheadAttention
+from lmkern.nn.dropout import Dropout
 from lmkern.nn.embedding import Embedding
 from lmkern.nn.norm import LayerNorm, RMSNorm
 from lmkern.nn.state_dict import LoadsWhole
@@ -244,8 +245,10 @@ def _add_norm(x: Tensor, residual: Tensor, dropout: nn.Module, norm: nn.Module) 
     """norm(h) and h = residual + dropout(x); in one pass where the two modules are torch's or ours."""
     narrow = x.dtype in (torch.float16, torch.bfloat16)
     fused = residual.dtype == x.dtype or (narrow and residual.dtype == torch.float32)
-    if fused and _plain(dropout, nn.Dropout) and _plain(norm, LayerNorm) and len(norm.normalized_shape) == 1:
-        p = dropout.p if dropout.training else 0.0
+    p = None
+    if _plain(dropout, nn.Dropout) or _plain(dropout, Dropout):
+        p = float(dropout.p) if dropout.training else 0.0
+    if fused and p is not None and _plain(norm, LayerNorm) and len(norm.normalized_shape) == 1:
         return add_norm(x, residual, norm.weight, norm.bias, norm.eps, dropout_p=p)
     h = residual + dropout(x)
     return norm(h), h
