@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -112,15 +113,20 @@ def gpu_tests(marker: str = "gpu") -> list[tuple[str, str]]:
     if found.returncode not in (0, 5):
         raise RuntimeError(f"gpu: the tests cannot be collected:\n{found.stdout}\n{found.stderr}")
     names = [line for line in found.stdout.splitlines() if "::" in line]
-    return [(name, op_of(name.partition("[")[2] or Path(name.partition("::")[0]).stem)) for name in names]
+    return [
+        (name, op_of(*re.split(r"[][-]", name)[1:], Path(name.partition("::")[0]).stem)) for name in names
+    ]
 
 
-def op_of(words: str) -> str:
-    """The op that a test is named after; empty where it is none."""
+def op_of(*words: str) -> str:
+    """The op that one of a test's words begins with, the first that does; empty where none does."""
     from lmkern.kernels.backends import op_names
 
-    words = words.removeprefix("test_").removeprefix("cuda_")
-    return max((op for op in op_names() if words.startswith(op)), key=len, default="")
+    for word in words:
+        word = word.removeprefix("test_").removeprefix("cuda_")
+        if found := max((op for op in op_names() if word.startswith(op)), key=len, default=""):
+            return found
+    return ""
 
 
 class Record:
