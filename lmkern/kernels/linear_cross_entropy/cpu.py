@@ -34,6 +34,9 @@ _SIDE = 32
 # Tokens from which on our own product gives dx: it shares them out among the threads by 256.
 _AMX_TOKENS = 512
 
+# Below this share of tokens that count, they are gathered first: masked language models count 15 in 100.
+_GATHERED_SHARE = 0.875
+
 # Rows of dweight that a product in float32 of 16-bit factors makes at once.
 _WIDENED_ROWS = 4096
 
@@ -55,14 +58,36 @@ def forward(
     z_loss: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    R, V = x.shape[0], weight.shape[0]
-    wide = cpu_call.statistics_dtype(x)
     options: dict[str, Any] = {
         "ignore_index": ignore_index,
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
         "softcap": softcap,
     }
+    counted = (targets != ignore_index).nonzero().view(-1)
+    if counted.shape[0] >= _GATHERED_SHARE * x.shape[0]:
+        return _forward(x, weight, bias, targets, dloss, needs, options)
+    part = (x[counted], weight, bias, targets[counted], dloss[counted])
+    loss, dx, dweight, dbias = _forward(*part, needs, options)
+    return _scattered(loss, counted, x), None if dx is None else _scattered(dx, counted, x), dweight, dbias
+
+
+def _scattered(rows: Tensor, counted: Tensor, x: Tensor) -> Tensor:
+    """As many rows as x has: those given, in their places, and zeros."""
+    return rows.new_zeros(x.shape[0], *rows.shape[1:]).index_copy_(0, counted, rows)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    dloss: Tensor,
+    needs: tuple[bool, bool, bool],
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    R, V = x.shape[0], weight.shape[0]
+    wide = cpu_call.statistics_dtype(x)
     chunk = _chunk_tokens(R, V * x.element_size())
     buffer = x.new_empty(min(chunk, R), V)
     loss = x.new_empty(R, dtype=wide)
