@@ -46,8 +46,8 @@ COUNTED = [case for case in CASES if ALL or not case.further]
 TOKENS, SEQUENCES, ROUNDS = 96, 2, 12
 
 # Where registers are spilled inside a loop at sm_90: kernel and constants that say it, and the reason.
-# Every feature at once (biases, mask, soft-cap, dropout, a window) takes more than 255 registers, and tiles of
-# under 64 queries could not use wgmma. Each feature alone, and the usual pairs, spill nothing.
+# Every feature at once (biases, mask, soft-cap, dropout, a window) takes more than 255 registers, and tiles
+# of under 64 queries could not use wgmma. Each feature alone, and the usual pairs, spill nothing.
 EVERYTHING = {"SOFTCAP": True, "HAS_LEFT": True, "HAS_RIGHT": True, "BLOCK_D": 64}
 SPILLS = (
     ("attention.triton_kernels.forward_kernel", EVERYTHING),
@@ -57,8 +57,8 @@ SPILLS = (
 )
 
 # At head_dim 256 dk and dv fill the registers, and no tile of the 64 keys that wgmma needs is left. The
-# queries of a decoding step are fewer rows than the 64 of wgmma, and it is memory that they wait for. So are the
-# diagonals that the gradient of a relative bias takes at once.
+# queries of a decoding step are fewer rows than the 64 of wgmma, and it is memory that they wait for. So are
+# the diagonals that the gradient of a relative bias takes at once.
 WITHOUT_WGMMA = (
     ("attention.triton_kernels.backward_dk_dv_kernel", {"BLOCK_D": 256}),
     ("cached_attention.triton_kernels.split_kernel", {"BLOCK_M": 16}),
