@@ -49,7 +49,7 @@ void widen_parameter(const NormParams& p, const void* parameter, C shift, C abse
         std::fill_n(wide, p.columns, absent);
         return;
     }
-    with_type(static_cast<Dtype>(p.parameter_dtype), [&](auto type) {
+    with_any_type(static_cast<Dtype>(p.parameter_dtype), [&](auto type) {
         using P = typename decltype(type)::type;
         if constexpr (std::is_same_v<Compute<P>, C>)
             for_row<C>(p.columns,

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from lmkern.kernels import native
 from lmkern.kernels.backends import Call
+from lmkern.kernels.native import DTYPE_CODES
 
-# enum class Dtype in csrc/core/types.hpp.
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+__all__ = ["DTYPE_CODES", "pointer", "statistics_dtype", "unavailable", "unsupported"]
 
 
 def unavailable() -> str | None:

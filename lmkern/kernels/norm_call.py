@@ -39,7 +39,7 @@ def forward(
     mean = rstd.new_empty(rows) if centred else None
     code = DTYPE_CODES[x.dtype]
     parameter = bias if weight is None else weight
-    native.module().norm_forward(
+    native.module(x.dtype).norm_forward(
         PARAMS.pack(
             x.data_ptr(),
             pointer(residual),
@@ -91,7 +91,7 @@ def backward(
     chunks = max(1, min(_MAX_CHUNKS, rows // _MIN_CHUNK_ROWS))
     partials = rstd.new_empty((chunks, 2, columns))
     code = DTYPE_CODES[dy.dtype]
-    native.module().norm_backward(
+    native.module(dy.dtype).norm_backward(
         PARAMS.pack(
             0,
             0,
