@@ -33,15 +33,6 @@ void with_types(const NormParams& p, const Body& body) {
     });
 }
 
-// body(row, number of rows) over [begin, end), kRowsTogether at a time and what is left one by one.
-template <class Body>
-void for_rows(int64_t begin, int64_t end, const Body& body) {
-    int64_t row = begin;
-    for (; row + kRowsTogether <= end; row += kRowsTogether)
-        body(row, std::integral_constant<int, kRowsTogether>{});
-    for (; row < end; ++row) body(row, std::integral_constant<int, 1>{});
-}
-
 // wide[e] = shift + parameter[e]; without a parameter, absent.
 template <class C>
 void widen_parameter(const NormParams& p, const void* parameter, C shift, C absent, C* wide) {

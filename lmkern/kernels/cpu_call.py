@@ -19,9 +19,11 @@ def unavailable() -> str | None:
 def unsupported(call: Call) -> str | None:
     """The reasons that hold for every op."""
     for name, tensor in call.tensors.items():
-        if tensor is not None and tensor.device.type != "cpu":
+        if tensor is None:
+            continue
+        if not tensor.is_cpu:
             return f"takes CPU tensors; {name} is on {tensor.device}"
-        if tensor is not None and tensor.dtype not in DTYPE_CODES:
+        if tensor.dtype not in DTYPE_CODES:
             return f"takes float32, bfloat16, float16 and float64; {name} is {tensor.dtype}"
     return unavailable()
 

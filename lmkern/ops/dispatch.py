@@ -19,17 +19,22 @@ def direct(*tensors: Tensor | None) -> bool:
     tracing) or a tensor subclass must see the registered op. The direct path computes the same bits and costs
     half as much.
     """
-    return not (
+    if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
-        or any(tensor is not None and type(tensor) not in _PLAIN for tensor in tensors)
-    )
+    ):
+        return False
+    return all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether a call on these must be recorded by autograd."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
