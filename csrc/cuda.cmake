@@ -6,8 +6,7 @@ if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
   endif()
 endif()
 
-# Machine code for compute capability 8 and 9.0, and PTX that the driver compiles for later ones. sm_90a has nothing that
-# these kernels use. Set before the language is enabled: CMake's own choice may be one that the compiler has dropped.
+# Machine code for compute capability 8 and 9.0, and PTX that the driver compiles for later ones. Set before the language is enabled: CMake's own choice may be one that the compiler has dropped.
 if(NOT CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES 80-real 90)
 endif()
@@ -20,9 +19,23 @@ pybind11_add_module(_cuda NO_EXTRAS
     csrc/cuda_module.cpp
     csrc/layer_norm/cuda_forward.cu
     csrc/layer_norm/cuda_backward.cu)
-target_include_directories(_cuda PRIVATE csrc ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
-target_compile_options(_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-O3 -Wall>
-                                     $<$<COMPILE_LANGUAGE:CUDA>:-O3 -Xcompiler=-Wall --threads=2>)
+
+# Hopper's own instructions, which no other GPU and no later compiler takes.
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.0)
+  add_library(_cuda_hopper OBJECT csrc/attention/cuda_forward.cu csrc/attention/cuda_backward.cu)
+  set_target_properties(_cuda_hopper PROPERTIES CUDA_ARCHITECTURES 90a-real POSITION_INDEPENDENT_CODE ON)
+  target_compile_options(_cuda_hopper PRIVATE --expt-relaxed-constexpr)
+  target_sources(_cuda PRIVATE $<TARGET_OBJECTS:_cuda_hopper>)
+  target_compile_definitions(_cuda PRIVATE LMKERN_HOPPER)
+endif()
+
+foreach(target _cuda _cuda_hopper)
+  if(TARGET ${target})
+    target_include_directories(${target} PRIVATE csrc ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+    target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-O3 -Wall>
+                                             $<$<COMPILE_LANGUAGE:CUDA>:-O3 -Xcompiler=-Wall --threads=2>)
+  endif()
+endforeach()
 # The runtime's symbols stay inside: torch brings a CUDA runtime of its own, perhaps of another version, and neither may
 # be bound to the other's functions.
 target_link_options(_cuda PRIVATE -Wl,--exclude-libs,ALL)

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <string_view>
 
+#include "attention/cuda.hpp"
 #include "layer_norm/cuda.hpp"
 
 namespace py = pybind11;
@@ -41,6 +42,10 @@ PYBIND11_MODULE(_cuda, m) {
     using namespace lmkern;
     m.def("runtime_version", runtime_version);
     m.def("driver_version", driver_version);
+#ifdef LMKERN_HOPPER
+    m.def("attention_forward", call<CudaAttentionParams, cuda::attention_forward>);
+    m.def("attention_backward", call<CudaAttentionParams, cuda::attention_backward>);
+#endif
     m.def("layer_norm_forward", call<LayerNormParams, cuda::layer_norm_forward>);
     m.def("layer_norm_backward", call<LayerNormParams, cuda::layer_norm_backward>);
 }

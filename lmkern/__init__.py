@@ -22,6 +22,7 @@ from lmkern.ops import (
     swiglu,
     transposed_copy,
 )
+from lmkern.patching import patch
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "gelu",
     "layer_norm",
     "linear_cross_entropy",
+    "patch",
     "rms_norm",
     "rotary",
     "scaled_dot_product_attention",

@@ -16,8 +16,8 @@ CSRC = ROOT / "csrc"
 
 # From left to right; testing stands beside them, for tests and benchmarks, and common files under them all.
 LAYERS = (
-    "kernels", "ops", "nn", "models", "data", "generation", "evaluation", "training", "report", "jobs",
-    "cli",
+    "kernels", "ops", "nn", "models", "patching", "data", "generation", "evaluation", "training", "report",
+    "jobs", "cli",
 )  # fmt: skip
 BESIDE = {"testing"}
 COMMON = {"files", "machine"}

@@ -56,7 +56,7 @@ struct Sequence {
     int64_t offset;  // a query's position less its index
 };
 
-inline Sequence sequence_of(const AttentionParams& p, int64_t index) {
+constexpr Sequence sequence_of(const AttentionParams& p, int64_t index) {
     Sequence s{index, index, 0, p.n_q, 0, p.n_k, 0};
     if (p.cu_seqlens_q != nullptr) {
         s.batch = 0;
@@ -74,14 +74,14 @@ inline Sequence sequence_of(const AttentionParams& p, int64_t index) {
 struct Band {
     int64_t n_k, before, after;
 
-    Band(const AttentionParams& p, const Sequence& s)
+    constexpr Band(const AttentionParams& p, const Sequence& s)
         : n_k(s.n_k), before(s.offset - p.left), after(s.offset + p.right + 1) {}
 
-    int64_t begin(int64_t query) const { return std::clamp<int64_t>(query + before, 0, n_k); }
-    int64_t end(int64_t query) const { return std::clamp<int64_t>(query + after, 0, n_k); }
+    constexpr int64_t begin(int64_t query) const { return std::clamp<int64_t>(query + before, 0, n_k); }
+    constexpr int64_t end(int64_t query) const { return std::clamp<int64_t>(query + after, 0, n_k); }
     // The first query that may see the key, and one past the last; not clamped.
-    int64_t first_query(int64_t key) const { return key - after + 1; }
-    int64_t end_query(int64_t key) const { return key - before + 1; }
+    constexpr int64_t first_query(int64_t key) const { return key - after + 1; }
+    constexpr int64_t end_query(int64_t key) const { return key - before + 1; }
 };
 
 }  // namespace lmkern

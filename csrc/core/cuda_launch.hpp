@@ -44,11 +44,20 @@ private:
     bool changed_ = false;
 };
 
-// kernel<<<grid, block, 0, stream>>>(params) on the current device.
+// kernel<<<grid, block, shared, stream>>>(params) on the current device. shared: bytes of dynamic shared
+// memory.
 template <class Params, class What>
-void launch(void (*kernel)(Params), dim3 grid, dim3 block, int64_t stream, Params params, const What& what) {
+void launch(void (*kernel)(Params), dim3 grid, dim3 block, int64_t stream, Params params, const What& what,
+            size_t shared = 0) {
+    // More than this a kernel must ask for.
+    constexpr size_t kFree = 48 * 1024;
+    if (shared > kFree)
+        check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                   cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+              what);
     void* arguments[] = {&params};
-    check(cudaLaunchKernel(kernel, grid, block, arguments, 0, reinterpret_cast<cudaStream_t>(stream)), what);
+    check(cudaLaunchKernel(kernel, grid, block, arguments, shared, reinterpret_cast<cudaStream_t>(stream)),
+          what);
 }
 
 }  // namespace lmkern

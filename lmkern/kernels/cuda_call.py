@@ -51,10 +51,13 @@ def unavailable() -> str | None:
     return None
 
 
-def unsupported(call: Call, run_on_hardware: str | None) -> str | None:
+def unsupported(
+    call: Call, run_on_hardware: str | None, *, exactly: tuple[int, int] | None = None
+) -> str | None:
     """The reasons that hold for every op.
 
     run_on_hardware: the GPU on which the op's kernel has passed its tests. None: it is taken by name only.
+    exactly: the only compute capability that it is compiled for. None: 8.0 and later.
     """
     if reason := unavailable():
         return reason
@@ -67,7 +70,7 @@ def unsupported(call: Call, run_on_hardware: str | None) -> str | None:
             return (
                 f"takes float32, bfloat16 and float16; {name} is {str(tensor.dtype).removeprefix('torch.')}"
             )
-        if reason := _too_old(tensor.device):
+        if reason := _another(tensor.device, exactly):
             return reason
     if run_on_hardware is None and call.backend != "cuda":
         return note(run_on_hardware)
@@ -94,11 +97,11 @@ def processors(device: torch.device) -> int:
 
 
 @cache
-def _too_old(device: torch.device) -> str | None:
+def _another(device: torch.device, exactly: tuple[int, int] | None) -> str | None:
     capability = torch.cuda.get_device_capability(device)
-    if capability >= _COMPUTE_CAPABILITY:
+    if capability == exactly or (exactly is None and capability >= _COMPUTE_CAPABILITY):
         return None
-    needed, here = (".".join(map(str, version)) for version in (_COMPUTE_CAPABILITY, capability))
+    needed, here = (".".join(map(str, version)) for version in (exactly or _COMPUTE_CAPABILITY, capability))
     return f"needs compute capability {needed}; {torch.cuda.get_device_name(device)} has {here}"
 
 

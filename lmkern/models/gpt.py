@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lmkern.models.config import check_fields, check_heads, require
+from lmkern.models.decoder import Decoder, initialise
+from lmkern.models.tied import tie
 from lmkern.nn import (
     Block,
     Embedding,
-    KeyValueCache,
     LayerNorm,
     LearnedPositions,
     Rotary,
     SinusoidalPositions,
 )
 from lmkern.nn.feed_forward import Activation
-from lmkern.ops import linear_cross_entropy
 
 Positions = Literal["rotary", "learned", "sinusoidal"]
 
@@ -45,6 +44,8 @@ class GPTConfig:
     """F, the width inside a feed-forward half. 0: 4 * width."""
     dropout: float = 0.0
     """Of the embedding and of what each half of a block adds."""
+    attention_dropout: float = 0.0
+    """Of attention weights."""
     positions: Positions = "rotary"
     """How the model knows where a token stands."""
     bias: bool = False
@@ -55,36 +56,21 @@ class GPTConfig:
     """Of the norms."""
 
     def __post_init__(self) -> None:
-        def require(holds: bool, what: str, got: object) -> None:
-            if not holds:
-                raise ValueError(f"GPTConfig: {what}; got {got}")
-
-        for name in ("vocab_size", "context", "layers", "heads", "width"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        for name in ("kv_heads", "feed_forward"):
-            require(getattr(self, name) >= 0, f"{name} must be at least 0", getattr(self, name))
-        require(
-            self.width % self.heads == 0,
-            "width must be a multiple of heads",
-            f"width {self.width}, heads {self.heads}",
+        check_fields(
+            self,
+            at_least_1=("vocab_size", "context", "layers", "heads", "width"),
+            at_least_0=("kv_heads", "feed_forward"),
+            probabilities=("dropout", "attention_dropout"),
+            positive=("eps",),
+            choices={"positions": Positions, "activation": Activation},
         )
+        check_heads(self, self.width, self.heads, self.kv_heads)
         require(
-            self.heads % (self.kv_heads or self.heads) == 0,
-            "heads must be a multiple of kv_heads",
-            f"heads {self.heads}, kv_heads {self.kv_heads}",
-        )
-        require(
+            self,
             self.positions != "rotary" or self.head_dim % 2 == 0,
             "rotary positions need an even head_dim (width / heads)",
             f"{self.head_dim}",
         )
-        require(0.0 <= self.dropout < 1.0, "dropout must lie in [0, 1)", self.dropout)
-        require(self.eps > 0.0, "eps must be positive", self.eps)
-        for name, kind in (("positions", Positions), ("activation", Activation)):
-            value = getattr(self, name)
-            require(
-                value in get_args(kind), f"{name} must be one of {', '.join(get_args(kind))}", repr(value)
-            )
 
     @property
     def head_dim(self) -> int:
@@ -92,20 +78,7 @@ class GPTConfig:
         return self.width // self.heads
 
 
-class GPTCache:
-    """What a GPT keeps of the tokens it has read: a KeyValueCache for each layer."""
-
-    def __init__(self, layers: int, batch: int, context: int) -> None:
-        self.batch, self.context = batch, context
-        self.layers = [KeyValueCache(batch, context) for _ in range(layers)]
-
-    @property
-    def length(self) -> int:
-        """Tokens read so far."""
-        return self.layers[-1].length
-
-
-class GPT(nn.Module):
+class GPT(Decoder):
     """Token ids to logits of the next token: embedding, pre-norm blocks, norm, and the embedding as the head.
 
     head.weight is embedding.weight, (V, E); the state_dict holds it once, as "embedding.weight".
@@ -119,7 +92,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.width)
-        self.positions: LearnedPositions | SinusoidalPositions | None = None
+        self.positions = None
         rotary = None
         if config.positions == "rotary":
             rotary = Rotary(config.head_dim, config.context)
@@ -139,6 +112,7 @@ class GPT(nn.Module):
                 kv_heads=config.kv_heads or None,
                 activation=config.activation,
                 dropout=config.dropout,
+                weight_dropout=config.attention_dropout,
                 bias=config.bias,
                 rotary=rotary,
                 eps=config.eps,
@@ -147,107 +121,5 @@ class GPT(nn.Module):
         )
         self.norm = LayerNorm(config.width, eps=config.eps, bias=config.bias)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
-        self.head.weight = self.embedding.weight
-        self.register_state_dict_post_hook(_drop_head)
-        self.register_load_state_dict_pre_hook(_restore_head)
-        self.register_load_state_dict_post_hook(_tie_head)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif parameter.dim() >= 2:
-                residual = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.layers) if residual else 0.02)
-
-    def forward(self, tokens: Tensor, *, cache: GPTCache | None = None) -> Tensor:
-        """tokens (B, N) int64 -> logits (B, N, V): position n speaks of token n + 1.
-
-        cache: from new_cache; the tokens follow those in it and join it.
-        Raises ValueError for another shape or dtype and for more tokens than the context; IndexError, on the
-        CPU, for a token that is not in the vocabulary.
-        """
-        return self.head(self._hidden(tokens, cache))  # type: ignore[no-any-return]
-
-    def loss(self, tokens: Tensor, targets: Tensor, *, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
-        """Next-token cross-entropy in nats, a float32 scalar (float64 for a float64 model).
-
-        tokens, targets: (B, N) int64; targets[:, n] is the token after tokens[:, n], or -100 for one that
-        does not count.
-        """
-        if targets.shape != tokens.shape or targets.dtype != torch.int64:
-            raise ValueError(
-                f"GPT.loss: targets must be int64 of tokens' shape {tuple(tokens.shape)}; "
-                f"got {targets.dtype} {tuple(targets.shape)}"
-            )
-        hidden = self._hidden(tokens, None)  # (B, N, E)
-        return linear_cross_entropy(hidden, self.head.weight, targets, reduction=reduction)
-
-    def new_cache(self, batch: int) -> GPTCache:
-        """An empty cache for batch sequences read side by side. Use it under torch.inference_mode()."""
-        if batch < 1:
-            raise ValueError(f"GPT.new_cache: batch must be at least 1; got {batch}")
-        return GPTCache(self.config.layers, batch, self.config.context)
-
-    def flops_per_token(self, context: int) -> float:
-        """Floating-point operations to train on one token, forward and backward, among context tokens.
-
-        6 for each weight of a matrix product, the head included; attention 12 * layers * width * context,
-        halved because a causal query sees half of the keys on average.
-        """
-        weights = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
-        return 6.0 * weights + 12.0 * self.config.layers * self.config.width * context / 2
-
-    def _hidden(self, tokens: Tensor, cache: GPTCache | None) -> Tensor:
-        """(B, N, E): what the head reads."""
-        self._check(tokens, cache)
-        offset = 0 if cache is None else cache.length
-        x = self.embedding(tokens)  # (B, N, E)
-        if self.positions is not None:
-            table = self.positions(tokens.shape[1], offset=offset, device=x.device)  # (N, E)
-            x = x * self.embedding_scale + table.to(x.dtype)
-        x = self.dropout(x)
-        for i, block in enumerate(self.blocks):
-            x = block(x, cache=None if cache is None else cache.layers[i])
-        return self.norm(x)  # type: ignore[no-any-return]
-
-    def _check(self, tokens: Tensor, cache: GPTCache | None) -> None:
-        if tokens.dim() != 2 or tokens.dtype != torch.int64:
-            raise ValueError(f"GPT: tokens must be (B, N) int64; got {tuple(tokens.shape)} {tokens.dtype}")
-        cached = 0 if cache is None else cache.length
-        if tokens.shape[1] + cached > self.config.context:
-            raise ValueError(
-                f"GPT: the context is {self.config.context} tokens; got {tokens.shape[1]}, "
-                f"and {cached} in the cache. Give the last ones only, with a new cache"
-            )
-        if cache is not None and cache.batch != tokens.shape[0]:
-            raise ValueError(
-                f"GPT: the cache is for a batch of {cache.batch}; got tokens {tuple(tokens.shape)}"
-            )
-
-
-def _drop_head(
-    module: nn.Module, state: MutableMapping[str, Tensor], prefix: str, metadata: dict[str, Any]
-) -> None:
-    """Leaves the shared matrix in the state_dict once: safetensors refuses two names for one memory."""
-    del state[prefix + "head.weight"]
-
-
-def _restore_head(
-    module: nn.Module, state: MutableMapping[str, Tensor], prefix: str, *_unused: object
-) -> None:
-    embedding = state.get(prefix + "embedding.weight")
-    head = state.get(prefix + "head.weight")
-    if embedding is not None and head is None:
-        state[prefix + "head.weight"] = embedding
-    elif embedding is not None and head is not None and not torch.equal(embedding, head):
-        raise ValueError(
-            f"GPT: {prefix}head.weight and {prefix}embedding.weight are one matrix here; "
-            "the state_dict has two that differ. Its model was not tied and cannot be loaded"
-        )
-
-
-def _tie_head(module: nn.Module, _incompatible_keys: object) -> None:
-    """load_state_dict(assign=True) puts two parameters where one was."""
-    cast(GPT, module).head.weight = cast(GPT, module).embedding.weight
+        tie(self)
+        initialise(self, residual_scale=1 / math.sqrt(2 * config.layers))

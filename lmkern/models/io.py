@@ -6,16 +6,20 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
 
 from lmkern.files import checksum, damage, replacing
+from lmkern.models.bert import Bert, BertConfig
 from lmkern.models.gpt import GPT, GPTConfig
+from lmkern.models.llama import Llama, LlamaConfig
+from lmkern.models.t5 import T5, T5Config
+from lmkern.models.tensors import check_tensors, fill
 from lmkern.models.transformer import Transformer, TransformerConfig
 
 FORMAT = "lmkern-model"
@@ -23,7 +27,18 @@ VERSION = 1
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 
-Model = GPT | Transformer
+Model = Bert | GPT | Llama | T5 | Transformer
+
+_ARCHITECTURES: Mapping[str, tuple[Callable[..., Model], Callable[..., Any]]] = MappingProxyType(
+    {
+        "Bert": (Bert, BertConfig),
+        "GPT": (GPT, GPTConfig),
+        "Llama": (Llama, LlamaConfig),
+        "T5": (T5, T5Config),
+        "Transformer": (Transformer, TransformerConfig),
+    }
+)
+_NAMES = f"{', '.join(sorted(_ARCHITECTURES)[:-1])} or {max(_ARCHITECTURES)}"
 
 
 def save(model: Model, folder: str | os.PathLike[str], *, beside: Sequence[Path] = ()) -> None:
@@ -36,8 +51,8 @@ def save(model: Model, folder: str | os.PathLike[str], *, beside: Sequence[Path]
     of model.
     """
     architecture = type(model).__name__
-    if architecture not in ("GPT", "Transformer"):
-        raise TypeError(f"save: expected an lmkern GPT or Transformer; got {architecture}")
+    if architecture not in _ARCHITECTURES:
+        raise TypeError(f"save: expected an lmkern {_NAMES}; got {architecture}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -74,10 +89,14 @@ def load(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") 
     # Building draws initial values: the caller's random numbers must not depend on that.
     with torch.random.fork_rng(devices=[]):
         model = _build(folder / CONFIG, description["architecture"], description["config"])
-    _check_tensors(folder, model.state_dict(), tensors)
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(tensors[name].dtype)
-    model.load_state_dict(tensors)
+    check_tensors(
+        "load",
+        folder / WEIGHTS,
+        model.state_dict(),
+        tensors,
+        f"It and {CONFIG} are of different models: take both from one save",
+    )
+    fill(model, tensors)
     return model.to(device).eval()
 
 
@@ -115,26 +134,11 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 
 def _build(path: Path, architecture: str, config: dict[str, Any]) -> Model:
+    if architecture not in _ARCHITECTURES:
+        raise ValueError(f"load: {path}: architecture must be {_NAMES}; got {architecture!r}")
+    model, configuration = _ARCHITECTURES[architecture]
     try:
-        if architecture == "GPT":
-            return GPT(GPTConfig(**config))
-        if architecture == "Transformer":
-            return Transformer(**dataclasses.asdict(TransformerConfig(**config)))
+        checked = configuration(**config)
     except TypeError as error:
         raise ValueError(f"load: {path}: config does not describe a {architecture}: {error}") from error
-    raise ValueError(f"load: {path}: architecture must be GPT or Transformer; got {architecture!r}")
-
-
-def _check_tensors(folder: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """ValueError that lists, side by side, every tensor that the configuration does not ask for as it is."""
-    lines = []
-    for name in sorted({*expected, *found}):
-        shapes = [str(tuple(side[name].shape)) if name in side else "-" for side in (expected, found)]
-        if shapes[0] != shapes[1]:
-            lines.append(f"  {name}: {shapes[0]} | {shapes[1]}")
-    if lines:
-        table = "\n".join(lines)
-        raise ValueError(
-            f"load: the tensors of {folder / WEIGHTS} do not fit {CONFIG}; name: expected | got\n{table}\n"
-            "The two files are of different models: take both from one save"
-        )
+    return model(**config) if model is Transformer else model(checked)

@@ -2,13 +2,22 @@
 
 from lmkern.nn.attention import KeyValueCache, MultiheadAttention, SelfAttention
 from lmkern.nn.block import Block
+from lmkern.nn.cross_attention import CrossAttention
 from lmkern.nn.embedding import Embedding
 from lmkern.nn.feed_forward import FeedForward
 from lmkern.nn.norm import LayerNorm, RMSNorm
 from lmkern.nn.positions import LearnedPositions, Rotary, SinusoidalPositions, sinusoidal_positions
+from lmkern.nn.transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
 __all__ = [
     "Block",
+    "CrossAttention",
     "Embedding",
     "FeedForward",
     "KeyValueCache",
@@ -19,5 +28,10 @@ __all__ = [
     "Rotary",
     "SelfAttention",
     "SinusoidalPositions",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
     "sinusoidal_positions",
 ]

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmkern.nn.positions import Rotary
-from lmkern.ops import attention, cached_attention, scaled_dot_product_attention
+from lmkern.nn.state_dict import LoadsWhole
+from lmkern.ops import attention, cached_attention
 
 # Up to so many new tokens the reading of the cache takes longer than the products with it.
 _FEW_QUERIES = 8
@@ -50,16 +51,28 @@ class KeyValueCache:
         self.length = end
         return self._keys[:, :, :end], self._values[:, :, :end]
 
+    def reorder(self, rows: Tensor) -> None:
+        """Sequence b becomes what sequence rows[b] was. rows: (new B,) int64, in any order, also repeated."""
+        self.batch = rows.shape[0]
+        if not self._keys.numel():
+            return
+        for name in ("_keys", "_values"):
+            old: Tensor = getattr(self, name)
+            new = old.new_empty(self.batch, *old.shape[1:])
+            new[:, :, : self.length] = old[:, :, : self.length][rows.to(old.device)]
+            setattr(self, name, new)
+
 
 class SelfAttention(nn.Module):
-    """Causal self-attention with grouped heads, rotary positions and a cache.
+    """Self-attention with grouped heads, rotary positions, a relative bias, padding and a cache.
 
-    width: E, a multiple of heads. heads: H. kv_heads: H_kv, default H; H must be a multiple.
+    width: E. heads: H. kv_heads: H_kv, default H; H must be a multiple. head_dim: D, default E / H.
+    causal: a token sees those before it and itself. softmax_scale: default 1 / sqrt(D).
     rotary: rotates queries and keys, or None.
-    dropout falls on the output. The attention weights are never dropped: the kernels never hold them.
+    dropout falls on the output, weight_dropout on the attention weights. bias: of both linear maps.
 
-    qkv: (E + 2 H_kv D, E), the queries above the keys above the values; one product makes all three, and the
-    op reads them as views of it. out: (E, E). Raises ValueError for head counts that do not divide.
+    qkv: ((H + 2 H_kv) D, E), the queries above the keys above the values; one product makes all three, and
+    the op reads them as views of it. out: (E, H D). Raises ValueError for head counts that do not divide.
     """
 
     def __init__(
@@ -68,24 +81,39 @@ class SelfAttention(nn.Module):
         heads: int,
         *,
         kv_heads: int | None = None,
+        head_dim: int | None = None,
+        causal: bool = True,
+        softmax_scale: float | None = None,
         dropout: float = 0.0,
+        weight_dropout: float = 0.0,
         bias: bool = True,
         rotary: Rotary | None = None,
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
-        if heads < 1 or width % heads:
+        if heads < 1 or (head_dim is None and width % heads):
             raise ValueError(f"SelfAttention: width must be a multiple of heads; got {width}, {heads}")
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"SelfAttention: heads must be a multiple of kv_heads; got {heads}, {kv_heads}")
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, width // heads
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim or width // heads
+        self.causal, self.softmax_scale, self.weight_dropout = causal, softmax_scale, weight_dropout
         self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias=bias)
-        self.out = nn.Linear(width, width, bias=bias)
+        self.out = nn.Linear(heads * self.head_dim, width, bias=bias)
         self.dropout = nn.Dropout(dropout)
         self.rotary = rotary
 
-    def forward(self, x: Tensor, *, cache: KeyValueCache | None = None) -> Tensor:
-        """(B, N, E) -> (B, N, E). The N tokens follow those in the cache and join it."""
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        relative_bias: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """(B, N, E) -> (B, N, E). The N tokens follow those in the cache and join it.
+
+        mask, relative_bias: as `lmkern.attention` takes them.
+        """
         counts = (self.heads, self.kv_heads, self.kv_heads)
         qkv = self.qkv(x).view(*x.shape[:2], sum(counts), self.head_dim)  # (B, N, H + 2 H_kv, D)
         if self.rotary is None:
@@ -98,15 +126,26 @@ class SelfAttention(nn.Module):
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H or H_kv, N, D)
         if cache is not None:
             k, v = cache.append(k, v)
-        few = cache is not None and q.shape[2] <= _FEW_QUERIES
-        if few and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
-            y = cast(Tensor, cached_attention(q, k, v))  # (B, H, N, D)
+        few = cache is not None and q.shape[2] <= _FEW_QUERIES and self.causal
+        plain = mask is None and relative_bias is None and not (self.training and self.weight_dropout)
+        if few and plain and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
+            y = cast(Tensor, cached_attention(q, k, v, softmax_scale=self.softmax_scale))  # (B, H, N, D)
         else:
-            y = cast(Tensor, attention(q, k, v, causal=True))
+            attended = attention(
+                q,
+                k,
+                v,
+                causal=self.causal,
+                softmax_scale=self.softmax_scale,
+                mask=mask,
+                relative_bias=relative_bias,
+                dropout_p=self.weight_dropout if self.training else 0.0,
+            )
+            y = cast(Tensor, attended)
         return self.dropout(self.out(y.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
 
 
-class MultiheadAttention(nn.MultiheadAttention):
+class MultiheadAttention(LoadsWhole, nn.MultiheadAttention):
     """torch.nn.MultiheadAttention, argument for argument and key for key, on lmkern's attention.
 
     Weights load from torch's module and back. need_weights=True, the default as in torch, has to hold the
@@ -133,7 +172,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             unbatched there is none.
         key_padding_mask: (B, N_k), or (N_k,) unbatched. attn_mask: (N_q, N_k) or (B * num_heads, N_q, N_k).
             Both are boolean (True: the key is NOT seen) or floating (added to the scores).
-        is_causal: a promise that attn_mask is the causal mask, so that the kernels need not read it.
+        is_causal: a promise that attn_mask is the causal mask, so that the kernels need not read it; it goes
+            with key_padding_mask.
 
         Returns the output in query's layout, and weights (B, N_q, N_k) averaged over heads, or
         (B, num_heads, N_q, N_k) if not average_attn_weights, or None if not need_weights. Dropout, in
@@ -141,35 +181,33 @@ class MultiheadAttention(nn.MultiheadAttention):
         """
         self._check(query, key, value, key_padding_mask, attn_mask)
         batched = query.dim() == 3
-        q, k, v = self._project(query, key, value)  # (B, N, E) each
-        batch, n_q, n_k = q.shape[0], q.shape[1], k.shape[1]
-        if is_causal and key_padding_mask is None and not need_weights and self._extra_keys == 0:
-            mask = None
-        else:
-            if is_causal and attn_mask is None:
-                attn_mask = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).triu(1)
-            is_causal = False
-            mask = self._merge(attn_mask, key_padding_mask, batch)
-        if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat((k, self.bias_k.to(k.dtype).expand(batch, 1, -1)), dim=1)
-            v = torch.cat((v, self.bias_v.to(v.dtype).expand(batch, 1, -1)), dim=1)
-        if self.add_zero_attn:
-            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-        q, k, v = (x.view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2) for x in (q, k, v))
+        if not batched:
+            query, key, value = _unsqueezed(query, key, value, 0 if self.batch_first else 1)
+        q, k, v = (self._heads(x) for x in self._project(query, key, value))  # (B, H, N_q or N_k, D)
+        n_q, n_k = q.shape[2], k.shape[2]
+        # The kernels' causal counts from the last key, torch's from the first.
+        causal = is_causal and not need_weights and not self._extra_keys and n_q == n_k
+        if causal:
+            attn_mask = None
+        elif is_causal and attn_mask is None:
+            attn_mask = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).triu(1)
+        mask, bias = self._merge(attn_mask, key_padding_mask, q.shape[0])
+        k, v = self._with_extra_keys(k, self.bias_k), self._with_extra_keys(v, self.bias_v)
 
         dropout_p = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
-            weights = F.dropout(_weights(q, k, mask), dropout_p)  # (B, H, N_q, N_k)
+            weights = F.dropout(_weights(q, k, mask, bias), dropout_p)  # (B, H, N_q, N_k)
             y = weights @ v  # (B, H, N_q, D)
         else:
-            y = scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
-        out = self.out_proj(y.transpose(1, 2).flatten(2))  # (B, N_q, E)
+            y = cast(Tensor, attention(q, k, v, causal=causal, mask=mask, bias=bias, dropout_p=dropout_p))
+        # (B, N_q, E), or (N_q, B, E): a view where y lies as q does.
+        out = self.out_proj(y.permute((0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)).flatten(2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
-        if not batched:
-            return out.squeeze(0), None if weights is None else weights.squeeze(0)
-        return out if self.batch_first else out.transpose(0, 1), weights
+        if batched:
+            return out, weights
+        return out.squeeze(0 if self.batch_first else 1), None if weights is None else weights.squeeze(0)
 
     @property
     def _extra_keys(self) -> int:
@@ -177,14 +215,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         return int(self.bias_k is not None) + int(self.add_zero_attn)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v as (B, N, E), before the split into heads."""
-        shared = query is key and key is value
-        if query.dim() == 2:
-            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
-        elif not self.batch_first:
-            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        """q, k, v, each (..., E): one product where they are of one tensor."""
         bias = self.in_proj_bias
-        if shared and self.in_proj_weight is not None:
+        if query is key and key is value and self.in_proj_weight is not None:
             q, k, v = F.linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)
             return q, k, v
         if self.in_proj_weight is not None:
@@ -192,28 +225,48 @@ class MultiheadAttention(nn.MultiheadAttention):
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         biases = (None, None, None) if bias is None else bias.chunk(3)
+        if key is value and self.in_proj_weight is not None:
+            both = None if bias is None else bias[self.embed_dim :]
+            k, v = F.linear(key, self.in_proj_weight[self.embed_dim :], both).chunk(2, dim=-1)
+            return F.linear(query, weights[0], biases[0]), k, v
         q, k, v = (F.linear(*each) for each in zip((query, key, value), weights, biases, strict=True))
         return q, k, v
 
-    def _merge(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int) -> Tensor | None:
-        """Both masks as one that broadcasts to (B, H, N_q, N_k); if boolean, True: the key is seen."""
-        masks = []
-        if attn_mask is not None:
-            masks.append(
-                attn_mask
-                if attn_mask.dim() == 2
-                else attn_mask.view(batch, self.num_heads, *attn_mask.shape[1:])
-            )
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, N, E) or (N, B, E), as batch_first says, as a view (B, H, N, D)."""
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        return x.permute((0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3))
+
+    def _with_extra_keys(self, x: Tensor, learned: Tensor | None) -> Tensor:
+        """Keys or values (B, H, N, D) followed by the learned one and the zero one."""
+        if learned is not None:
+            last = learned.to(x.dtype).view(1, self.num_heads, 1, self.head_dim)
+            x = torch.cat((x, last.expand(x.shape[0], -1, -1, -1)), dim=2)
+        return F.pad(x, (0, 0, 0, 1)) if self.add_zero_attn else x
+
+    def _merge(
+        self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Both masks as a mask (True: the key is seen) and a bias, which broadcast to (B, H, N_q, N_k).
+
+        A boolean and a floating one stay apart, so that neither is expanded.
+        """
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
         if key_padding_mask is not None:
-            padding = key_padding_mask if key_padding_mask.dim() == 2 else key_padding_mask.unsqueeze(0)
-            masks.append(padding[:, None, None, :])
-        if not masks:
-            return None
-        if all(mask.dtype == torch.bool for mask in masks):
-            hidden = masks[0] if len(masks) == 1 else masks[0] | masks[1]
-            return F.pad(~hidden, (0, self._extra_keys), value=True)
-        total = sum(_added(mask) for mask in masks)
-        return F.pad(cast(Tensor, total), (0, self._extra_keys))
+            key_padding_mask = key_padding_mask.view(batch, 1, 1, key_padding_mask.shape[-1])
+        mask = bias = None
+        for each in (attn_mask, key_padding_mask):
+            if each is None:
+                continue
+            if each.dtype == torch.bool:
+                mask = ~each if mask is None else mask & ~each
+            else:
+                bias = each if bias is None else bias + each
+        if self._extra_keys:
+            mask = None if mask is None else F.pad(mask, (0, self._extra_keys), value=True)
+            bias = None if bias is None else F.pad(bias, (0, self._extra_keys))
+        return mask, bias
 
     def _check(
         self,
@@ -251,20 +304,23 @@ class MultiheadAttention(nn.MultiheadAttention):
                 fail(f"{name} must be boolean (True: not seen) or floating (added)", f"{mask.dtype}")
 
 
-def _added(mask: Tensor) -> Tensor:
-    """A mask of torch.nn.MultiheadAttention as what is added to the scores."""
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros(mask.shape, device=mask.device).masked_fill(mask, -math.inf)
+def _unsqueezed(query: Tensor, key: Tensor, value: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+    """With a batch of one each; what is one tensor stays one."""
+    q = query.unsqueeze(axis)
+    k = q if key is query else key.unsqueeze(axis)
+    return q, k, k if value is key else value.unsqueeze(axis)
 
 
-def _weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q @ k^T / sqrt(D) + mask), (B, H, N_q, N_k) in q's dtype; the softmax in float32 or wider."""
+def _weights(q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
+    """softmax(q @ k^T / sqrt(D) + bias), (B, H, N_q, N_k) in q's dtype; the softmax in float32 or wider."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, N_q, N_k)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if mask is None:
+    if mask is None and bias is None:
         return scores.softmax(dim=-1).to(q.dtype)
-    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
     # softmax over nothing is NaN: such a row gets any finite scores, then zero weights.
     unseen = (scores == -math.inf).all(dim=-1, keepdim=True)
     return scores.masked_fill(unseen, 0.0).softmax(dim=-1).masked_fill(unseen, 0.0).to(q.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lmkern.ops import activation as fused_activation
 from lmkern.ops.activation import Function
 
-Activation = Literal["gelu", "gelu_tanh", "relu", "relu_squared", "silu", "geglu", "swiglu"]
+Activation = Literal["gelu", "gelu_tanh", "relu", "relu_squared", "silu", "geglu", "geglu_tanh", "swiglu"]
 
 # What each makes of its input, and whether it gates.
 _FORMS: Mapping[Activation, tuple[Function, bool]] = MappingProxyType(
@@ -23,6 +23,7 @@ _FORMS: Mapping[Activation, tuple[Function, bool]] = MappingProxyType(
         "relu_squared": ("relu_squared", False),
         "silu": ("silu", False),
         "geglu": ("gelu", True),
+        "geglu_tanh": ("gelu_tanh", True),
         "swiglu": ("silu", True),
     }
 )
@@ -31,11 +32,12 @@ _FORMS: Mapping[Activation, tuple[Function, bool]] = MappingProxyType(
 class FeedForward(nn.Module):
     """down(activation(up(x))), then dropout.
 
-    width: E. hidden: F, the width between. up: (F, E); for "geglu" and "swiglu" (2F, E), the gate above the
-    value, and gelu(gate) * value or silu(gate) * value between (Shazeer 2020, arXiv:2002.05202).
-    down: (E, F).
-    activation: "gelu", "gelu_tanh" (GPT-2's), "relu", "relu_squared", "silu", "geglu" or "swiglu"; ValueError
-    for any other.
+    width: E. hidden: F, the width between. up: (F, E); for "geglu", "geglu_tanh" and "swiglu" (2F, E), the
+    gate above the value, and gelu(gate) * value or silu(gate) * value between (Shazeer 2020,
+    arXiv:2002.05202). down: (E, F).
+    activation: "gelu", "gelu_tanh" (GPT-2's), "relu", "relu_squared", "silu", "geglu", "geglu_tanh"
+    (T5 1.1's) or "swiglu"; ValueError for any other.
+    dropout falls on the output, hidden_dropout on what stands between the maps.
 
     forward: (..., E) -> (..., E).
     """
@@ -47,6 +49,7 @@ class FeedForward(nn.Module):
         *,
         activation: Activation = "gelu",
         dropout: float = 0.0,
+        hidden_dropout: float = 0.0,
         bias: bool = True,
     ) -> None:
         super().__init__()
@@ -59,10 +62,13 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(width, 2 * hidden if self.gated else hidden, bias=bias)
         self.down = nn.Linear(hidden, width, bias=bias)
         self.dropout = nn.Dropout(dropout)
+        self.hidden_dropout = hidden_dropout
 
     def forward(self, x: Tensor) -> Tensor:
         # The activation adds the bias: its gradient then needs no pass of its own.
         hidden = fused_activation(
             F.linear(x, self.up.weight), self.up.bias, self.function, gated=self.gated
         )  # (..., F)
+        if self.training and self.hidden_dropout:
+            hidden = F.dropout(hidden, self.hidden_dropout)
         return self.dropout(self.down(hidden))  # type: ignore[no-any-return]

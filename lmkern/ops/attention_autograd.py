@@ -53,13 +53,16 @@ def _backward(
     backend: str | None,
     needs: Sequence[bool],
 ) -> Gradients:
-    kernel = _kernel(q, k, v, options, backend)
+    kernel = _kernel(q, k, v, options, backend, backward=True)
     return kernel.backward(dout, q, k, v, out, lse, dlse, options, needs=tuple(needs))  # type: ignore[no-any-return]
 
 
-def _kernel(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str | None) -> Any:
+def _kernel(
+    q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str | None, *, backward: bool = False
+) -> Any:
     tensors = {"q": q, "k": k, "v": v}
-    return backends.select(backends.Call("attention", tensors, {"options": options}, backend))
+    more = {"options": options, "backward": backward}
+    return backends.select(backends.Call("attention", tensors, more, backend))
 
 
 class _Attention(torch.autograd.Function):

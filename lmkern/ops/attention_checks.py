@@ -117,7 +117,7 @@ def checked_mask(name: str, what: str, mask: Tensor, q: Tensor, scores: tuple[in
 
 
 def checked_relative_bias(name: str, relative_bias: Tensor, q: Tensor, n_k: int) -> Tensor:
-    """(H or 1, 2 R + 1) in the dtype of q's statistics."""
+    """(H or 1, 2 R + 1) in the dtype of q's statistics, contiguous."""
     heads, reach = q.shape[1], max(q.shape[2], n_k) - 1
     if (
         relative_bias.dim() != 2
@@ -133,7 +133,7 @@ def checked_relative_bias(name: str, relative_bias: Tensor, q: Tensor, n_k: int)
 
 
 def checked_per_head(name: str, what: str, x: Tensor, q: Tensor) -> Tensor:
-    """(H,) in the dtype of q's statistics."""
+    """(H,) in the dtype of q's statistics, contiguous."""
     if x.shape != q.shape[1:2]:
         raise ValueError(f"{name}: {what} must be ({q.shape[1]},), one a query head; got {tuple(x.shape)}")
     return _statistics(name, what, x, q)
@@ -209,7 +209,7 @@ def _statistics(name: str, what: str, x: Tensor, q: Tensor) -> Tensor:
     if not x.dtype.is_floating_point:
         raise ValueError(f"{name}: {what} must be floating; got {x.dtype}")
     _same_device(name, what, x, q)
-    return x.to(statistics_dtype(q))
+    return x.to(statistics_dtype(q)).contiguous()
 
 
 def _same_device(name: str, what: str, x: Tensor, q: Tensor) -> None:

@@ -140,7 +140,7 @@ def test_a_missing_file_is_named(folder, name):
     [
         ({"format": "other"}, "must have format 'lmkern-model'; got 'other'"),
         ({"version": 2}, "must have version 1; got 2"),
-        ({"architecture": "BERT"}, "architecture must be GPT or Transformer; got 'BERT'"),
+        ({"architecture": "BERT"}, "architecture must be Bert, GPT, Llama, T5 or Transformer; got 'BERT'"),
         ({"files": None}, "lacks files"),
         ({"config": {"widht": 8}}, "config does not describe a GPT: .*widht"),
         ({"config": {"width": 7}}, "GPTConfig: width must be a multiple of heads"),
@@ -174,6 +174,8 @@ def test_tensors_that_do_not_fit_are_listed_side_by_side(folder):
 
 
 def test_another_kind_of_model_is_refused(tmp_path):
-    with pytest.raises(TypeError, match="save: expected an lmkern GPT or Transformer; got Linear"):
+    with pytest.raises(
+        TypeError, match="save: expected an lmkern Bert, GPT, Llama, T5 or Transformer; got Linear"
+    ):
         save(torch.nn.Linear(2, 2), tmp_path / "model")
     assert not (tmp_path / "model").exists()

@@ -14,6 +14,7 @@ FORMULAS = {
     "relu_squared": lambda h: h.clamp(min=0) ** 2,
     "silu": lambda h: h * torch.sigmoid(h),
     "geglu": lambda h: F.gelu(h[..., :6]) * h[..., 6:],
+    "geglu_tanh": lambda h: F.gelu(h[..., :6], approximate="tanh") * h[..., 6:],
     "swiglu": lambda h: h[..., :6] * torch.sigmoid(h[..., :6]) * h[..., 6:],
 }
 
@@ -28,6 +29,18 @@ def test_is_down_of_activation_of_up(activation, bias):
     expected = F.linear(hidden, module.down.weight, module.down.bias)
     torch.testing.assert_close(module(x), expected)
     assert (module.up.bias is not None) == bias
+
+
+def test_hidden_dropout_falls_between_the_maps_in_training_only():
+    torch.manual_seed(0)
+    module = FeedForward(64, 64, activation="relu", hidden_dropout=0.5, bias=False)
+    torch.nn.init.eye_(module.down.weight)
+    x = torch.randn(8, 64)
+    kept = F.relu(F.linear(x, module.up.weight))
+    y = module(x)
+    assert 0.6 < (y == 0).float().mean() < 0.9
+    torch.testing.assert_close(y[y != 0], 2 * kept[y != 0])
+    torch.testing.assert_close(module.eval()(x), kept)
 
 
 def test_dropout_falls_on_the_output_in_training_only():

@@ -265,6 +265,19 @@ def test_parameters_may_have_another_dtype_and_their_gradient_has_it_too(
         assert x.grad.dtype == parameter, name
 
 
+def test_relative_bias_and_sinks_of_any_strides() -> None:
+    q, k, v, _ = attention_inputs(SHAPES[0], torch.float32)
+    table, sinks = torch.randn(179, 4), torch.randn(4, 3)[:, 1]
+    (strided,) = leaves(table.T)
+    (packed,) = leaves(table.T.contiguous())
+    out = lmkern.attention(q, k, v, relative_bias=strided, sinks=sinks)
+    expected = lmkern.attention(q, k, v, relative_bias=packed, sinks=sinks.clone())
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    expected.sum().backward()
+    assert torch.equal(strided.grad, packed.grad)
+
+
 def test_alibi_is_a_slope_times_the_distance() -> None:
     q, k, v, _ = attention_inputs(SHAPES[0], torch.float64)
     slopes = torch.rand(4, dtype=torch.float64)

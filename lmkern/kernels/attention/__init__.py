@@ -20,6 +20,6 @@ least float32.
 
 from lmkern.kernels.attention.options import Options
 
-BACKENDS = ("triton", "cpu", "reference")
+BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 __all__ = ["BACKENDS", "Options"]

@@ -35,7 +35,7 @@ def unsupported(call: Call) -> str | None:
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=cpu_call.statistics_dtype(q))
-    native.module(q.dtype).attention_forward(_pack({"q": q, "k": k, "v": v, "out": out, "lse": lse}, options))
+    native.module(q.dtype).attention_forward(pack({"q": q, "k": k, "v": v, "out": out, "lse": lse}, options))
     return out, lse
 
 
@@ -65,7 +65,7 @@ def backward(
         "dlse": None if dlse is None else dlse.contiguous(),
         "dq": dq, "dk": dk, "dv": dv, "dbias": dbias, "drelative_bias": drelative,
     }  # fmt: skip
-    native.module(q.dtype).attention_backward(_pack(tensors, options))
+    native.module(q.dtype).attention_backward(pack(tensors, options))
     if drelative is not None and options.relative_bias is not None:
         drelative = drelative.sum(0)
         if options.relative_bias.shape[0] == 1:
@@ -88,7 +88,7 @@ def _sink_gradient(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, 
     return -(weights * delta).sum((0, 2)).to(lse.dtype)
 
 
-def _pack(tensors: Mapping[str, Tensor | None], options: Options) -> bytes:
+def pack(tensors: Mapping[str, Tensor | None], options: Options) -> bytes:
     q, k = tensors["q"], tensors["k"]
     assert q is not None and k is not None
     batch, heads, n_q, head_dim = q.shape

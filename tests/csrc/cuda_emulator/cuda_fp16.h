@@ -16,3 +16,9 @@ inline float __half2float(__half x) {
 inline __half __float2half_rn(float x) {
     return {_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT)};
 }
+struct __half2 {
+    __half x, y;
+};
+inline __half2 __floats2half2_rn(float low, float high) {
+    return {__float2half_rn(low), __float2half_rn(high)};
+}

@@ -1,26 +1,33 @@
-// Enough of CUDA to run the project's plain kernels on the CPU, for tests: this folder comes before CUDA's
-// own headers.
+// Enough of CUDA to run the project's kernels on the CPU, for tests: this folder comes before CUDA's own
+// headers and before csrc/.
 //
-// A thread of a block is a fiber. Between two __syncthreads the warps run one after the other, each as far as
-// it gets, in ascending order in one block and in descending order in the next, so that a barrier that is
-// missing is seen in the result; within a warp, shuffles are barriers. Refused: a warp of which some threads
-// wait at a shuffle or barrier and others do not, and a load that is not aligned.
+// A thread of a block is a fiber. The warps run one after the other, each as far as it gets, in ascending
+// order in one block and in descending order in the next, so that a barrier that is missing is seen in the
+// result; within a warp, shuffles are barriers. What is asynchronous (tile/ptx.hpp, tile/wgmma.hpp) happens
+// as late as it may: a copy when no thread can go on, a product when it is waited for. Refused: a warp of
+// which some threads wait at a shuffle or barrier and others do not, a load that is not aligned, and threads
+// that wait for each other.
 //
-// Not here: device memory, streams, atomics, anything asynchronous, the rounding of fast mathematics.
+// Not here: device memory, streams, anything between blocks, the rounding of fast mathematics.
 #pragma once
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
+#include <functional>
 #include <mutex>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
+#define __grid_constant__
 // One block runs at a time.
 #define __shared__ static
 
@@ -34,17 +41,24 @@ struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
 
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_emulator {
 
-enum class State { ready, at_shuffle, at_barrier, done };
+// polling: until the fiber's condition holds.
+enum class State { ready, at_shuffle, at_barrier, polling, done };
 
 struct Fiber {
     ucontext_t context;
     dim3 thread;
     State state;
-    float offered;
+    unsigned offered;
+    std::function<bool()> condition;
+    std::string waits_for;
 };
 
 constexpr unsigned kWarp = 32, kMaxThreads = 1024, kStackBytes = 64 * 1024;
@@ -55,6 +69,16 @@ inline ucontext_t scheduler;
 inline unsigned current = 0;
 inline bool descending = false;
 inline bool misaligned = false;
+// Copies that have been started and not made.
+inline std::deque<std::function<void()>> copies;
+inline void start_copy(std::function<void()> copy) {
+    if (descending)
+        copy();
+    else
+        copies.push_back(std::move(copy));
+}
+// Called before each block: what one block leaves behind, the next does not find.
+inline std::vector<void (*)()> at_block_start;
 // makecontext passes no pointer; one kernel runs at a time.
 inline void (*run_kernel)(const void*) = nullptr;
 inline const void* kernel_call = nullptr;
@@ -64,27 +88,68 @@ inline void wait_in(State state) {
     swapcontext(&fibers[current].context, &scheduler);
 }
 
+inline void wait_until(std::function<bool()> condition, const std::string& name) {
+    if (condition()) return;
+    fibers[current].condition = std::move(condition);
+    fibers[current].waits_for = name;
+    wait_in(State::polling);
+}
+
+// Lets every other warp go as far as it gets.
+inline unsigned round_of_warps = 0;
+inline void step_aside() {
+    const unsigned now = round_of_warps;
+    wait_until([=] { return round_of_warps != now; }, "nothing");
+}
+
 inline void start_fiber() {
     run_kernel(kernel_call);
     wait_in(State::done);
 }
 
-// Runs a warp until all its threads wait at the block's barrier or are done.
-inline void run_warp(unsigned first, unsigned end) {
-    do {
-        for (current = first; current < end; ++current) {
-            if (fibers[current].state == State::done) continue;
-            threadIdx = fibers[current].thread;
-            swapcontext(&scheduler, &fibers[current].context);
+// Runs a warp as far as it gets; whether it got anywhere.
+inline bool run_warp(unsigned first, unsigned end) {
+    bool moved = false;
+    while (true) {
+        bool again = false;
+        for (unsigned lane = first; lane < end; ++lane) {
+            Fiber& fiber = fibers[lane];
+            if (fiber.state == State::polling && fiber.condition()) fiber.state = State::ready;
+            if (fiber.state != State::ready) continue;
+            again = true;
+            current = lane;
+            threadIdx = fiber.thread;
+            swapcontext(&scheduler, &fiber.context);
         }
-        for (unsigned lane = first; lane < end; ++lane)
-            if (fibers[lane].state != fibers[first].state)
-                throw std::logic_error("cuda_emulator: a warp is divided at a barrier");
-    } while (fibers[first].state == State::at_shuffle);
+        moved |= again;
+        // A thread may have let an earlier one of its warp go on.
+        if (again) continue;
+        unsigned counts[5] = {};
+        for (unsigned lane = first; lane < end; ++lane) ++counts[static_cast<int>(fibers[lane].state)];
+        const unsigned at_shuffle = counts[static_cast<int>(State::at_shuffle)];
+        const unsigned at_barrier = counts[static_cast<int>(State::at_barrier)];
+        // Lanes that wait for something else may yet come.
+        if (counts[static_cast<int>(State::polling)] != 0) return moved;
+        if (at_shuffle != 0 && at_shuffle != end - first || at_barrier != 0 && at_barrier != end - first)
+            throw std::logic_error("cuda_emulator: a warp is divided at a barrier");
+        if (at_shuffle == 0) return moved;
+        for (unsigned lane = first; lane < end; ++lane) fibers[lane].state = State::ready;
+    }
+}
+
+// What each thread that is not done waits for.
+inline std::string deadlock() {
+    std::string said = "cuda_emulator: no thread of block " + std::to_string(blockIdx.x) + " can go on:";
+    for (unsigned i = 0; i < blockDim.x * blockDim.y * blockDim.z; i += kWarp)
+        if (fibers[i].state != State::done)
+            said += " thread " + std::to_string(i) + " waits for " +
+                    (fibers[i].state == State::polling ? fibers[i].waits_for : "the block") + ";";
+    return said;
 }
 
 inline void run_block() {
     const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
+    for (auto* prepare : at_block_start) prepare();
     for (unsigned i = 0; i < threads; ++i) {
         Fiber& fiber = fibers[i];
         fiber.thread = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y));
@@ -97,13 +162,27 @@ inline void run_block() {
     }
     descending = !descending;
     const unsigned warps = (threads + kWarp - 1) / kWarp;
-    for (unsigned running = warps; running > 0;) {
-        running = 0;
+    while (true) {
+        bool moved = false;
+        ++round_of_warps;
         for (unsigned turn = 0; turn < warps; ++turn) {
             const unsigned first = (descending ? warps - 1 - turn : turn) * kWarp;
-            if (fibers[first].state == State::done) continue;
-            run_warp(first, first + kWarp < threads ? first + kWarp : threads);
-            if (fibers[first].state == State::at_barrier) ++running;
+            moved |= run_warp(first, std::min(first + kWarp, threads));
+        }
+        unsigned at_barrier = 0, done = 0;
+        for (unsigned i = 0; i < threads; ++i) {
+            at_barrier += fibers[i].state == State::at_barrier;
+            done += fibers[i].state == State::done;
+        }
+        if (done == threads && copies.empty()) return;
+        if (at_barrier != 0 && at_barrier + done == threads) {
+            for (unsigned i = 0; i < threads; ++i)
+                if (fibers[i].state == State::at_barrier) fibers[i].state = State::ready;
+        } else if (!moved) {
+            if (copies.empty()) throw std::logic_error(deadlock());
+            const auto copy = std::move(copies.front());
+            copies.pop_front();
+            copy();
         }
     }
 }
@@ -114,15 +193,45 @@ inline void __syncthreads() {
     cuda_emulator::wait_in(cuda_emulator::State::at_barrier);
 }
 
-inline float __shfl_xor_sync(unsigned, float value, int offset) {
+// Every lane of the warp offers a word; use(words of the 32 lanes) is the lane's result.
+template <class Use>
+auto exchange(unsigned word, const Use& use) {
     using namespace cuda_emulator;
     const unsigned here = current;
-    fibers[here].offered = value;
+    fibers[here].offered = word;
     wait_in(State::at_shuffle);
-    const float other = fibers[here ^ static_cast<unsigned>(offset)].offered;
+    const auto result = use(&fibers[here / kWarp * kWarp], here % kWarp);
     wait_in(State::at_shuffle);
-    return other;
+    return result;
 }
+
+inline void __syncwarp() {
+    exchange(0, [](const cuda_emulator::Fiber*, unsigned) { return 0; });
+}
+
+inline unsigned __shfl_xor_sync(unsigned, unsigned value, int offset) {
+    return exchange(value, [&](const cuda_emulator::Fiber* warp, unsigned lane) {
+        return warp[lane ^ static_cast<unsigned>(offset)].offered;
+    });
+}
+
+inline float __shfl_xor_sync(unsigned mask, float value, int offset) {
+    unsigned bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    bits = __shfl_xor_sync(mask, bits, offset);
+    std::memcpy(&value, &bits, sizeof bits);
+    return value;
+}
+
+inline int __any_sync(unsigned, bool value) {
+    return exchange(value, [](const cuda_emulator::Fiber* warp, unsigned) {
+        return std::any_of(warp, warp + cuda_emulator::kWarp,
+                           [](const auto& lane) { return lane.offered != 0; });
+    });
+}
+
+using std::max;
+using std::min;
 
 template <class T>
 T __ldg(const T* from) {
@@ -152,6 +261,10 @@ inline cudaError_t cudaGetLastError() {
 }
 inline cudaError_t cudaGetDevice(int* device) {
     return *device = 0, cudaSuccess;
+}
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
+    return bytes <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
 inline cudaError_t cudaSetDevice(int) {
     return cudaSuccess;

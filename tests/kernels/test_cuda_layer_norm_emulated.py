@@ -1,14 +1,7 @@
-"""The CUDA kernels on the CPU, through tests/csrc/cuda_emulator: what a machine without a GPU can show."""
+"""Layer norm's CUDA kernels on the CPU, through tests/csrc/cuda_emulator."""
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
-import platform
-import shutil
-import subprocess
-import sysconfig
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -26,47 +19,11 @@ from lmkern.testing import (
     poisoned_memory,
 )
 
-ROOT = Path(__file__).parents[2]
-EMULATOR = ROOT / "tests/csrc/cuda_emulator"
-SOURCES = ("cuda_module.cpp", "layer_norm/cuda_forward.cu", "layer_norm/cuda_backward.cu")
-
 # Widths at which another kernel takes over: a pack for each thread of a warp, four packs, a block, memory.
 BORDERS = tuple(LayerNormShape(3, E) for E in (128, 132, 256, 264, 4096, 4097, 8192, 8200, 32768, 32776))
 SHAPES = LAYER_NORM_SHAPES + BORDERS
 
 ALL = (True, True, True)
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    compiler = shutil.which("g++")
-    if compiler is None or platform.machine() != "x86_64" or platform.system() != "Linux":
-        pytest.skip("the CUDA emulator needs g++ on x86-64 Linux")
-    import pybind11
-
-    folder = tmp_path_factory.mktemp("emulated")
-    objects = [folder / f"{number}.o" for number in range(len(SOURCES))]
-    includes = [EMULATOR, ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
-    flags = ["-std=c++17", "-O1", "-fPIC", "-mf16c", "-fvisibility=hidden", "-w"]
-    for source, compiled in zip(SOURCES, objects, strict=True):
-        command = [
-            compiler,
-            *flags,
-            *(f"-I{path}" for path in includes),
-            "-x",
-            "c++",
-            "-c",
-            ROOT / "csrc" / source,
-        ]
-        subprocess.run([*command, "-o", compiled], check=True)
-    path = folder / "_cuda.so"
-    subprocess.run([compiler, "-shared", *objects, "-o", path], check=True)
-    loader = importlib.machinery.ExtensionFileLoader("emulated._cuda", str(path))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,148 @@
+// Hopper's instructions, one function each, named as in the PTX manual (sections 9.7.9, 9.7.13 and 9.7.15 of
+// PTX ISA 8.5). sm_90a only: the callers are compiled for nothing else. A verb of the products is in
+// wgmma.hpp.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+#include <cstdio>
+
+namespace lmkern::ptx {
+
+// 64 bits in shared memory: arrivals and bytes that are still awaited, and the parity of the phase.
+using Barrier = uint64_t;
+using TensorMap = CUtensorMap;
+
+// The block's dynamic shared memory.
+__device__ inline unsigned char* dynamic_shared() {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    return memory;
+}
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// A phase ends when `arrivals` threads have arrived and the bytes they announced are there.
+__device__ inline void mbarrier_init(Barrier* barrier, uint32_t arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
+}
+
+// Makes initialised barriers known to the copy engine; __syncthreads makes them known to the block.
+__device__ inline void fence_mbarrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ inline void mbarrier_arrive(Barrier* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives, and lets the phase wait for so many bytes more.
+__device__ inline void mbarrier_arrive_expect_tx(Barrier* barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+                 "r"(bytes)
+                 : "memory");
+}
+
+// Waits for the end of the phase of this parity: of the first phase it is 0.
+__device__ inline void mbarrier_wait(Barrier* barrier, uint32_t parity, [[maybe_unused]] const char* name) {
+#ifdef LMKERN_CUDA_DEBUG
+    constexpr long long kTooLong = 2'000'000'000;  // clocks, about a second
+    const long long start = clock64();
+#endif
+    uint32_t ended = 0;
+    while (true) {
+        asm volatile(
+            "{\n.reg .pred p;\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, p;\n}"
+            : "=r"(ended)
+            : "r"(shared_address(barrier)), "r"(parity)
+            : "memory");
+        if (ended) return;
+#ifdef LMKERN_CUDA_DEBUG
+        if (clock64() - start > kTooLong) {
+            printf("lmkern: block %d, thread %d waits for %s, parity %u\n", blockIdx.x, threadIdx.x, name,
+                   parity);
+            __trap();
+        }
+#endif
+    }
+}
+
+// Copies a box of a tensor (column, row, head, batch: its first element) into shared memory; the barrier
+// counts the bytes, those beyond the tensor, which are zero, among them.
+__device__ inline void cp_async_bulk_tensor(void* to, const TensorMap* map, Barrier* barrier, int column,
+                                            int row, int head, int batch) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_address(to)),
+        "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(head), "r"(batch)
+        : "memory");
+}
+
+// to[i] += from[i] for `bytes` bytes of float32 from shared memory, each element in one piece.
+__device__ inline void cp_reduce_async_bulk_add(float* to, const float* from, uint32_t bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+                 "r"(shared_address(from)), "r"(bytes)
+                 : "memory");
+}
+
+__device__ inline void cp_async_bulk_commit_group() {
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Until the thread's bulk copies have read shared memory.
+__device__ inline void cp_async_bulk_wait_group_read() {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// Until they are done: their results are in global memory.
+__device__ inline void cp_async_bulk_wait_group() {
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// Makes this thread's stores to shared memory known to the copy engine and the tensor cores.
+__device__ inline void fence_proxy_async() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Named barriers 1 to 15 (0 is __syncthreads): `threads` of them arrive, those that sync wait for all.
+__device__ inline void bar_sync(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ inline void bar_arrive(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// The registers of each thread of this warpgroup from here on; a multiple of 8.
+template <int registers>
+__device__ void setmaxnreg_inc() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
+template <int registers>
+__device__ void setmaxnreg_dec() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
+// 2^x, to 2 units in the last place.
+__device__ inline float ex2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Until a counter in global memory has a value; what was written before the addition that gave it is seen
+// then.
+__device__ inline void wait_for(const int* counter, int value) {
+    int found;
+    do {
+        asm volatile("ld.global.acquire.gpu.b32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
+    } while (found != value);
+}
+__device__ inline void red_release_add(int* counter, int value) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+
+}  // namespace lmkern::ptx

@@ -1,0 +1,116 @@
+"""A model's own modules on lmkern's kernels, in place, and back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lmkern.nn.transformer import COUNTERPARTS
+
+Undo = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How one kind of module comes to run on our kernels.
+
+    name: of the kind, as `Patch` lists it.
+    matches: whether a module is of the kind; False for one that is ours already.
+    replace: changes the module where it stands, and returns what undoes that; or returns the reason why it is
+        left. Parameters stay the same objects. `swap_class` is the way to do it.
+    """
+
+    name: str
+    matches: Callable[[nn.Module], bool]
+    replace: Callable[[nn.Module], Undo | str]
+
+
+@dataclass(slots=True)
+class Patch:
+    """What `patch` did. swapped: path of a module -> name of the rule. left: path -> why."""
+
+    swapped: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    _undo: list[Undo] = field(default_factory=list, repr=False)
+
+    def undo(self) -> None:
+        """Makes every swapped module what it was, bit for bit. A second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __str__(self) -> str:
+        counts = Counter(self.swapped.values())
+        kinds = ", ".join(f"{name} x {count}" for name, count in counts.items()) or "nothing"
+        reasons: dict[str, list[str]] = {}
+        for path, reason in self.left.items():
+            reasons.setdefault(reason, []).append(path or "the model itself")
+        lines = [f"lmkern.patch: swapped {kinds}"]
+        for reason, paths in reasons.items():
+            more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+            lines.append(f"  left {', '.join(paths[:3])}{more}: {reason}")
+        return "\n".join(lines)
+
+
+def swap_class(module: nn.Module, cls: type[nn.Module]) -> Undo:
+    """Makes module an instance of cls, a class with the same attributes; returns what undoes it.
+
+    The object stays, and with it its parameters, buffers, hooks, name and training flag, so optimizers made
+    before go on and tied weights stay tied.
+    """
+    original = module.__class__
+
+    def undo() -> None:
+        module.__class__ = original
+
+    module.__class__ = cls
+    return undo
+
+
+def patch(model: nn.Module, *, verbose: bool = True) -> Patch:
+    """Puts every module of model for which there is a rule on lmkern's kernels, in place, from the top down.
+
+    Of torch.nn: the Transformer and its parts, MultiheadAttention, LayerNorm, RMSNorm and Embedding. A module
+    of a subclass of these is left, since it may compute something else. Further rules stand in `RULES`; the
+    first that matches a module decides. Losses and other functions that a forward calls are not touched.
+
+    Returns a `Patch`, printed unless verbose is False. Patching twice changes nothing more. If a rule raises,
+    all is as before. Patch before torch.compile.
+    """
+    done = Patch()
+    try:
+        for path, module in model.named_modules():
+            rule = next((rule for rule in RULES if rule.matches(module)), None)
+            if rule is None:
+                continue
+            result = rule.replace(module)
+            if isinstance(result, str):
+                done.left[path] = result
+            else:
+                done.swapped[path] = rule.name
+                done._undo.append(result)
+    except BaseException:
+        done.undo()
+        raise
+    if verbose:
+        print(done)
+    return done
+
+
+def _rule(theirs: type[nn.Module], ours: type[nn.Module]) -> Rule:
+    def matches(module: nn.Module) -> bool:
+        return isinstance(module, theirs) and not isinstance(module, ours)
+
+    def replace(module: nn.Module) -> Undo | str:
+        if type(module) is not theirs:
+            name = type(module).__name__
+            return f"{name} is a subclass of torch.nn.{theirs.__name__} and may compute something else"
+        return swap_class(module, ours)
+
+    return Rule(theirs.__name__, matches, replace)
+
+
+# In order: the first that matches decides. Rules for subclasses of torch's modules stand before these.
+RULES: list[Rule] = [_rule(theirs, ours) for theirs, ours in COUNTERPARTS.items()]

@@ -1,0 +1,160 @@
+// csrc/tile/ptx.hpp on the CPU: the same names, as the PTX manual defines them. Shared memory is NaN when a
+// block starts.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <string>
+
+namespace cuda_emulator {
+
+constexpr size_t kSharedBytes = 227 * 1024;
+alignas(1024) inline unsigned char shared_memory[kSharedBytes];
+
+// Threads that have come to a named barrier, and how often each was passed.
+struct Named {
+    int arrived = 0, passed = 0;
+};
+inline Named named[16];
+
+// Bulk copies that a thread has started and that are not made.
+inline std::vector<int> bulk_pending(kMaxThreads);
+
+inline const bool registered = [] {
+    at_block_start.push_back([] {
+        std::fill(shared_memory, shared_memory + kSharedBytes, 0xFF);
+        std::fill(named, named + 16, Named{});
+        std::fill(bulk_pending.begin(), bulk_pending.end(), 0);
+    });
+    return true;
+}();
+
+}  // namespace cuda_emulator
+
+namespace lmkern::ptx {
+
+struct Barrier {
+    int arrivals, pending;
+    int64_t bytes;
+    uint32_t parity;
+
+    void settle() {
+        if (pending != 0 || bytes != 0) return;
+        pending = arrivals;
+        parity ^= 1;
+    }
+};
+
+struct TensorMap {
+    const unsigned char* start;
+    int64_t sizes[4], strides[3];  // batch, head, row, column; bytes
+    int rows;
+};
+
+inline unsigned char* dynamic_shared() {
+    return cuda_emulator::shared_memory;
+}
+
+inline uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - cuda_emulator::shared_memory);
+}
+
+inline void mbarrier_init(Barrier* barrier, uint32_t arrivals) {
+    *barrier = {static_cast<int>(arrivals), static_cast<int>(arrivals), 0, 0};
+}
+inline void fence_mbarrier_init() {}
+inline void arrive(Barrier* barrier) {
+    --barrier->pending;
+    barrier->settle();
+}
+inline void mbarrier_arrive(Barrier* barrier) {
+    arrive(barrier);
+    // Who waited may be faster than who arrived.
+    cuda_emulator::step_aside();
+}
+inline void mbarrier_arrive_expect_tx(Barrier* barrier, uint32_t bytes) {
+    barrier->bytes += bytes;
+    arrive(barrier);
+}
+inline void mbarrier_wait(Barrier* barrier, uint32_t parity, const char* name) {
+    cuda_emulator::wait_until([=] { return barrier->parity != parity; }, name);
+}
+
+// The address that the 128-byte swizzle gives to one.
+inline uint32_t swizzled(uint32_t address) {
+    return address ^ (address >> 7 & 7) << 4;
+}
+
+inline void cp_async_bulk_tensor(void* to, const TensorMap* map, Barrier* barrier, int column, int row,
+                                 int head, int batch) {
+    cuda_emulator::start_copy([=] {
+        const TensorMap& m = *map;
+        const uint32_t address = shared_address(to);
+        for (int r = 0; r < m.rows; ++r)
+            for (int c = 0; c < 64; ++c) {
+                const bool inside = row + r < m.sizes[2] && column + c < m.sizes[3];
+                uint16_t value = 0;
+                if (inside)
+                    std::memcpy(&value,
+                                m.start + batch * m.strides[0] + head * m.strides[1] +
+                                    (row + r) * m.strides[2] + (column + c) * 2,
+                                2);
+                std::memcpy(cuda_emulator::shared_memory + swizzled(address + r * 128 + c * 2), &value, 2);
+            }
+        barrier->bytes -= m.rows * 128;
+        barrier->settle();
+    });
+}
+
+inline void cp_reduce_async_bulk_add(float* to, const float* from, uint32_t bytes) {
+    const unsigned thread = cuda_emulator::current;
+    ++cuda_emulator::bulk_pending[thread];
+    cuda_emulator::start_copy([=] {
+        for (uint32_t i = 0; i < bytes / 4; ++i) to[i] += from[i];
+        --cuda_emulator::bulk_pending[thread];
+    });
+}
+inline void cp_async_bulk_commit_group() {}
+inline void cp_async_bulk_wait_group() {
+    const unsigned thread = cuda_emulator::current;
+    cuda_emulator::wait_until([=] { return cuda_emulator::bulk_pending[thread] == 0; }, "its bulk copies");
+}
+inline void cp_async_bulk_wait_group_read() {
+    cp_async_bulk_wait_group();
+}
+inline void fence_proxy_async() {}
+
+inline bool bar_arrives(int barrier, int threads) {
+    cuda_emulator::Named& at = cuda_emulator::named[barrier];
+    if (++at.arrived < threads) return false;
+    at.arrived = 0;
+    ++at.passed;
+    return true;
+}
+inline void bar_arrive(int barrier, int threads) {
+    bar_arrives(barrier, threads);
+}
+inline void bar_sync(int barrier, int threads) {
+    const int before = cuda_emulator::named[barrier].passed;
+    bar_arrives(barrier, threads);
+    cuda_emulator::wait_until([=] { return cuda_emulator::named[barrier].passed != before; },
+                              "named barrier " + std::to_string(barrier));
+}
+
+template <int>
+void setmaxnreg_inc() {}
+template <int>
+void setmaxnreg_dec() {}
+
+inline float ex2(float x) {
+    return std::exp2(x);
+}
+
+inline void wait_for(const int* counter, int value) {
+    cuda_emulator::wait_until([=] { return *counter == value; }, "its turn");
+}
+inline void red_release_add(int* counter, int value) {
+    *counter += value;
+}
+
+}  // namespace lmkern::ptx

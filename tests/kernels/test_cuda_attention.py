@@ -1,0 +1,204 @@
+"""Attention's CUDA kernels: on a GPU, and on the CPU through tests/csrc/cuda_emulator.
+
+The first is what RUN_ON_HARDWARE in the backend's cuda.py stands for; the second has copies, barriers and
+products as the PTX manual defines them.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from lmkern.kernels import cuda_call
+from lmkern.kernels.attention import Options, cuda, reference
+from lmkern.testing import AttentionShape, attention_inputs, measure, over_budget, poisoned_memory
+
+ROOT = Path(__file__).parents[2]
+BRAIN, HALF = torch.bfloat16, torch.float16
+ALL = (True, True, True, False, False, False)
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(cuda.unavailable() is not None, reason=str(cuda.unavailable())),
+            ],
+        ),
+    ]
+)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """cpu: lmkern.kernels.attention.cuda takes CPU tensors, on an emulated GPU of three processors."""
+    if request.param == "cpu":
+        compiled = request.getfixturevalue("emulated")
+        monkeypatch.setattr(cuda_call, "module", lambda: compiled)
+        monkeypatch.setattr(cuda_call, "device_and_stream", lambda x: (0, 0))
+        monkeypatch.setattr(cuda_call, "processors", lambda device: 3)
+    return str(request.param)
+
+
+def run(
+    kernels: ModuleType,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    options: Options,
+    needs: tuple[bool, ...] = ALL,
+    dlse: Tensor | None = None,
+) -> dict[str, Tensor | None]:
+    with poisoned_memory():
+        out, lse = kernels.forward(q, k, v, options)
+        found: dict[str, Tensor | None] = {"out": out, "lse": lse}
+        if q.shape[3] > cuda.MAX_BACKWARD_HEAD_DIM:
+            return found
+        gradients = kernels.backward(dout, q, k, v, out, lse, dlse, options, needs=needs)
+        return found | dict(zip(("dq", "dk", "dv"), gradients, strict=False))
+
+
+def assert_close(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, options: Options, dlse: Tensor | None = None
+) -> None:
+    """Against float64, the reference's error in q's dtype being the measure; a second run is bit-equal."""
+    wide = (x.double() for x in (q, k, v, dout))
+    exact = run(reference, *wide, options, dlse=None if dlse is None else dlse.double())
+    torchs = run(reference, q, k, v, dout, options, dlse=dlse)
+    ours, again = (run(cuda, q, k, v, dout, options, dlse=dlse) for _ in range(2))
+    for name, result in ours.items():
+        one, other, wanted = again[name], torchs[name], exact[name]
+        assert result is not None and one is not None and other is not None and wanted is not None
+        assert torch.equal(result, one), name
+        unseen = wanted == -torch.inf
+        assert torch.equal(result == -torch.inf, unseen), name
+        kept = [x.masked_fill(unseen, 0.0) for x in (result, other, wanted)]
+        assert not (reason := over_budget(name, measure(*kept))), reason
+
+
+def shape(
+    B: int, H: int, N_q: int, D: int, N_k: int | None = None, H_kv: int | None = None
+) -> AttentionShape:
+    return AttentionShape(B, H, N_q, D, N_q if N_k is None else N_k, H if H_kv is None else H_kv)
+
+
+# What each has beside the one before: whole tiles; several of keys, and of queries; ragged ones and shared
+# heads; each size of tile; a head_dim that fills none.
+SHAPES = (
+    shape(1, 1, 128, 64),
+    shape(1, 1, 64, 64, 384),
+    shape(1, 1, 400, 64, 128),
+    shape(2, 2, 140, 64, 150, 1),
+    shape(1, 2, 140, 128, 150, 1),
+    shape(1, 1, 200, 256, 150),
+    shape(1, 2, 130, 72, 129),
+    shape(1, 1, 33, 8, 52),
+    # One key alone would have a dq of exactly zero, beside which any error is infinite.
+    shape(1, 1, 1, 16, 3),
+)
+
+
+@pytest.mark.parametrize("sizes", SHAPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_result_matches_float64(sizes: AttentionShape, causal: bool, device: str) -> None:
+    inputs = attention_inputs(sizes, BRAIN if causal else HALF, device=device)
+    assert_close(*inputs, Options(sizes.D**-0.5, right=0 if causal else None))
+
+
+@pytest.mark.parametrize("bounds", [(0, 0), (70, 40), (None, 40), (200, None)], ids=str)
+@pytest.mark.parametrize("lengths", [(170, 300), (300, 170)], ids=str)
+def test_windows(bounds: tuple[int | None, int | None], lengths: tuple[int, int], device: str) -> None:
+    top_left = bounds[0] == 70
+    inputs = attention_inputs(shape(1, 1, lengths[0], 64, lengths[1]), BRAIN, device=device)
+    assert_close(*inputs, Options(0.2, *bounds, top_left=top_left))
+
+
+def documents(device: str, *lengths: int) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("right", [None, 0])
+@pytest.mark.parametrize("D", [64, 128])
+def test_packed_documents_and_empty_ones(D: int, right: int | None, device: str) -> None:
+    queries, keys = documents(device, 0, 130, 5, 0, 65), documents(device, 10, 90, 5, 35, 80)
+    inputs = attention_inputs(shape(1, 2, 200, D, 220, 1), BRAIN, device=device)
+    assert_close(*inputs, Options(0.1, right=right, cu_seqlens_q=queries, cu_seqlens_k=keys))
+
+
+def test_what_is_not_finite_stays_in_its_document(device: str) -> None:
+    bounds = documents(device, 70, 50, 180)
+    options = Options(0.1, right=0, cu_seqlens_q=bounds, cu_seqlens_k=bounds)
+    inputs = attention_inputs(shape(1, 1, 300, 64), BRAIN, device=device)
+    clean = run(cuda, *inputs, options)
+    for x in inputs:
+        x[:, :, 70:120] = torch.nan
+    dirty = run(cuda, *inputs, options)
+    others = torch.cat((torch.arange(70), torch.arange(120, 300)))
+    for name, result in dirty.items():
+        before = clean[name]
+        assert result is not None and before is not None
+        assert torch.equal(result[:, :, others], before[:, :, others]), name
+        assert result[:, :, 70:120].isnan().all(), name
+
+
+def test_nan_in_a_key_reaches_only_the_queries_that_see_it(device: str) -> None:
+    q, k, v, dout = attention_inputs(shape(1, 1, 300, 64), BRAIN, device=device)
+    k[:, :, 150] = torch.nan
+    out = run(cuda, q, k, v, dout, Options(0.1, right=0))["out"]
+    assert out is not None
+    assert out[:, :, :150].isfinite().all()
+    assert out[:, :, 150:].isnan().all()
+
+
+def test_the_gradient_of_lse_joins_that_of_out(device: str) -> None:
+    inputs = attention_inputs(shape(1, 2, 130, 64, 200), BRAIN, device=device)
+    assert_close(*inputs, Options(0.1), dlse=torch.linspace(-1, 1, 260, device=device).view(1, 2, 130))
+
+
+def test_peaky_scores_are_rescaled(device: str) -> None:
+    inputs = attention_inputs(shape(1, 1, 128, 64, 512), BRAIN, q_factor=64.0, device=device)
+    assert_close(*inputs, Options(0.125))
+
+
+@pytest.mark.parametrize("needs", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)], ids=str)
+def test_only_the_gradients_asked_for_come_back(needs: tuple[int, int, int], device: str) -> None:
+    inputs = attention_inputs(shape(1, 1, 130, 64, 200), BRAIN, device=device)
+    options = Options(0.1, right=0)
+    every, some = run(cuda, *inputs, options), run(cuda, *inputs, options, (*map(bool, needs), *ALL[3:]))
+    for need, name in zip(needs, ("dq", "dk", "dv"), strict=True):
+        one, whole = some[name], every[name]
+        assert torch.equal(one, whole) if need and one is not None and whole is not None else one is None
+
+
+@pytest.mark.parametrize("layout", ["transposed", "fused", "expanded_tokens"])
+def test_strides_are_free_where_the_copy_engine_takes_them(layout: str, device: str) -> None:
+    q, k, v, _ = attention_inputs(
+        shape(2, 2, 130, 64), BRAIN, layout="fused" if layout != "transposed" else layout, device=device
+    )
+    dout = attention_inputs(shape(2, 2, 130, 64), BRAIN, layout=layout, device=device)[3]
+    assert_close(q, k, v, dout, Options(0.1, right=0))
+
+
+@pytest.mark.parametrize(("n_q", "n_k"), [(0, 5), (5, 0), (0, 0)])
+def test_empty_sequences(n_q: int, n_k: int, device: str) -> None:
+    inputs = attention_inputs(shape(1, 2, n_q, 64, n_k), BRAIN, device=device)
+    found = run(cuda, *inputs, Options(0.1))
+    for name, result in found.items():
+        assert result is not None
+        assert torch.equal(result, torch.full_like(result, -torch.inf if name == "lse" else 0.0)), name
+
+
+def test_index_arithmetic_of_every_small_shape(tmp_path: Path) -> None:
+    compiler = shutil.which("g++")
+    assert compiler is not None
+    program, source = tmp_path / "tile_schedule", ROOT / "tests/csrc/tile_schedule.cpp"
+    subprocess.run([compiler, "-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", source, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
