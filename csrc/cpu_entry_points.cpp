@@ -1,6 +1,8 @@
 // The entry points of one instruction set, each with a packed params.hpp as its argument.
 #include "cpu_entry_points.hpp"
 
+#include <cstring>
+
 #include "activation/cpu.hpp"
 #include "adamw/cpu.hpp"
 #include "attention/cpu.hpp"
@@ -18,7 +20,11 @@ namespace {
 
 template <class Params, void (*kernel)(const Params&)>
 constexpr EntryPoint entry(const char* name) {
-    return {name, sizeof(Params), [](const void* params) { kernel(*static_cast<const Params*>(params)); }};
+    return {name, sizeof(Params), [](const char* packed) {
+                Params params;
+                std::memcpy(&params, packed, sizeof params);
+                kernel(params);
+            }};
 }
 
 constexpr EntryPoint kEntryPoints[] = {

@@ -9,7 +9,7 @@ namespace lmkern {
 struct EntryPoint {
     const char* name;
     size_t params_size;  // bytes of its params.hpp
-    void (*kernel)(const void* params);
+    void (*kernel)(const char* packed);
 };
 
 struct EntryPoints {

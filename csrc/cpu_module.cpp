@@ -1,7 +1,7 @@
 // The Python module around the kernels, compiled once and linked into the module of every instruction set.
 #include <pybind11/pybind11.h>
 
-#include <cstring>
+#include <string_view>
 
 #include "core/types.hpp"
 #include "core/workspace.hpp"
@@ -12,17 +12,12 @@ namespace py = pybind11;
 
 namespace {
 
-// No params.hpp is larger, in bytes.
-constexpr size_t kMaxParams = 1024;
-
 void call(const lmkern::EntryPoint& entry, const py::bytes& packed) {
     const std::string_view bytes = packed;
     if (bytes.size() != entry.params_size)
         throw py::value_error("lmkern: the packed call does not match the compiled module; rebuild it");
-    alignas(8) char params[kMaxParams];
-    std::memcpy(params, bytes.data(), bytes.size());
     py::gil_scoped_release release;
-    entry.kernel(params);
+    entry.kernel(bytes.data());
 }
 
 // The instruction sets that a module may be compiled for and this processor runs, best first.

@@ -26,9 +26,12 @@ class UnsupportedBackend(RuntimeError):
     """The backend that was asked for by name cannot run this call here; the message gives the reason."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Call:
-    """One call of an op, as far as the choice of a backend depends on it."""
+    """One call of an op, as far as the choice of a backend depends on it.
+
+    Not frozen: that doubles the time it takes to make one, and every call of an op makes one.
+    """
 
     op: str
     tensors: Mapping[str, Tensor | None]

@@ -33,8 +33,8 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """y, h (None without a residual), mean (None unless centred) and rstd."""
     rows, columns = x.shape
-    y = x.new_empty((rows, columns))
-    h = None if residual is None else residual.new_empty((rows, columns))
+    y = x.new_empty(rows, columns)
+    h = None if residual is None else residual.new_empty(rows, columns)
     rstd = x.new_empty(rows, dtype=statistics_dtype(x))
     mean = rstd.new_empty(rows) if centred else None
     code = DTYPE_CODES[x.dtype]
@@ -84,12 +84,12 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dresidual, dweight and dbias, where needed; dx has the dtype of dy, dresidual that of h."""
     rows, columns = h.shape
-    dx = dy.new_empty((rows, columns)) if needs[0] else None
-    dresidual = h.new_empty((rows, columns)) if needs[1] else None
+    dx = dy.new_empty(rows, columns) if needs[0] else None
+    dresidual = h.new_empty(rows, columns) if needs[1] else None
     dweight = rstd.new_empty(columns) if needs[2] else None
     dbias = rstd.new_empty(columns) if needs[3] else None
     chunks = max(1, min(_MAX_CHUNKS, rows // _MIN_CHUNK_ROWS))
-    partials = rstd.new_empty((chunks, 2, columns))
+    partials = rstd.new_empty(chunks, 2, columns)
     code = DTYPE_CODES[dy.dtype]
     native.module(dy.dtype).norm_backward(
         PARAMS.pack(

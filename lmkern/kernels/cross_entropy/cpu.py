@@ -69,7 +69,7 @@ def backward(
     z_loss: float,
     softcap: float,
 ) -> Tensor:
-    dlogits = logits.new_empty(logits.shape)
+    dlogits = logits.new_empty(*logits.shape)
     options = (ignore_index, label_smoothing, z_loss, softcap)
     native.module(logits.dtype).cross_entropy_backward(
         _pack(logits, targets, None, row_max, log_sum, dloss, dlogits, *options)
