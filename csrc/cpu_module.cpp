@@ -3,6 +3,7 @@
 
 #include <string_view>
 
+#include "core/parallel_for.hpp"
 #include "core/types.hpp"
 #include "core/workspace.hpp"
 #include "cpu_entry_points.hpp"
@@ -36,6 +37,8 @@ py::tuple supported_instruction_sets() {
 }
 
 void define(py::module_& m) {
+    // Before anything forks: a module may be called for the first time in the child.
+    lmkern::in_forked_child();
     const lmkern::EntryPoints entries = lmkern::entry_points();
     m.def("supported_instruction_sets", supported_instruction_sets);
     m.def("workspace_bytes", lmkern::Workspace::bytes_of_all_threads);

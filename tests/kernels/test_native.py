@@ -256,6 +256,26 @@ def test_forked_child_computes_and_does_not_hang() -> None:
     assert all(map(torch.equal, results(torchs), expected))
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_child_may_be_the_first_to_call_a_module() -> None:
+    # Each dtype may have a module of its own: the parent's pool has run, but not in the child's.
+    code = (
+        "import os, signal, torch, lmkern\n"
+        "torch.set_num_threads(2); x = torch.ones(512, 64)\n"
+        "lmkern.rms_norm(x.bfloat16(), (64,), backend='cpu')\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        f"    signal.alarm({PATIENCE})\n"
+        "    lmkern.rms_norm(x, (64,), backend='cpu')\n"
+        "    os._exit(0)\n"
+        "raise SystemExit(os.waitpid(child, 0)[1])"
+    )
+    root = Path(__file__).parents[2]
+    env = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env)
+    assert done.returncode == 0
+
+
 def test_python_threads_may_call_at_the_same_time() -> None:
     expected = results()
     with ThreadPoolExecutor(4) as pool:
