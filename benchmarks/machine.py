@@ -42,7 +42,7 @@ def machine_name(device: torch.device) -> str:
 def instruction_set() -> str:
     """That of the compiled CPU module in use; torch's where none was compiled."""
     if native.cpu_modules():
-        return native.module().__name__.rpartition("_cpu_")[2]
+        return native.instruction_set()
     return torch.backends.cpu.get_cpu_capability()
 
 

@@ -1,77 +1,64 @@
-// The Python module of one instruction set: entry points only, each with a packed params.hpp as its argument.
+// The Python module around the kernels, compiled once and linked into the module of every instruction set.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <cstring>
-#include <string>
-#include <vector>
+#include <string_view>
 
-#include "activation/cpu.hpp"
-#include "adamw/cpu.hpp"
-#include "attention/cpu.hpp"
-#include "cached_attention/cpu.hpp"
-#include "copy/cpu.hpp"
+#include "core/parallel_for.hpp"
+#include "core/types.hpp"
 #include "core/workspace.hpp"
-#include "cross_entropy/cpu.hpp"
-#include "embedding/cpu.hpp"
-#include "linear_cross_entropy/cpu.hpp"
-#include "norm/cpu.hpp"
-#include "rotary/cpu.hpp"
+#include "cpu_entry_points.hpp"
 #include "simd/amx.hpp"
 
 namespace py = pybind11;
 
 namespace {
 
-template <class Params, void (*kernel)(const Params&)>
-void call(const py::bytes& packed) {
+void call(const lmkern::EntryPoint& entry, const py::bytes& packed) {
     const std::string_view bytes = packed;
-    if (bytes.size() != sizeof(Params))
+    if (bytes.size() != entry.params_size)
         throw py::value_error("lmkern: the packed call does not match the compiled module; rebuild it");
-    Params params;
-    std::memcpy(&params, bytes.data(), sizeof params);
     py::gil_scoped_release release;
-    kernel(params);
+    entry.kernel(bytes.data());
 }
 
 // The instruction sets that a module may be compiled for and this processor runs, best first.
-std::vector<std::string> supported_instruction_sets() {
-    std::vector<std::string> names;
+py::tuple supported_instruction_sets() {
+    py::list names;
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && __builtin_cpu_supports("avx512bf16") && lmkern::amx_usable()) names.push_back("amx");
-    if (avx512) names.push_back("avx512");
-    if (avx2) names.push_back("avx2");
+    if (avx512 && __builtin_cpu_supports("avx512bf16") && lmkern::amx_usable()) names.append("amx");
+    if (avx512) names.append("avx512");
+    if (avx2) names.append("avx2");
 #endif
-    names.push_back("baseline");
-    return names;
+    names.append("baseline");
+    return py::tuple(names);
+}
+
+void define(py::module_& m) {
+    // Before anything forks: a module may be called for the first time in the child.
+    lmkern::in_forked_child();
+    const lmkern::EntryPoints entries = lmkern::entry_points();
+    m.def("supported_instruction_sets", supported_instruction_sets);
+    m.def("workspace_bytes", lmkern::Workspace::bytes_of_all_threads);
+    m.def("serves", [entries](int64_t dtype) { return (entries.served_types >> dtype & 1) != 0; });
+    for (const lmkern::EntryPoint* entry = entries.first; entry < entries.first + entries.count; ++entry)
+        m.def(entry->name, [entry](const py::bytes& packed) { call(*entry, packed); });
 }
 
 }  // namespace
 
-PYBIND11_MODULE(LMKERN_MODULE_NAME, m) {
-    using namespace lmkern;
-    m.def("supported_instruction_sets", supported_instruction_sets);
-    m.def("workspace_bytes", Workspace::bytes_of_all_threads);
-    m.def("activation_backward", call<ActivationParams, activation_backward>);
-    m.def("activation_forward", call<ActivationParams, activation_forward>);
-    m.def("adamw_step", call<AdamwParams, adamw_step>);
-    m.def("attention_backward", call<AttentionParams, attention_backward>);
-    m.def("attention_forward", call<AttentionParams, attention_forward>);
-    m.def("cached_attention_forward", call<CachedAttentionParams, cached_attention_forward>);
-    m.def("copy_forward", call<CopyParams, copy_forward>);
-    m.def("cross_entropy_backward", call<CrossEntropyParams, cross_entropy_backward>);
-    m.def("cross_entropy_forward", call<CrossEntropyParams, cross_entropy_forward>);
-    m.def("embedding_backward", call<EmbeddingParams, embedding_backward>);
-    m.def("embedding_forward", call<EmbeddingParams, embedding_forward>);
-    m.def("norm_backward", call<NormParams, norm_backward>);
-    m.def("norm_forward", call<NormParams, norm_forward>);
-    m.def("rotary_forward", call<RotaryParams, rotary_forward>);
-#if defined(__AMX_BF16__)
-    m.def("input_gradient", call<InputGradientParams, input_gradient>);
-    m.def("weight_gradient_add", call<WeightGradientParams, weight_gradient_add>);
-    m.def("weight_gradient_store", call<WeightGradientParams, weight_gradient_store>);
-#endif
+// Python calls the one that is named like the file.
+PYBIND11_MODULE(_cpu_amx, m) {
+    define(m);
+}
+PYBIND11_MODULE(_cpu_avx512, m) {
+    define(m);
+}
+PYBIND11_MODULE(_cpu_avx2, m) {
+    define(m);
+}
+PYBIND11_MODULE(_cpu_baseline, m) {
+    define(m);
 }

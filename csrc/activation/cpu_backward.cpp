@@ -15,9 +15,10 @@ namespace lmkern {
 namespace {
 
 // Writes the row's dx if that is wanted, and adds it to dbias if that is.
-template <class T, class F, bool gated>
+template <class T, class F>
 [[gnu::flatten]] void backward_row(const ActivationParams& p, int64_t row, Compute<T>* dbias) {
     using C = Compute<T>;
+    const bool gated = p.gated != 0;
     const int64_t width = gated ? 2 * p.columns : p.columns;
     const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
     const T* dy = static_cast<const T*>(p.dy) + row * p.dy_stride;
@@ -33,7 +34,7 @@ template <class T, class F, bool gated>
         Vector<C> gate = at(x);
         if (bias != nullptr) gate += at(bias);
         const ValueAndSlope<C> f = F::template at<T>(gate);
-        if constexpr (gated) {
+        if (gated) {
             Vector<C> value = at(x + p.columns);
             if (bias != nullptr) value += at(bias + p.columns);
             put(at, 0, dy_here * value * f.slope);
@@ -50,8 +51,8 @@ void activation_backward(const ActivationParams& p) {
     with_type(static_cast<Dtype>(p.dtype), [&](auto type) {
         using T = typename decltype(type)::type;
         using C = Compute<T>;
-        with_function(p, [&](auto function, auto gated) {
-            const int64_t width = decltype(gated)::value ? 2 * p.columns : p.columns;
+        with_function(p, [&](auto function) {
+            const int64_t width = p.gated != 0 ? 2 * p.columns : p.columns;
             const int64_t rows_per_chunk = ceil_div(p.rows, p.chunks);
             // Neighbouring chunks go to one thread: two threads that write to one fresh page both wait.
             const int64_t tasks = std::min(p.threads, p.chunks), chunks_per_task = ceil_div(p.chunks, tasks);
@@ -60,7 +61,7 @@ void activation_backward(const ActivationParams& p) {
                 if (sums != nullptr) std::fill_n(sums, width, C(0));
                 const int64_t end = std::min(p.rows, (chunk + 1) * rows_per_chunk);
                 for (int64_t row = chunk * rows_per_chunk; row < end; ++row)
-                    backward_row<T, decltype(function), decltype(gated)::value>(p, row, sums);
+                    backward_row<T, decltype(function)>(p, row, sums);
             };
             parallel_for(tasks, p.threads, [&](int64_t task) {
                 const int64_t end = std::min(p.chunks, (task + 1) * chunks_per_task);

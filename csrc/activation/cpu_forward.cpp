@@ -12,17 +12,18 @@ namespace {
 // Fewer elements than this are not worth another thread.
 constexpr int64_t kElementsPerTask = 16384;
 
-template <class T, class F, bool gated>
+template <class T, class F>
 [[gnu::flatten]] void forward_row(const ActivationParams& p, int64_t row) {
     using C = Compute<T>;
     const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
     const C* bias = static_cast<const C*>(p.bias);
+    const bool gated = p.gated != 0;
     T* y = static_cast<T*>(p.y) + row * p.columns;
     for_row<C>(p.columns, [&](auto at) {
         Vector<C> gate = at(x);
         if (bias != nullptr) gate += at(bias);
         Vector<C> result = F::template at<T>(gate).value;
-        if constexpr (gated) {
+        if (gated) {
             Vector<C> value = at(x + p.columns);
             if (bias != nullptr) value += at(bias + p.columns);
             result *= value;
@@ -36,14 +37,14 @@ template <class T, class F, bool gated>
 void activation_forward(const ActivationParams& p) {
     with_type(static_cast<Dtype>(p.dtype), [&](auto type) {
         using T = typename decltype(type)::type;
-        with_function(p, [&](auto function, auto gated) {
+        with_function(p, [&](auto function) {
             // A range of rows for each thread: two threads that write to one fresh page both wait for it.
             const int64_t tasks = std::min(p.threads, ceil_div(p.rows * p.columns, kElementsPerTask));
             const int64_t rows_per_task = ceil_div(p.rows, std::max<int64_t>(tasks, 1));
             parallel_for(tasks, p.threads, [&](int64_t task) {
                 const int64_t end = std::min(p.rows, (task + 1) * rows_per_task);
                 for (int64_t row = task * rows_per_task; row < end; ++row)
-                    forward_row<T, decltype(function), decltype(gated)::value>(p, row);
+                    forward_row<T, decltype(function)>(p, row);
             });
         });
     });

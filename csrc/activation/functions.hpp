@@ -2,8 +2,6 @@
 // among them at compile time.
 #pragma once
 
-#include <type_traits>
-
 #include "activation/params.hpp"
 #include "simd/elementary.hpp"
 #include "simd/row.hpp"
@@ -67,21 +65,15 @@ struct ReluSquared {
     }
 };
 
-// body(the function, true_type where it gates).
+// body(the function).
 template <class Body>
 void with_function(const ActivationParams& p, const Body& body) {
-    auto with_gate = [&](auto function) {
-        if (p.gated != 0)
-            body(function, std::true_type{});
-        else
-            body(function, std::false_type{});
-    };
     switch (static_cast<Function>(p.function)) {
-        case Function::gelu: return with_gate(Gelu{});
-        case Function::gelu_tanh: return with_gate(GeluTanh{});
-        case Function::silu: return with_gate(Silu{});
-        case Function::relu: return with_gate(Relu{});
-        case Function::relu_squared: return with_gate(ReluSquared{});
+        case Function::gelu: return body(Gelu{});
+        case Function::gelu_tanh: return body(GeluTanh{});
+        case Function::silu: return body(Silu{});
+        case Function::relu: return body(Relu{});
+        case Function::relu_squared: return body(ReluSquared{});
     }
     throw std::invalid_argument("lmkern: unknown activation code");
 }

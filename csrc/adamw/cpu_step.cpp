@@ -47,7 +47,7 @@ void with_types(const AdamwParams& p, const Body& body) {
         if constexpr (sizeof(typename decltype(param_type)::type) == 8)
             body(param_type, param_type);
         else
-            with_type(static_cast<Dtype>(p.grad_dtype), [&](auto grad_type) {
+            with_any_type(static_cast<Dtype>(p.grad_dtype), [&](auto grad_type) {
                 if constexpr (sizeof(typename decltype(grad_type)::type) == 8)
                     throw std::invalid_argument("adamw: a float64 gradient needs a float64 parameter");
                 else

@@ -208,12 +208,12 @@ private:
             const bool masked = make_gradients(score_rows, head, query, count, first, keys);
             const int64_t depth = round_up(count, E::kRowStep);
             if (part_.dv)
-                E::template product<true>(dout_transposed_, right(weights_, first), width_, keys, depth,
-                                          Block<C>{dv_.data + first, dv_.stride});
+                E::product(dout_transposed_, right(weights_, first), width_, keys, depth,
+                           Block<C>{dv_.data + first, dv_.stride}, true);
             if (part_.dk) {
                 const auto q = masked && !queries_finite_ ? clean_queries(count) : q_transposed_;
-                E::template product<true>(q, right(dscores_, first), width_, keys, depth,
-                                          Block<C>{dk_.data + first, dk_.stride});
+                E::product(q, right(dscores_, first), width_, keys, depth,
+                           Block<C>{dk_.data + first, dk_.stride}, true);
             }
             if (part_.dq) multiply_dq(dq, count, first, keys, first_keys, masked && !keys_finite_);
         }
@@ -230,10 +230,7 @@ private:
         const int64_t rows = round_up(count, E::kRowStep);
         // The rows that fill up a tile lie beyond this block's in dq_all_.
         C* const target = rows == count ? dq : dq_block_;
-        if (first_keys || target != dq)
-            E::template product<false>(dscores, k, rows, width_, keys, Block<C>{target, width_});
-        else
-            E::template product<true>(dscores, k, rows, width_, keys, Block<C>{target, width_});
+        E::product(dscores, k, rows, width_, keys, Block<C>{target, width_}, !first_keys && target == dq);
         if (target == dq) return;
         for (int64_t i = 0; i < count * width_; i += lanes)
             store(dq + i, first_keys ? load(target + i) : load(dq + i) + load(target + i));
@@ -305,10 +302,10 @@ private:
     bool strip(const ScoreRows<T>& score_rows, const Dropout<C>& dropout, int64_t head, int64_t row,
                int64_t j, const BlockPlace& at) {
         const int64_t rows = round_up(at.queries, E::kRowStep);
-        E::template product<false>(E::left(q_ + row * width_, D_), E::right_transposed(k_transposed_, j, D_),
-                                   rows, at.keys, D_, scores_);
-        E::template product<false>(E::left(dout_ + row * width_, D_),
-                                   E::right_transposed(v_transposed_, j, D_), rows, at.keys, D_, dweights_);
+        E::product(E::left(q_ + row * width_, D_), E::right_transposed(k_transposed_, j, D_), rows, at.keys,
+                   D_, scores_, false);
+        E::product(E::left(dout_ + row * width_, D_), E::right_transposed(v_transposed_, j, D_), rows,
+                   at.keys, D_, dweights_, false);
         C factor = static_cast<C>(p_.softmax_scale) * Exp::unit;
         const bool sloped = p_.softcap > 0;
         if (score_rows.adjusts()) {
@@ -322,17 +319,12 @@ private:
         }
         const bool masked =
             score_rows.outside_band(scores_, at, -infinity) || p_.mask != nullptr || p_.bias != nullptr;
-        auto make = [&](auto masks, auto drops) {
-            if (part_.dbias || p_.drelative_bias != nullptr || sloped)
-                gradients<masks, drops, true>(score_rows, dropout, head, row, j, at, factor);
-            else
-                gradients<masks, drops, false>(score_rows, dropout, head, row, j, at, factor);
-        };
-        const bool drops = p_.dropout_threshold > 0;
-        if (masked)
-            drops ? make(std::true_type{}, std::true_type{}) : make(std::true_type{}, std::false_type{});
+        if (p_.dropout_threshold > 0 || part_.dbias || p_.drelative_bias != nullptr || sloped)
+            gradients<true, true>(score_rows, dropout, head, row, j, at, factor);
+        else if (masked)
+            gradients<true, false>(score_rows, dropout, head, row, j, at, factor);
         else
-            drops ? make(std::false_type{}, std::true_type{}) : make(std::false_type{}, std::false_type{});
+            gradients<false, false>(score_rows, dropout, head, row, j, at, factor);
         return masked;
     }
 
@@ -344,13 +336,14 @@ private:
             }
     }
 
-    // Turns scores and dP into P and dS, two rows at a time. keeps: dS is also wanted in C, for what else
-    // follows from it.
-    template <bool masked, bool drops, bool keeps>
+    // Turns scores and dP into P and dS, two rows at a time. masked: some scores may be -inf. all: with
+    // dropout, and with dS kept in C for what else follows from it.
+    template <bool masked, bool all>
     void gradients(const ScoreRows<T>& score_rows, const Dropout<C>& dropout, int64_t head, int64_t row,
                    int64_t column, const BlockPlace& at, C factor) {
         const int64_t rows = round_up(at.queries, E::kRowStep);
         const C scale = dropout.scale();
+        const bool drops = all && p_.dropout_threshold > 0;
         constexpr int64_t bits_stride = E::kStrip + Dropout<C>::kChunk;
         for (int64_t i = 0; i < rows; i += 2) {
             if (drops)
@@ -374,9 +367,9 @@ private:
                         dweight = dweight * keep;
                     }
                     Vector<C> dscore = weight * (dweight - delta_[row + r]);
-                    if (masked || keeps) dscore = weight == 0 ? Vector<C>{} : dscore;
-                    if (keeps) store(dweights_.data + place, dscore);
-                    if (keeps && p_.softcap > 0)
+                    if (masked) dscore = weight == 0 ? Vector<C>{} : dscore;
+                    if (all) store(dweights_.data + place, dscore);
+                    if (all && p_.softcap > 0)
                         dscore = weight == 0 ? Vector<C>{} : dscore * load(slopes_.data + place);
                     weights[n] = kept;
                     dscores[n] = dscore;
@@ -385,8 +378,8 @@ private:
                 put_dscores(row + i, column + j, dscores);
             }
         }
-        if (keeps && part_.dbias) add_bias_gradient(head, at);
-        if (keeps && !part_.dbias && p_.drelative_bias != nullptr)
+        if (all && part_.dbias) add_bias_gradient(head, at);
+        if (all && !part_.dbias && p_.drelative_bias != nullptr)
             score_rows.add_relative_gradient(dweights_, at,
                                              static_cast<double*>(p_.drelative_bias) +
                                                  (s_.index * p_.heads + head) * (2 * p_.relative_radius + 1));

@@ -173,10 +173,7 @@ private:
         // they were.
         std::vector<C> before;
         if (!values_finite_) before.assign(acc.data, acc.data + b.queries * width_);
-        if (b.begun)
-            E::template product<true>(E::scores_left(weights_, kWeightStride), values, n, width_, keys, acc);
-        else
-            E::template product<false>(E::scores_left(weights_, kWeightStride), values, n, width_, keys, acc);
+        E::product(E::scores_left(weights_, kWeightStride), values, n, width_, keys, acc, b.begun);
         for (int64_t i = 0; i < b.queries && !values_finite_; ++i) {
             const int64_t query = b.first_query + i;
             if (band.begin(query) < end && band.end(query) > begin) continue;
@@ -191,9 +188,8 @@ private:
     // The weights of a block of queries for some keys, as a left operand.
     void weigh(const ScoreRows<T>& score_rows, const Dropout<C>& dropout, const QueryBlock& b, int64_t first,
                int64_t keys, Operand* out) {
-        E::template product<false>(E::left(q_ + b.row * width_, D_),
-                                   E::right_transposed(k_, first - packed_from_, D_),
-                                   round_up(b.queries, E::kRowStep), keys, D_, scores_);
+        E::product(E::left(q_ + b.row * width_, D_), E::right_transposed(k_, first - packed_from_, D_),
+                   round_up(b.queries, E::kRowStep), keys, D_, scores_, false);
         const BlockPlace at{b.first_query, b.queries, first, keys};
         C factor = static_cast<C>(p_.softmax_scale) * Exp::unit;
         if (score_rows.adjusts()) {
@@ -207,13 +203,10 @@ private:
         }
         score_rows.outside_band(scores_, at, -infinity);
         if (!b.bounded) bring_up_to_date(b, keys, factor);
-        const bool drops = p_.dropout_threshold > 0;
         if (b.bounded)
-            drops ? weights<true, true>(b, at, factor, dropout, out)
-                  : weights<true, false>(b, at, factor, dropout, out);
+            weights<true>(b, at, factor, dropout, out);
         else
-            drops ? weights<false, true>(b, at, factor, dropout, out)
-                  : weights<false, false>(b, at, factor, dropout, out);
+            weights<false>(b, at, factor, dropout, out);
     }
 
     void scale_rows(C factor, int64_t queries, int64_t keys) {
@@ -257,10 +250,11 @@ private:
         }
     }
 
-    template <bool bounded, bool drops>
+    template <bool bounded>
     void weights(const QueryBlock& b, const BlockPlace& at, C factor, const Dropout<C>& dropout,
                  Operand* weights) {
         const int64_t keys = at.keys;
+        const bool drops = p_.dropout_threshold > 0;
         const int64_t key_bytes = width_ * static_cast<int64_t>(sizeof(Operand));
         const int64_t lines = ceil_div(keys * key_bytes, 64 * b.queries);
         const char* ahead_k =

@@ -174,10 +174,10 @@ struct VectorEngine {
     // The key that stands in a column of what put_right wrote.
     static int64_t key_of_column(int64_t column) { return column; }
 
-    template <bool accumulate>
-    static void product(Left a, Right b, int64_t rows, int64_t columns, int64_t depth, Block<C> c) {
-        lmkern::product<accumulate>(lmkern::Left<C>{a.data, a.row_stride, a.depth_stride}, b, rows, columns,
-                                    depth, c);
+    static void product(Left a, Right b, int64_t rows, int64_t columns, int64_t depth, Block<C> c,
+                        bool accumulate) {
+        lmkern::product(lmkern::Left<C>{a.data, a.row_stride, a.depth_stride}, b, rows, columns, depth, c,
+                        accumulate);
     }
 
     // What a thread needs while it multiplies.
@@ -348,9 +348,9 @@ struct AmxEngine {
         return column - c + c % 16 / 4 * 8 + c / 16 * 4 + c % 4;
     }
 
-    template <bool accumulate>
-    static void product(Left a, Right b, int64_t rows, int64_t columns, int64_t depth, Block<float> c) {
-        amx_product<accumulate>(a, b, rows, columns, round_up(depth, 32), c.data, c.stride);
+    static void product(Left a, Right b, int64_t rows, int64_t columns, int64_t depth, Block<float> c,
+                        bool accumulate) {
+        amx_product(a, b, rows, columns, round_up(depth, 32), c.data, c.stride, accumulate);
     }
 
 private:

@@ -137,7 +137,7 @@ private:
     void add_bias(C* row, int64_t columns, int64_t query, int64_t first_key) const {
         const Strides& s = p_.bias_strides;
         const int64_t at = s_.batch * s.batch + head_ * s.head + query * s.row + first_key * s.column;
-        with_type(static_cast<Dtype>(p_.bias_dtype), [&](auto type) {
+        with_any_type(static_cast<Dtype>(p_.bias_dtype), [&](auto type) {
             using B = typename decltype(type)::type;
             add(row, columns, static_cast<const B*>(p_.bias) + at, s.column);
         });

@@ -24,7 +24,7 @@ namespace {
 constexpr int64_t kRowBlock = 16;
 // Sums over values run over so many keys before they join the others.
 constexpr int64_t kSumBlock = 32;
-// Values are read in tiles of so many vectors.
+// Values are read in tiles of so many vectors, what is left of a row in the smallest.
 constexpr int kValueVectors = 4;
 // How far ahead of its use a row is asked for: pages end every 4 KiB, and the processor's own prefetching
 // with them.
@@ -123,33 +123,29 @@ void score_rows(Block<C> q, int64_t rows, const T* const* keys, int64_t count, i
             const Block<C> from{q.data + row * q.stride, q.stride};
             const Block<C> to{scores.data + row * scores.stride + j, scores.stride};
             const T* const* next = keys + j + (row == 0 ? ahead : 0);
-            if (D == 64) return score_keys<Order, queries, 64>(from, keys + j, next, D, to);
-            if (D == 128) return score_keys<Order, queries, 128>(from, keys + j, next, D, to);
-            score_keys<Order, queries, 0>(from, keys + j, next, D, to);
+            score_keys<Order, queries>(from, keys + j, next, D, to);
         });
 }
 
 template <class Order, class T, class C = Compute<T>>
 void weigh_values(Block<C> weights, int64_t rows, const T* const* values, int64_t count, int64_t ahead,
                   int64_t D, Block<C> acc) {
-    constexpr int64_t step = kValueVectors * kLanes<C>;
     for (int64_t first_key = 0; first_key < count; first_key += kSumBlock) {
         const int64_t keys = std::min(kSumBlock, count - first_key);
-        for (int64_t column = 0; column < D; column += step) {
-            const int64_t vectors = std::min<int64_t>(kValueVectors, ceil_div(D - column, kLanes<C>));
-            const int64_t tail = column + vectors * kLanes<C> > D ? (D - column) % kLanes<C> : 0;
+        for (int64_t column = 0; column < D;) {
+            const bool wide = column + kValueVectors * kLanes<C> <= D;
+            const int64_t step = (wide ? kValueVectors : Order::kVectors) * kLanes<C>;
             for_query_rows<C>(rows, [&](int64_t row, auto queries) {
                 const Block<C> from{weights.data + row * weights.stride + first_key, weights.stride};
                 const Block<C> to{acc.data + row * acc.stride, acc.stride};
                 const T* const* places = values + first_key;
                 const T* const* next = places + (row == 0 ? ahead : 0);
-                switch (vectors) {
-                    case 4: return add_values<Order, queries, 4>(from, places, next, keys, column, tail, to);
-                    case 3: return add_values<Order, queries, 3>(from, places, next, keys, column, tail, to);
-                    case 2: return add_values<Order, queries, 2>(from, places, next, keys, column, tail, to);
-                    default: return add_values<Order, queries, 1>(from, places, next, keys, column, tail, to);
-                }
+                if (wide)
+                    add_values<Order, queries, kValueVectors>(from, places, next, keys, column, D, to);
+                else
+                    add_values<Order, queries, Order::kVectors>(from, places, next, keys, column, D, to);
             });
+            column += step;
         }
     }
 }

@@ -78,12 +78,11 @@ inline void prefetch_at(const S* p, int64_t offset) {
 }
 
 // scores[m][j] = q[m] . keys[j] for `queries` rows of q and kLanes<C> keys, while the rows at `ahead` come
-// nearer. q stands in Order, padded with zeros to whole vectors. columns: 0 for depth at run time.
-template <class Order, int queries, int columns, class S, class C = Compute<S>>
-inline void score_keys(Block<C> q, const S* const* keys, const S* const* ahead, int64_t depth,
-                       Block<C> scores) {
+// nearer. q stands in Order, padded with zeros to whole vectors.
+template <class Order, int queries, class S, class C = Compute<S>>
+inline void score_keys(Block<C> q, const S* const* keys, const S* const* ahead, int64_t D, Block<C> scores) {
     constexpr int lanes = kLanes<C>, keys_at_once = lanes / queries, step = Order::kVectors * lanes;
-    const int64_t D = columns ? columns : depth, whole = D / step * step;
+    const int64_t whole = D / step * step;
     for (int first = 0; first < lanes; first += keys_at_once) {
         Vector<C> products[lanes];
 #pragma GCC unroll 16
@@ -113,36 +112,33 @@ inline void score_keys(Block<C> q, const S* const* keys, const S* const* ahead, 
 }
 
 // acc[m] += weights[m][j] * values[j] over the rows j, for `queries` rows of weights; `vectors` vectors from
-// the column `first` on, the last one of `tail` elements if that is not 0. acc stands in Order. `ahead` as in
-// score_keys.
+// the column `first` on, of rows of D elements: a single vector may end there. acc stands in Order. `ahead`
+// as in score_keys.
 template <class Order, int queries, int vectors, class S, class C = Compute<S>>
 inline void add_values(Block<C> weights, const S* const* values, const S* const* ahead, int64_t rows,
-                       int64_t first, int64_t tail, Block<C> acc) {
+                       int64_t first, int64_t D, Block<C> acc) {
     constexpr int lanes = kLanes<C>, step = Order::kVectors;
+    const bool ragged = vectors == 1 && first + lanes > D;
     Vector<C> part[queries][vectors] = {};
-    auto run = [&](auto ragged) {
-        constexpr int whole = vectors - ragged;
-        for (int64_t j = 0; j < rows; ++j) {
-            const S *value = values[j] + first, *next = ahead[j] + first;
-            Vector<C> weight[queries];
+    for (int64_t j = 0; j < rows; ++j) {
+        const S *value = values[j] + first, *next = ahead[j] + first;
+        Vector<C> weight[queries];
 #pragma GCC unroll 4
-            for (int m = 0; m < queries; ++m) weight[m] = broadcast(weights.data[m * weights.stride + j]);
-            auto add = [&](int i, Vector<C> v) {
+        for (int m = 0; m < queries; ++m) weight[m] = broadcast(weights.data[m * weights.stride + j]);
+        auto add = [&](int i, Vector<C> v) {
 #pragma GCC unroll 4
-                for (int m = 0; m < queries; ++m) part[m][i] += weight[m] * v;
-            };
-#pragma GCC unroll 4
-            for (int i = 0; i + step <= whole; i += step) {
-                prefetch_at(next + i * lanes, i * lanes);
-                Order::read(value + i * lanes, [&](int place, Vector<C> v) { add(i + place, v); });
-            }
-            if constexpr (ragged) add(vectors - 1, load(value + whole * lanes, tail));
+            for (int m = 0; m < queries; ++m) part[m][i] += weight[m] * v;
+        };
+        if (ragged) {
+            add(0, load(value, D - first));
+            continue;
         }
-    };
-    if (tail)
-        run(std::integral_constant<int, 1>{});
-    else
-        run(std::integral_constant<int, 0>{});
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; i += step) {
+            prefetch_at(next + i * lanes, i * lanes);
+            Order::read(value + i * lanes, [&](int place, Vector<C> v) { add(i + place, v); });
+        }
+    }
 #pragma GCC unroll 4
     for (int m = 0; m < queries; ++m)
 #pragma GCC unroll 4

@@ -24,7 +24,7 @@ inline void convert_row(const From* x, To* y, int64_t count) {
 template <class Body>
 void with_types(const CopyParams& p, const Body& body) {
     with_type(static_cast<Dtype>(p.from_dtype), [&](auto from) {
-        with_type(static_cast<Dtype>(p.to_dtype), [&](auto to) { body(from, to); });
+        with_any_type(static_cast<Dtype>(p.to_dtype), [&](auto to) { body(from, to); });
     });
 }
 

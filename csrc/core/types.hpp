@@ -37,9 +37,27 @@ struct Type {
     using type = T;
 };
 
+template <class T>
+constexpr Dtype kDtype = Dtype::float32;
+template <>
+inline constexpr Dtype kDtype<bfloat16> = Dtype::bfloat16;
+template <>
+inline constexpr Dtype kDtype<float16> = Dtype::float16;
+template <>
+inline constexpr Dtype kDtype<double> = Dtype::float64;
+
+// The types that this module computes in, as bits 1 << Dtype (CMakeLists.txt).
+#if !defined(LMKERN_SERVED_TYPES)
+#define LMKERN_SERVED_TYPES 15
+#endif
+constexpr int64_t kServedTypes = LMKERN_SERVED_TYPES;
+constexpr bool serves(Dtype dtype) {
+    return (kServedTypes >> static_cast<int64_t>(dtype) & 1) != 0;
+}
+
 // Turns the run-time dtype into a compile-time one: body(Type<float>{}) and so on.
 template <class Body>
-void with_type(Dtype dtype, Body&& body) {
+void with_any_type(Dtype dtype, Body&& body) {
     switch (dtype) {
         case Dtype::float32: return body(Type<float>{});
         case Dtype::bfloat16: return body(Type<bfloat16>{});
@@ -47,6 +65,18 @@ void with_type(Dtype dtype, Body&& body) {
         case Dtype::float64: return body(Type<double>{});
     }
     throw std::invalid_argument("lmkern: unknown dtype code");
+}
+
+// The same for the type that an op computes in: only those that the module serves are compiled.
+template <class Body>
+void with_type(Dtype dtype, Body&& body) {
+    with_any_type(dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        if constexpr (serves(kDtype<T>))
+            body(type);
+        else
+            throw std::invalid_argument("lmkern: this module does not compute in that dtype");
+    });
 }
 
 template <class To, class From>

@@ -33,15 +33,6 @@ void with_types(const NormParams& p, const Body& body) {
     });
 }
 
-// body(row, number of rows) over [begin, end), kRowsTogether at a time and what is left one by one.
-template <class Body>
-void for_rows(int64_t begin, int64_t end, const Body& body) {
-    int64_t row = begin;
-    for (; row + kRowsTogether <= end; row += kRowsTogether)
-        body(row, std::integral_constant<int, kRowsTogether>{});
-    for (; row < end; ++row) body(row, std::integral_constant<int, 1>{});
-}
-
 // wide[e] = shift + parameter[e]; without a parameter, absent.
 template <class C>
 void widen_parameter(const NormParams& p, const void* parameter, C shift, C absent, C* wide) {
@@ -49,7 +40,7 @@ void widen_parameter(const NormParams& p, const void* parameter, C shift, C abse
         std::fill_n(wide, p.columns, absent);
         return;
     }
-    with_type(static_cast<Dtype>(p.parameter_dtype), [&](auto type) {
+    with_any_type(static_cast<Dtype>(p.parameter_dtype), [&](auto type) {
         using P = typename decltype(type)::type;
         if constexpr (std::is_same_v<Compute<P>, C>)
             for_row<C>(p.columns,

@@ -35,6 +35,15 @@ struct Scratch {
     }
 };
 
+// body(row, number of rows) over [begin, end), kRowsTogether at a time and what is left one by one.
+template <class Body>
+void for_rows(int64_t begin, int64_t end, const Body& body) {
+    int64_t row = begin;
+    for (; row + kRowsTogether <= end; row += kRowsTogether)
+        body(row, std::integral_constant<int, kRowsTogether>{});
+    for (; row < end; ++row) body(row, std::integral_constant<int, 1>{});
+}
+
 // Adds the rows' share to dweight and dbias, and writes their dx and dresidual if those are wanted.
 template <class T, class S, bool centred, int rows>
 void backward_rows(const NormParams& p, int64_t first, const Scratch<Compute<T>>& scratch,

@@ -27,9 +27,12 @@ struct Scratch {
     }
 };
 
-template <class T, class S, bool centred, int rows>
-void forward_rows(const NormParams& p, int64_t first, const Scratch<Compute<T>>& scratch) {
+// The rows from `first` on, kRowsTogether of them; beyond `end` the last one again, to the same bits.
+template <class T, class S, bool centred>
+void forward_rows(const NormParams& p, int64_t first, int64_t end, const Scratch<Compute<T>>& scratch) {
     using C = Compute<T>;
+    constexpr int rows = kRowsTogether;
+    int64_t index[rows];
     const C columns = static_cast<C>(p.columns);
     const T* x[rows];
     T* y[rows];
@@ -38,10 +41,11 @@ void forward_rows(const NormParams& p, int64_t first, const Scratch<Compute<T>>&
     // What is normalised, as C.
     C* wide[rows];
     for (int r = 0; r < rows; ++r) {
-        x[r] = static_cast<const T*>(p.x) + (first + r) * p.x_stride;
-        y[r] = static_cast<T*>(p.y) + (first + r) * p.columns;
-        residual[r] = static_cast<const S*>(p.residual) + (first + r) * p.residual_stride;
-        h[r] = static_cast<S*>(p.h) + (first + r) * p.columns;
+        index[r] = std::min(first + r, end - 1);
+        x[r] = static_cast<const T*>(p.x) + index[r] * p.x_stride;
+        y[r] = static_cast<T*>(p.y) + index[r] * p.columns;
+        residual[r] = static_cast<const S*>(p.residual) + index[r] * p.residual_stride;
+        h[r] = static_cast<S*>(p.h) + index[r] * p.columns;
         wide[r] = scratch.rows[r];
     }
 
@@ -64,7 +68,7 @@ void forward_rows(const NormParams& p, int64_t first, const Scratch<Compute<T>>&
             return at(h[r]);
         });
     } else {
-        for (int r = 0; r < rows; ++r) dropout_factors(p, first + r, scratch.factors[r]);
+        for (int r = 0; r < rows; ++r) dropout_factors(p, index[r], scratch.factors[r]);
         sums = read([&](auto at, int r) {
             at.store(h[r], at(residual[r]) + at(x[r]) * at(scratch.factors[r]));
             return at(h[r]);
@@ -83,8 +87,8 @@ void forward_rows(const NormParams& p, int64_t first, const Scratch<Compute<T>>&
     }
     for (int r = 0; r < rows; ++r) {
         rstd[r] = C(1) / std::sqrt(sums[r] / columns + static_cast<C>(p.eps));
-        if constexpr (centred) static_cast<C*>(p.mean)[first + r] = mean[r];
-        static_cast<C*>(p.rstd)[first + r] = rstd[r];
+        if constexpr (centred) static_cast<C*>(p.mean)[index[r]] = mean[r];
+        static_cast<C*>(p.rstd)[index[r]] = rstd[r];
     }
     for_row<C>(p.columns, [&](auto at) {
         const Vector<C> weight = at(scratch.weight);
@@ -108,10 +112,9 @@ void norm_forward(const NormParams& p) {
         const int64_t rows_per_task = ceil_div(p.rows, std::max<int64_t>(tasks, 1));
         parallel_for(tasks, p.threads, [&](int64_t task) {
             const Scratch<Compute<T>> scratch(p);
-            for_rows(task * rows_per_task, std::min(p.rows, (task + 1) * rows_per_task),
-                     [&](int64_t row, auto rows) {
-                         forward_rows<T, S, decltype(centred)::value, decltype(rows)::value>(p, row, scratch);
-                     });
+            const int64_t end = std::min(p.rows, (task + 1) * rows_per_task);
+            for (int64_t row = task * rows_per_task; row < end; row += kRowsTogether)
+                forward_rows<T, S, decltype(centred)::value>(p, row, end, scratch);
         });
     });
 }

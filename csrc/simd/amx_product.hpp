@@ -32,15 +32,14 @@ constexpr int64_t kAmxTile = 512;  // elements of a tile of bfloat16
 
 // c (rows, columns) = a (rows, depth) @ b (depth, columns), added to c with `accumulate`; all three are
 // multiples of 32. Blocks of 32 x 32 stay in four tiles over the whole depth.
-template <bool accumulate>
 inline void amx_product(AmxLeft a, AmxRight b, int64_t rows, int64_t columns, int64_t depth, float* c,
-                        int64_t c_stride) {
+                        int64_t c_stride, bool accumulate) {
     const int64_t c_bytes = c_stride * 4, a_bytes = a.stride * 2, depth_tiles = depth / 32;
     for (int64_t j = 0; j < columns; j += 32, b.data += 2 * b.column_stride)
         for (int64_t i = 0; i < rows; i += 32) {
             float* const above = c + i * c_stride + j;
             float* const below = above + 16 * c_stride;
-            if constexpr (accumulate) {
+            if (accumulate) {
                 tile_load<0>(above, c_bytes);
                 tile_load<1>(above + 16, c_bytes);
                 tile_load<2>(below, c_bytes);

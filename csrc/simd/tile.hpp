@@ -133,14 +133,15 @@ inline void product_rows(Left<C> a, Block<C> b, int64_t rows, int64_t depth, Blo
     auto to = [&](int64_t i) { return Block<C>{c.data + i * c.stride, c.stride}; };
     for (; row + kTileRows <= rows; row += kTileRows)
         product_tile<kTileRows, vectors, accumulate>(at(row), b, depth, to(row));
-    switch (rows - row) {
-        case 5: return product_tile<5, vectors, accumulate>(at(row), b, depth, to(row));
-        case 4: return product_tile<4, vectors, accumulate>(at(row), b, depth, to(row));
-        case 3: return product_tile<3, vectors, accumulate>(at(row), b, depth, to(row));
-        case 2: return product_tile<2, vectors, accumulate>(at(row), b, depth, to(row));
-        case 1: return product_tile<1, vectors, accumulate>(at(row), b, depth, to(row));
-        default: return;
+    if (row + 4 <= rows) {
+        product_tile<4, vectors, accumulate>(at(row), b, depth, to(row));
+        row += 4;
     }
+    if (row + 2 <= rows) {
+        product_tile<2, vectors, accumulate>(at(row), b, depth, to(row));
+        row += 2;
+    }
+    if (row < rows) product_tile<1, vectors, accumulate>(at(row), b, depth, to(row));
 }
 
 template <bool accumulate, class C>
@@ -151,9 +152,9 @@ void product_part(Left<C> a, Block<C> b, int64_t rows, int64_t columns, int64_t 
     auto result = [&] { return Block<C>{c.data + column, c.stride}; };
     for (; vectors >= kTileVectors; vectors -= kTileVectors, column += kTileVectors * kLanes<C>)
         product_rows<kTileVectors, accumulate>(a, right(), rows, depth, result());
-    if (vectors == 3) return product_rows<3, accumulate>(a, right(), rows, depth, result());
-    if (vectors == 2) return product_rows<2, accumulate>(a, right(), rows, depth, result());
-    if (vectors == 1) return product_rows<1, accumulate>(a, right(), rows, depth, result());
+    for (; vectors >= 2; vectors -= 2, column += 2 * kLanes<C>)
+        product_rows<2, accumulate>(a, right(), rows, depth, result());
+    if (vectors == 1) product_rows<1, accumulate>(a, right(), rows, depth, result());
 }
 
 // A sum runs over so many terms before it joins the others: its errors grow with this, not with the depth.
@@ -161,12 +162,16 @@ template <class C>
 constexpr int64_t kPartDepth = sizeof(C) == 8 ? 16 : 32;
 
 // c (rows, columns) = a (rows, depth) @ b (depth, columns), added to c with `accumulate`; whole vectors.
-template <bool accumulate, class C>
-void product(Left<C> a, Block<C> b, int64_t rows, int64_t columns, int64_t depth, Block<C> c) {
+template <class C>
+void product(Left<C> a, Block<C> b, int64_t rows, int64_t columns, int64_t depth, Block<C> c,
+             bool accumulate) {
     constexpr int64_t part = kPartDepth<C>;
     auto left = [&](int64_t k) { return Left<C>{a.data + k * a.k_stride, a.row_stride, a.k_stride}; };
     auto right = [&](int64_t k) { return Block<C>{b.data + k * b.stride, b.stride}; };
-    product_part<accumulate>(a, b, rows, columns, std::min(depth, part), c);
+    if (accumulate)
+        product_part<true>(a, b, rows, columns, std::min(depth, part), c);
+    else
+        product_part<false>(a, b, rows, columns, std::min(depth, part), c);
     for (int64_t k = part; k < depth; k += part)
         product_part<true>(left(k), right(k), rows, columns, std::min(depth - k, part), c);
 }

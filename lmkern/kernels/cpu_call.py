@@ -7,9 +7,9 @@ from torch import Tensor
 
 from lmkern.kernels import native
 from lmkern.kernels.backends import Call
+from lmkern.kernels.native import DTYPE_CODES
 
-# enum class Dtype in csrc/core/types.hpp.
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+__all__ = ["DTYPE_CODES", "pointer", "statistics_dtype", "unavailable", "unsupported"]
 
 
 def unavailable() -> str | None:
@@ -19,9 +19,11 @@ def unavailable() -> str | None:
 def unsupported(call: Call) -> str | None:
     """The reasons that hold for every op."""
     for name, tensor in call.tensors.items():
-        if tensor is not None and tensor.device.type != "cpu":
+        if tensor is None:
+            continue
+        if not tensor.is_cpu:
             return f"takes CPU tensors; {name} is on {tensor.device}"
-        if tensor is not None and tensor.dtype not in DTYPE_CODES:
+        if tensor.dtype not in DTYPE_CODES:
             return f"takes float32, bfloat16, float16 and float64; {name} is {tensor.dtype}"
     return unavailable()
 

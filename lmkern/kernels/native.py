@@ -14,18 +14,27 @@ from types import ModuleType
 
 import torch
 
-# Best first. Each is the module lmkern._cpu_<name>, compiled from the same sources (CMakeLists.txt).
+# Best first. Each is the module lmkern._cpu_<name>, compiled from the same sources (CMakeLists.txt) for the
+# dtypes that its instructions serve: AMX's are for bfloat16.
 INSTRUCTION_SETS = ("amx", "avx512", "avx2", "baseline")
+
+# enum class Dtype in csrc/core/types.hpp.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 # What the loader said of a module that is there and cannot be loaded.
 _import_errors: dict[str, str] = {}
 
 
-@cache
-def module() -> ModuleType:
-    """The module for the best instruction set of this processor, or the one LMKERN_CPU_ISA names.
+def module(dtype: torch.dtype) -> ModuleType:
+    """The module for tensors of dtype: from the chosen instruction set down, the first that serves it."""
+    return _serving(instruction_set(), dtype)
 
-    RuntimeError when none was built, ValueError when LMKERN_CPU_ISA names one that is not here.
+
+@cache
+def instruction_set() -> str:
+    """The best instruction set of this processor, or the one LMKERN_CPU_ISA names.
+
+    RuntimeError when no module was built, ValueError when LMKERN_CPU_ISA names one that is not here.
     """
     modules = cpu_modules()
     forced = os.environ.get("LMKERN_CPU_ISA")
@@ -36,7 +45,16 @@ def module() -> ModuleType:
         )
     if not modules:
         raise RuntimeError(f"lmkern: the CPU kernels {cpu_unavailable()}")
-    return modules[forced or next(iter(modules))]
+    return forced or next(iter(modules))
+
+
+@cache
+def _serving(chosen: str, dtype: torch.dtype) -> ModuleType:
+    modules = cpu_modules()
+    upto = INSTRUCTION_SETS[INSTRUCTION_SETS.index(chosen) :]
+    return next(
+        modules[name] for name in upto if name in modules and modules[name].serves(DTYPE_CODES[dtype])
+    )
 
 
 @cache

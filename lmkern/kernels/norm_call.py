@@ -24,7 +24,7 @@ class Engine:
 
     def run(self, entry: str, packed: bytes, x: Tensor) -> None:
         """Calls an entry point of the compiled module. x: of the dtype that it computes in."""
-        getattr(native.module(), entry)(packed)
+        getattr(native.module(x.dtype), entry)(packed)
 
     def seed(self, seed: Tensor) -> int:
         """The field `seed` of params.hpp."""
@@ -53,8 +53,8 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """y, h (None without a residual), mean (None unless centred) and rstd."""
     rows, columns = x.shape
-    y = x.new_empty((rows, columns))
-    h = None if residual is None else residual.new_empty((rows, columns))
+    y = x.new_empty(rows, columns)
+    h = None if residual is None else residual.new_empty(rows, columns)
     rstd = x.new_empty(rows, dtype=statistics_dtype(x))
     mean = rstd.new_empty(rows) if centred else None
     code = DTYPE_CODES[x.dtype]
@@ -107,8 +107,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dresidual, dweight and dbias, where needed; dx has the dtype of dy, dresidual that of h."""
     rows, columns = h.shape
-    dx = dy.new_empty((rows, columns)) if needs[0] else None
-    dresidual = h.new_empty((rows, columns)) if needs[1] else None
+    dx = dy.new_empty(rows, columns) if needs[0] else None
+    dresidual = h.new_empty(rows, columns) if needs[1] else None
     dweight = rstd.new_empty(columns) if needs[2] else None
     dbias = rstd.new_empty(columns) if needs[3] else None
     chunks = engine.chunks(h)

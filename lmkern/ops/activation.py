@@ -11,7 +11,15 @@ from torch import Tensor
 
 from lmkern.kernels import backends
 from lmkern.kernels.activation import FUNCTIONS
-from lmkern.ops.dispatch import as_optional, as_tensors, check_dtype, direct, rows, statistics_dtype
+from lmkern.ops.dispatch import (
+    as_optional,
+    as_tensors,
+    check_dtype,
+    direct,
+    rows,
+    statistics_dtype,
+    wants_gradient,
+)
 
 Function = Literal["gelu", "gelu_tanh", "silu", "relu", "relu_squared"]
 
@@ -38,10 +46,12 @@ def activation(
     """
     _check(x, bias, function, gated)
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # (R, F) or (R, 2F)
-    if direct(x, bias):
+    if not direct(x, bias):
+        y = torch.ops.lmkern.activation(flat, bias, function, gated, backend)
+    elif wants_gradient(x, bias):
         y = _Activation.apply(flat, bias, function, gated, backend)
     else:
-        y = torch.ops.lmkern.activation(flat, bias, function, gated, backend)
+        y = _forward(flat, bias, function, gated, backend)
     return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lmkern.kernels import backends, philox
 from lmkern.kernels.add_norm import Options
-from lmkern.ops.dispatch import direct, statistics_dtype, wants_gradient
-from lmkern.ops.norm_arguments import check_beside, check_dtype, parameters, rows, to_dtype_of
+from lmkern.ops.dispatch import check_dtype, direct, rows, statistics_dtype, wants_gradient
+from lmkern.ops.norm_arguments import check_beside, parameters, to_dtype_of
 
 Gradients = tuple[Tensor | None, ...]
 

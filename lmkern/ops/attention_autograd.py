@@ -12,7 +12,7 @@ from torch import Tensor
 from lmkern.kernels import backends
 from lmkern.kernels.attention import Options, reference
 from lmkern.ops.attention_checks import check_documents
-from lmkern.ops.dispatch import direct, statistics_dtype
+from lmkern.ops.dispatch import direct, statistics_dtype, wants_gradient
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -30,10 +30,12 @@ _OPTIONS = (
 
 def attend(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str | None) -> tuple[Tensor, Tensor]:
     """out and lse."""
-    if direct(q, k, v, *_of(options, _TENSORS)):
-        arguments = (q, k, v, *_of(options, _DIFFERENTIABLE), options, backend)
-        return _Attention.apply(*arguments)  # type: ignore[no-any-return]
-    return torch.ops.lmkern.attention(q, k, v, *_of(options, _FIELDS), backend)  # type: ignore[no-any-return]
+    if not direct(q, k, v, *_of(options, _TENSORS)):
+        return torch.ops.lmkern.attention(q, k, v, *_of(options, _FIELDS), backend)  # type: ignore[no-any-return]
+    differentiable = (q, k, v, *_of(options, _DIFFERENTIABLE))
+    if wants_gradient(*differentiable):
+        return _Attention.apply(*differentiable, options, backend)  # type: ignore[no-any-return]
+    return _forward(q, k, v, options, backend)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str | None) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lmkern.kernels import backends
-from lmkern.ops.dispatch import check_dtype, direct
+from lmkern.ops.dispatch import check_dtype, direct, wants_gradient
 
 
 def cast(x: Tensor, dtype: torch.dtype, *, backend: str | None = None) -> Tensor:
@@ -37,9 +37,11 @@ def transposed_copy(x: Tensor, dtype: torch.dtype | None = None, *, backend: str
 def _copy(op: str, x: Tensor, dtype: torch.dtype, transposed: bool, backend: str | None) -> Tensor:
     check_dtype(op, "x", x)
     check_dtype(op, "dtype", torch.empty(0, dtype=dtype, device="meta"))
-    if direct(x):
+    if not direct(x):
+        return torch.ops.lmkern.copy(x, dtype, transposed, backend)  # type: ignore[no-any-return]
+    if wants_gradient(x):
         return _Copy.apply(x, dtype, transposed, backend)  # type: ignore[no-any-return]
-    return torch.ops.lmkern.copy(x, dtype, transposed, backend)  # type: ignore[no-any-return]
+    return _forward(x, dtype, transposed, backend)
 
 
 def _forward(x: Tensor, dtype: torch.dtype, transposed: bool, backend: str | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lmkern.kernels import backends
-from lmkern.ops.dispatch import direct, statistics_dtype
+from lmkern.ops.dispatch import direct, statistics_dtype, wants_gradient
 from lmkern.ops.losses import check_options, check_range, check_targets, reduce
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -53,10 +53,12 @@ def cross_entropy(
     check_targets(NAME, "logits", targets, logits.shape[:-1], logits.device)
     rows, flat_targets = logits.reshape(targets.numel(), logits.shape[-1]), targets.reshape(-1)
     options = (ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0))
-    if direct(logits, targets):
+    if not direct(logits, targets):
+        loss = torch.ops.lmkern.cross_entropy(rows, flat_targets, *options, backend)[0]
+    elif wants_gradient(logits):
         loss = _CrossEntropy.apply(rows, flat_targets, *options, backend)
     else:
-        loss = torch.ops.lmkern.cross_entropy(rows, flat_targets, *options, backend)[0]
+        loss = _forward(rows, flat_targets, *options, backend)[0]
     loss = reduce(loss, flat_targets, ignore_index, reduction)
     return loss.view(targets.shape) if reduction == "none" else loss
 

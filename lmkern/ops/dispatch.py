@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def direct(*tensors: Tensor | None) -> bool:
@@ -19,17 +20,22 @@ def direct(*tensors: Tensor | None) -> bool:
     tracing) or a tensor subclass must see the registered op. The direct path computes the same bits and costs
     half as much.
     """
-    return not (
+    if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
-        or any(tensor is not None and type(tensor) not in _PLAIN for tensor in tensors)
-    )
+    ):
+        return False
+    return _PLAIN.issuperset(map(type, tensors))
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a call on these must be recorded by autograd."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    """Whether a call on these must be seen by autograd, which refuses forward mode in words."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return forward_ad._current_level >= 0
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -48,7 +54,9 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 
 def rows(x: Tensor) -> Tensor:
     """x (R, E) with the elements of a row next to each other, as the kernels read it."""
-    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+    if x.is_contiguous() or (x.stride(1) == 1 and x.stride(0) >= x.shape[1]):
+        return x
+    return x.contiguous()
 
 
 def dense(x: Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lmkern.kernels import backends
-from lmkern.ops.dispatch import check_dtype, direct, rows
+from lmkern.ops.dispatch import check_dtype, direct, rows, wants_gradient
 
 
 def embedding(
@@ -27,10 +27,12 @@ def embedding(
     """
     padding = _check(tokens, weight, padding_idx)
     flat = tokens.reshape(-1).long()
-    if direct(flat, weight):
+    if not direct(flat, weight):
+        y = torch.ops.lmkern.embedding(flat, weight, padding, backend)
+    elif wants_gradient(weight):
         y = _Embedding.apply(flat, weight, padding, backend)
     else:
-        y = torch.ops.lmkern.embedding(flat, weight, padding, backend)
+        y = _forward(flat, weight, padding, backend)
     return y.view(*tokens.shape, weight.shape[1])  # type: ignore[no-any-return]
 
 

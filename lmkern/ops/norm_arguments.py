@@ -7,20 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+from lmkern.ops.dispatch import check_dtype
 
 
 def check_input(name: str, input: Tensor, shape: tuple[int, ...]) -> None:
     """ValueError unless input ends in normalized_shape and has a dtype that is served."""
-    if not shape or input.dim() < len(shape) or tuple(input.shape[-len(shape) :]) != shape:
+    if not shape or input.dim() < len(shape) or input.shape[-len(shape) :] != shape:
         raise ValueError(f"{name}: input must end in normalized_shape {shape}; got {tuple(input.shape)}")
     check_dtype(name, "input", input)
-
-
-def check_dtype(name: str, what: str, x: Tensor) -> None:
-    if x.dtype not in DTYPES:
-        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise ValueError(f"{name}: {what} must be one of {dtypes}; got {x.dtype}")
 
 
 def check_beside(
@@ -29,7 +23,7 @@ def check_beside(
     """ValueError unless tensor has this shape and lies beside input: its device, its dtype or float32."""
     if tensor is None:
         return
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(f"{name}: {what} must be {shape}; got {tuple(tensor.shape)}")
     if tensor.dtype != input.dtype and not (
         tensor.dtype == torch.float32 and input.dtype in (torch.float16, torch.bfloat16)
@@ -52,11 +46,6 @@ def as_matrix(input: Tensor, shape: tuple[int, ...]) -> Tensor:
 def as_vector(parameter: Tensor | None) -> Tensor | None:
     """(E,)"""
     return parameter if parameter is None or parameter.dim() == 1 else parameter.reshape(-1)
-
-
-def rows(x: Tensor) -> Tensor:
-    """x with the elements of a row next to each other, as the kernels read it."""
-    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
 def parameters(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from lmkern.kernels import backends
-from lmkern.ops.dispatch import direct, statistics_dtype, wants_gradient
+from lmkern.ops.dispatch import direct, rows, statistics_dtype, wants_gradient
 from lmkern.ops.norm_arguments import (
     as_matrix,
     as_vector,
     check_beside,
     check_input,
     parameters,
-    rows,
     to_dtype_of,
 )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from lmkern.kernels import backends
 from lmkern.kernels.checked import checked
 from lmkern.kernels.rotary.layout import empty_like
-from lmkern.ops.dispatch import check_dtype, direct
+from lmkern.ops.dispatch import check_dtype, direct, wants_gradient
 
 
 def rotary(
@@ -45,10 +45,13 @@ def rotary(
     """
     _check(x, cos, sin, offset, positions, inplace)
     arguments = (cos, sin, positions, offset, interleaved, False)
-    if direct(x, cos, sin, positions):
+    if not direct(x, cos, sin, positions):
+        y = torch.ops.lmkern.rotary(x, *arguments, backend)
+        return x.copy_(y) if inplace else y
+    # In place, autograd counts a version of x even where it wants no gradient.
+    if inplace or wants_gradient(x):
         return _Rotary.apply(x, *arguments, inplace, backend)  # type: ignore[no-any-return]
-    y = torch.ops.lmkern.rotary(x, *arguments, backend)
-    return x.copy_(y) if inplace else y
+    return _forward(x, *arguments, inplace, backend)
 
 
 def _forward(

@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A backend of an op; for "cpu" the compiled module of one instruction set (None: the default)."""
+    """A backend of an op; for "cpu" the compiled modules up to one instruction set (None: the default)."""
 
     op: str
     backend: str
@@ -67,12 +67,12 @@ class Target:
         if self.instruction_set is None:
             yield
             return
-        chosen, module = native.module, native.cpu_modules()[self.instruction_set]
-        native.module = lambda: module  # type: ignore[assignment]
+        chosen, name = native.instruction_set, self.instruction_set
+        native.instruction_set = lambda: name  # type: ignore[assignment]
         try:
             yield
         finally:
-            native.module = chosen
+            native.instruction_set = chosen
 
 
 def targets(op: str) -> list[Target]:

@@ -60,10 +60,10 @@ PATIENCE = 60
 @pytest.fixture
 def chosen_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """The choice of a module is made afresh within the test, and after it."""
-    native.module.cache_clear()
+    native.instruction_set.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    native.module.cache_clear()
+    native.instruction_set.cache_clear()
 
 
 def test_the_best_instruction_set_is_chosen(chosen_again: pytest.MonkeyPatch) -> None:
@@ -71,23 +71,31 @@ def test_the_best_instruction_set_is_chosen(chosen_again: pytest.MonkeyPatch) ->
     modules = native.cpu_modules()
     assert list(modules) == [name for name in native.INSTRUCTION_SETS if name in modules]
     assert "baseline" in modules
-    assert native.module() is next(iter(modules.values()))
+    assert native.instruction_set() == next(iter(modules))
 
 
 @pytest.mark.parametrize("name", native.INSTRUCTION_SETS)
 def test_an_instruction_set_can_be_forced(name: str, chosen_again: pytest.MonkeyPatch) -> None:
     chosen_again.setenv("LMKERN_CPU_ISA", name)
     if name in native.cpu_modules():
-        assert native.module().__name__.endswith(f"_cpu_{name}")
+        assert native.instruction_set() == name
+        served = [
+            dtype for dtype, code in native.DTYPE_CODES.items() if native.cpu_modules()[name].serves(code)
+        ]
+        assert served, "a module that serves nothing"
+        for dtype in native.DTYPE_CODES:
+            module = native.module(dtype).__name__.rpartition("_cpu_")[2]
+            assert module == name or dtype not in served
+            assert native.INSTRUCTION_SETS.index(module) >= native.INSTRUCTION_SETS.index(name)
     else:
         with pytest.raises(ValueError, match=f"instruction set of this machine .*; got '{name}'"):
-            native.module()
+            native.instruction_set()
 
 
 def test_an_unknown_instruction_set_is_refused(chosen_again: pytest.MonkeyPatch) -> None:
     chosen_again.setenv("LMKERN_CPU_ISA", "mmx")
     with pytest.raises(ValueError, match=r"LMKERN_CPU_ISA: expected .*baseline.*; got 'mmx'"):
-        native.module()
+        native.instruction_set()
 
 
 @pytest.mark.parametrize("name", native.INSTRUCTION_SETS)
@@ -95,7 +103,9 @@ def test_every_entry_point_is_known_here(name: str) -> None:
     module = native.cpu_modules().get(name)
     if module is None:
         pytest.skip(f"this processor has no {name}")
-    others = {"supported_instruction_sets", "workspace_bytes"} | (set() if name == "amx" else ON_TILES)
+    others = {"serves", "supported_instruction_sets", "workspace_bytes"} | (
+        set() if name == "amx" else ON_TILES
+    )
     assert {x for x in dir(module) if not x.startswith("_")} - others == set(ENTRY_POINTS) - others
 
 
@@ -244,6 +254,26 @@ def test_forked_child_computes_and_does_not_hang() -> None:
         os.waitpid(child, 0)
         pytest.fail("a forked child hangs in the CPU kernels")
     assert all(map(torch.equal, results(torchs), expected))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_child_may_be_the_first_to_call_a_module() -> None:
+    # Each dtype may have a module of its own: the parent's pool has run, but not in the child's.
+    code = (
+        "import os, signal, torch, lmkern\n"
+        "torch.set_num_threads(2); x = torch.ones(512, 64)\n"
+        "lmkern.rms_norm(x.bfloat16(), (64,), backend='cpu')\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        f"    signal.alarm({PATIENCE})\n"
+        "    lmkern.rms_norm(x, (64,), backend='cpu')\n"
+        "    os._exit(0)\n"
+        "raise SystemExit(os.waitpid(child, 0)[1])"
+    )
+    root = Path(__file__).parents[2]
+    env = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env)
+    assert done.returncode == 0
 
 
 def test_python_threads_may_call_at_the_same_time() -> None:

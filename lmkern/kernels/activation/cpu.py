@@ -33,7 +33,7 @@ def forward(x: Tensor, bias: Tensor | None, *, function: str, gated: bool) -> Te
     rows, width = x.shape
     y = x.new_empty(rows, width // 2 if gated else width)
     pointers = (x, bias, y, None, None, None, None)
-    native.module().activation_forward(
+    native.module(x.dtype).activation_forward(
         _PARAMS.pack(
             *(pointer(tensor) for tensor in pointers),
             x.stride(0),
@@ -61,7 +61,7 @@ def backward(
     dbias = x.new_empty(width, dtype=cpu_call.statistics_dtype(x)) if needs[1] else None
     partials = dbias.new_empty(chunks, width) if dbias is not None else None
     pointers = (x, bias, None, dy, dx, partials, dbias)
-    native.module().activation_backward(
+    native.module(x.dtype).activation_backward(
         _PARAMS.pack(
             *(pointer(tensor) for tensor in pointers),
             x.stride(0),

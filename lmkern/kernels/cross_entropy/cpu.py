@@ -32,7 +32,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss, row_max, log_sum = _statistics(logits)
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    native.module().cross_entropy_forward(
+    native.module(logits.dtype).cross_entropy_forward(
         _pack(logits, targets, loss, row_max, log_sum, None, None, *options)
     )
     return loss, row_max, log_sum
@@ -51,7 +51,7 @@ def forward_in_place(
     """The loss; the gradient for dloss takes the place of the logits."""
     loss, row_max, log_sum = _statistics(logits)
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    native.module().cross_entropy_forward(
+    native.module(logits.dtype).cross_entropy_forward(
         _pack(logits, targets, loss, row_max, log_sum, dloss, logits, *options)
     )
     return loss
@@ -69,9 +69,9 @@ def backward(
     z_loss: float,
     softcap: float,
 ) -> Tensor:
-    dlogits = logits.new_empty(logits.shape)
+    dlogits = logits.new_empty(*logits.shape)
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    native.module().cross_entropy_backward(
+    native.module(logits.dtype).cross_entropy_backward(
         _pack(logits, targets, None, row_max, log_sum, dloss, dlogits, *options)
     )
     return dlogits

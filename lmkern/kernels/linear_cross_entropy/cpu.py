@@ -145,7 +145,7 @@ def _rounded_up(n: int) -> int:
 
 def _amx(x: Tensor) -> bool:
     """Whether the products of our own take tensors of x's dtype."""
-    return x.dtype == torch.bfloat16 and hasattr(native.module(), "weight_gradient_add")
+    return x.dtype == torch.bfloat16 and hasattr(native.module(x.dtype), "weight_gradient_add")
 
 
 def _input_gradient(dlogits: Tensor, weight: Tensor, dx: Tensor) -> None:
@@ -153,7 +153,7 @@ def _input_gradient(dlogits: Tensor, weight: Tensor, dx: Tensor) -> None:
     if not _amx(dx) or dx.shape[0] < _AMX_TOKENS or weight.stride(1) != 1:
         torch.mm(dlogits, weight, out=dx)
         return
-    native.module().input_gradient(
+    native.module(dx.dtype).input_gradient(
         _INPUT_PARAMS.pack(
             *(pointer(tensor) for tensor in (dlogits, weight, dx)),
             dlogits.stride(0),
@@ -198,14 +198,14 @@ class _AmxWeightSum:
     def add(self, dlogits: Tensor, x: Tensor) -> None:
         x = x if x.stride(1) == 1 else x.contiguous()
         packed_x = x.new_empty(_rounded_up(x.shape[0]) * _rounded_up(x.shape[1]))
-        native.module().weight_gradient_add(self._pack(x, dlogits, packed_x, None, x.shape[0]))
+        native.module(x.dtype).weight_gradient_add(self._pack(x, dlogits, packed_x, None, x.shape[0]))
         self.chunks += 1
 
     def result(self) -> Tensor:
         dweight = self.weight.new_empty(self.weight.shape)
         if self.chunks == 0:
             return dweight.zero_()
-        native.module().weight_gradient_store(self._pack(None, None, None, dweight, 0))
+        native.module(dweight.dtype).weight_gradient_store(self._pack(None, None, None, dweight, 0))
         return dweight
 
     def _pack(

@@ -35,7 +35,7 @@ def forward(
 ) -> Tensor:
     source = x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
     y = x if inplace and source is x else empty_like(x)
-    native.module().rotary_forward(
+    native.module(x.dtype).rotary_forward(
         _PARAMS.pack(
             *(pointer(tensor) for tensor in (source, y, cos, sin, positions)),
             *source.stride()[:3],

@@ -1,0 +1,58 @@
+// The entry points of one instruction set, each with a packed params.hpp as its argument.
+#include "cpu_entry_points.hpp"
+
+#include <cstring>
+
+#include "activation/cpu.hpp"
+#include "adamw/cpu.hpp"
+#include "attention/cpu.hpp"
+#include "cached_attention/cpu.hpp"
+#include "copy/cpu.hpp"
+#include "core/types.hpp"
+#include "cross_entropy/cpu.hpp"
+#include "embedding/cpu.hpp"
+#include "linear_cross_entropy/cpu.hpp"
+#include "norm/cpu.hpp"
+#include "rotary/cpu.hpp"
+
+namespace lmkern {
+namespace {
+
+template <class Params, void (*kernel)(const Params&)>
+constexpr EntryPoint entry(const char* name) {
+    return {name, sizeof(Params), [](const char* packed) {
+                Params params;
+                std::memcpy(&params, packed, sizeof params);
+                kernel(params);
+            }};
+}
+
+constexpr EntryPoint kEntryPoints[] = {
+    entry<ActivationParams, activation_backward>("activation_backward"),
+    entry<ActivationParams, activation_forward>("activation_forward"),
+    entry<AdamwParams, adamw_step>("adamw_step"),
+    entry<AttentionParams, attention_backward>("attention_backward"),
+    entry<AttentionParams, attention_forward>("attention_forward"),
+    entry<CachedAttentionParams, cached_attention_forward>("cached_attention_forward"),
+    entry<CopyParams, copy_forward>("copy_forward"),
+    entry<CrossEntropyParams, cross_entropy_backward>("cross_entropy_backward"),
+    entry<CrossEntropyParams, cross_entropy_forward>("cross_entropy_forward"),
+    entry<EmbeddingParams, embedding_backward>("embedding_backward"),
+    entry<EmbeddingParams, embedding_forward>("embedding_forward"),
+    entry<NormParams, norm_backward>("norm_backward"),
+    entry<NormParams, norm_forward>("norm_forward"),
+    entry<RotaryParams, rotary_forward>("rotary_forward"),
+#if defined(__AMX_BF16__)
+    entry<InputGradientParams, input_gradient>("input_gradient"),
+    entry<WeightGradientParams, weight_gradient_add>("weight_gradient_add"),
+    entry<WeightGradientParams, weight_gradient_store>("weight_gradient_store"),
+#endif
+};
+
+}  // namespace
+
+EntryPoints entry_points() {
+    return {kEntryPoints, sizeof kEntryPoints / sizeof kEntryPoints[0], kServedTypes};
+}
+
+}  // namespace lmkern
