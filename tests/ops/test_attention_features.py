@@ -449,13 +449,12 @@ def test_window_is_a_band_of_keys() -> None:
 
 
 def test_backend_says_what_it_does_not_take() -> None:
-    q, k, v, _ = attention_inputs(SHAPES[0])
-    interpreted = [target for target in TARGETS if target.interpreted]
-    for target in interpreted:
+    q, k, v, _ = attention_inputs(SHAPES[0], torch.float64)
+    for target in (target for target in TARGETS if target.interpreted):
         with pytest.raises(
-            lmkern.UnsupportedBackend, match="'triton' does not take a sliding window and softcap yet"
+            lmkern.UnsupportedBackend, match="'triton' takes float32, float16 and bfloat16, not float64"
         ):
-            lmkern.attention(q, k, v, window=(3, 3), softcap=2.0, backend=target.backend)
+            lmkern.attention(q, k, v, backend=target.backend)
 
 
 WRONG = [
