@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import struct
+from functools import partial
 
 from torch import Tensor
 
 from lmkern.kernels import cuda_call, norm_call
 from lmkern.kernels.backends import Call
 
-__all__ = ["ENGINE", "NOTE", "RUN_ON_HARDWARE", "unavailable", "unsupported"]
+__all__ = ["NOTE", "RUN_ON_HARDWARE", "backward", "forward", "unavailable", "unsupported"]
 
 # The GPU on which these kernels passed tests/kernels/test_cuda_norm.py, and the commit of the benchmark
 # result that shows them beside Triton's. None: nobody has run them, and an automatic choice leaves them out.
@@ -46,7 +47,8 @@ class _Engine(norm_call.Engine):
         return max(1, min(most, rows // _MIN_CHUNK_ROWS))
 
 
-ENGINE = _Engine()
+forward = partial(norm_call.forward, engine=_Engine())
+backward = partial(norm_call.backward, engine=_Engine())
 
 
 def unavailable() -> str | None:

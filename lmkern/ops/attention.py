@@ -59,7 +59,7 @@ def attention(
         1 / (1 - dropout_p). dropout_seed: () int64 on q's device, the same mask for the same seed on every
         backend; default drawn from torch's generator.
     return_lse: also return the log-sum-exp of each query's scores, (B, H, N_q), differentiable.
-    backend: "triton", "cpu" or "reference"; default the fastest that applies.
+    backend: "cuda", "triton", "cpu" or "reference"; default the fastest that applies.
 
     Returns (B, H, N_q, D) in q's dtype, laid out as q is. A query with no visible key gives zeros (lse -inf
     without a sink) and zero gradients. Under autocast q, k and v are taken in its dtype. Differentiable twice

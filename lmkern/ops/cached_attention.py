@@ -44,7 +44,7 @@ def cached_attention(
     alibi_slopes: (H,), -slope * (p - j) is added. sinks: (H,) scores of a key beside all others whose value
         is zero; part of lse.
     return_lse: also return the log-sum-exp of each query's scores, (B, H, N_q).
-    backend: "cpu" or "reference"; default the fastest that applies.
+    backend: "triton", "cpu" or "reference"; default the fastest that applies.
 
     Returns (B, H, N_q, D) in q's dtype, laid out as q is; the bits of a sequence depend neither on the
     threads nor on the rest of the batch. A query before the first key (length < N_q) gives zeros. Raises

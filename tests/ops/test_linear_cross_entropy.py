@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lmkern
-from lmkern.kernels.linear_cross_entropy import cpu
+from lmkern.kernels.linear_cross_entropy import chunks, cpu, triton
 from lmkern.testing import (
     LINEAR_CROSS_ENTROPY_SHAPES,
     Errors,
@@ -154,8 +154,10 @@ def test_chunks_change_nothing_but_rounding(
         whole = results(ours(target.backend), *inputs)
         monkeypatch.setattr(cpu, "_CHUNK_BYTES", 1)
         monkeypatch.setattr(cpu, "_CHUNK_TOKENS", 64)
-        monkeypatch.setattr(cpu, "_WIDENED_ROWS", 16)
+        monkeypatch.setattr(triton, "CHUNK_BYTES", 1)
+        monkeypatch.setattr(chunks, "_WIDENED_ROWS", 16)
         assert cpu._chunk_tokens(300, 45) == 64
+        assert triton.chunk_tokens(300, 45) == 128
         parts = results(ours(target.backend), *inputs)
     for result, value in parts.items():
         unit = float(whole[result].abs().max()) * torch.finfo(value.dtype).eps

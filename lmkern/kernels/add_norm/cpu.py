@@ -1,13 +1,17 @@
-"""Dropout, residual and norm on the CPU: csrc/norm/cpu_*.cpp."""
+"""Dropout, residual and norm on the CPU: csrc/norm/cpu_*.cpp.
+
+family: what else has `forward` and `backward` of lmkern/kernels/norm_call.py, for other backends of the op.
+"""
 
 from __future__ import annotations
+
+from types import ModuleType
 
 from torch import Tensor
 
 from lmkern.kernels import norm_call
 from lmkern.kernels.add_norm.options import Options
 from lmkern.kernels.cpu_call import unavailable, unsupported
-from lmkern.kernels.norm_call import CPU, Engine
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
@@ -19,9 +23,9 @@ def forward(
     bias: Tensor | None,
     options: Options,
     *,
-    engine: Engine = CPU,
+    family: ModuleType = norm_call,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    y, h, mean, rstd = norm_call.forward(
+    y, h, mean, rstd = family.forward(
         x,
         residual,
         weight,
@@ -31,7 +35,6 @@ def forward(
         offset=options.offset,
         dropout_p=options.dropout_p,
         seed=options.seed,
-        engine=engine,
     )
     assert h is not None
     return y, h, mean, rstd
@@ -47,12 +50,12 @@ def backward(
     options: Options,
     *,
     needs: tuple[bool, bool, bool, bool],
-    engine: Engine = CPU,
+    family: ModuleType = norm_call,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     # Without dropout, and in one dtype, the two gradients are the same numbers.
     same = options.dropout_p == 0.0 and dy.dtype == h.dtype
     wanted = (needs[0] and not same, needs[1] or (needs[0] and same), *needs[2:])
-    dx, dresidual, dweight, dbias = norm_call.backward(
+    dx, dresidual, dweight, dbias = family.backward(
         dy,
         dh,
         h,
@@ -63,7 +66,6 @@ def backward(
         offset=options.offset,
         dropout_p=options.dropout_p,
         seed=options.seed,
-        engine=engine,
     )
     if same:
         dx, dresidual = dresidual if needs[0] else None, dresidual if needs[1] else None

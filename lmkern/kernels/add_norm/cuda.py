@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
+from lmkern.kernels import norm_cuda
 from lmkern.kernels.add_norm import cpu
-from lmkern.kernels.norm_cuda import ENGINE, NOTE, unavailable, unsupported
+from lmkern.kernels.norm_cuda import NOTE, unavailable, unsupported
 
 __all__ = ["NOTE", "backward", "forward", "unavailable", "unsupported"]
 
-forward = partial(cpu.forward, engine=ENGINE)
-backward = partial(cpu.backward, engine=ENGINE)
+forward = partial(cpu.forward, family=norm_cuda)
+backward = partial(cpu.backward, family=norm_cuda)

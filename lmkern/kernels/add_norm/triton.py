@@ -2,59 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from functools import partial
 
 from lmkern.kernels import norm_triton
-from lmkern.kernels.add_norm.options import Options
+from lmkern.kernels.add_norm import cpu
 from lmkern.kernels.norm_triton import NOTE, unavailable, unsupported
 
 __all__ = ["NOTE", "backward", "forward", "unavailable", "unsupported"]
 
-
-def forward(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    y, h, mean, rstd = norm_triton.forward(
-        x,
-        residual,
-        weight,
-        bias,
-        eps=options.eps,
-        centred=options.centred,
-        offset=options.offset,
-        dropout_p=options.dropout_p,
-        seed=options.seed,
-    )
-    assert h is not None
-    return y, h, mean, rstd
-
-
-def backward(
-    dy: Tensor,
-    dh: Tensor | None,
-    h: Tensor,
-    weight: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    options: Options,
-    *,
-    needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    # Without dropout, and in one dtype, the two gradients are the same numbers.
-    same = options.dropout_p == 0.0 and dy.dtype == h.dtype
-    wanted = (needs[0] and not same, needs[1] or (needs[0] and same), *needs[2:])
-    dx, dresidual, dweight, dbias = norm_triton.backward(
-        dy,
-        dh,
-        h,
-        weight,
-        mean,
-        rstd,
-        needs=wanted,
-        offset=options.offset,
-        dropout_p=options.dropout_p,
-        seed=options.seed,
-    )
-    if same:
-        dx, dresidual = dresidual if needs[0] else None, dresidual if needs[1] else None
-    return dx, dresidual, dweight, dbias
+forward = partial(cpu.forward, family=norm_triton)
+backward = partial(cpu.backward, family=norm_triton)

@@ -54,7 +54,7 @@ TILES: dict[str, dict[tuple[int, int], tuple[int, int, int, int]]] = {
 
 # What a program reads or makes beside each score takes registers and shared memory: its tiles are smaller.
 BESIDE: dict[str, tuple[int, int, int, int]] = {
-    "forward": (64, 32, 4, 2), "dq": (64, 32, 4, 2), "dk_dv": (32, 64, 8, 2), "dbias": (64, 32, 4, 1),
+    "forward": (64, 32, 4, 2), "dq": (64, 32, 4, 2), "dk_dv": (32, 64, 8, 2), "dbias": (64, 32, 8, 1),
     "drelative": (16, 32, 4, 1),
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ from lmkern.kernels import cpu_call, native
 from lmkern.kernels.backends import Call
 from lmkern.kernels.cpu_call import pointer, unavailable
 from lmkern.kernels.cross_entropy import cpu as cross_entropy
+from lmkern.kernels.linear_cross_entropy.chunks import WeightSum, by_chunks
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
@@ -36,9 +37,6 @@ _AMX_TOKENS = 512
 
 # Below this share of tokens that count, they are gathered first: masked language models count 15 in 100.
 _GATHERED_SHARE = 0.875
-
-# Rows of dweight that a product in float32 of 16-bit factors makes at once.
-_WIDENED_ROWS = 4096
 
 
 def unsupported(call: Call) -> str | None:
@@ -86,36 +84,18 @@ def _forward(
     needs: tuple[bool, bool, bool],
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    R, V = x.shape[0], weight.shape[0]
-    wide = cpu_call.statistics_dtype(x)
-    chunk = _chunk_tokens(R, V * x.element_size())
-    buffer = x.new_empty(min(chunk, R), V)
-    loss = x.new_empty(R, dtype=wide)
-    dx = x.new_empty(x.shape) if needs[0] else None
-    dweight = _weight_sum(x, weight) if needs[1] else None
-    dbias = x.new_zeros(V, dtype=wide) if needs[2] else None
-    for start in range(0, R, chunk):
-        part = slice(start, min(R, start + chunk))
-        logits = buffer[: part.stop - start]  # (T, V)
-        if bias is None:
-            torch.mm(x[part], weight.T, out=logits)
-        else:
-            torch.addmm(bias, x[part], weight.T, out=logits)
-        if not any(needs):
-            loss[part] = cross_entropy.forward(logits, targets[part], **options)[0]
-            continue
-        loss[part] = cross_entropy.forward_in_place(logits, targets[part], dloss[part], **options)
-        if dx is not None:
-            _input_gradient(logits, weight, dx[part])
-        if dweight is not None:
-            dweight.add(logits, x[part])
-        if dbias is not None:
-            dbias += logits.sum(0, dtype=wide)
-    return (
-        loss,
-        dx,
-        None if dweight is None else dweight.result(),
-        None if dbias is None else dbias.to(x.dtype),
+    return by_chunks(
+        x,
+        weight,
+        bias,
+        targets,
+        dloss,
+        needs,
+        options,
+        chunk=_chunk_tokens(x.shape[0], weight.shape[0] * x.element_size()),
+        cross_entropy=cross_entropy,
+        weight_sum=_AmxWeightSum if _amx(x) else WeightSum,
+        input_gradient=_input_gradient,
     )
 
 
@@ -165,31 +145,10 @@ def _input_gradient(dlogits: Tensor, weight: Tensor, dx: Tensor) -> None:
     )
 
 
-class _WeightSum:
-    """dlogits^T @ x summed over chunks in float32 (float64), by torch's products."""
-
-    def __init__(self, x: Tensor, weight: Tensor) -> None:
-        self.dtype = weight.dtype
-        self.sums = weight.new_zeros(weight.shape, dtype=cpu_call.statistics_dtype(x))
-
-    def add(self, dlogits: Tensor, x: Tensor) -> None:
-        """dlogits (T, V), x (T, E)."""
-        if self.sums.dtype == x.dtype:
-            self.sums.addmm_(dlogits.T, x)
-            return
-        x = x.to(self.sums.dtype)
-        for first in range(0, self.sums.shape[0], _WIDENED_ROWS):
-            rows = slice(first, first + _WIDENED_ROWS)
-            self.sums[rows].addmm_(dlogits[:, rows].to(self.sums.dtype).T, x)
-
-    def result(self) -> Tensor:
-        return self.sums.to(self.dtype)
-
-
 class _AmxWeightSum:
-    """The same in bfloat16 on AMX; float32 sums."""
+    """dlogits^T @ x summed over chunks in bfloat16 on AMX; float32 sums."""
 
-    def __init__(self, x: Tensor, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor) -> None:
         self.weight = weight
         rows, columns = (_rounded_up(n) for n in weight.shape)
         self.sums = weight.new_empty(rows * columns, dtype=torch.float32)
@@ -225,7 +184,3 @@ class _AmxWeightSum:
             self.chunks == 0,
             native.threads(),
         )
-
-
-def _weight_sum(x: Tensor, weight: Tensor) -> _WeightSum | _AmxWeightSum:
-    return _AmxWeightSum(x, weight) if _amx(x) else _WeightSum(x, weight)

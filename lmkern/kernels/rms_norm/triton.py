@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from functools import partial
 
 from lmkern.kernels import norm_triton
 from lmkern.kernels.norm_triton import NOTE, unavailable, unsupported
+from lmkern.kernels.rms_norm import cpu
 
 __all__ = ["NOTE", "backward", "forward", "unavailable", "unsupported"]
 
-
-def forward(x: Tensor, weight: Tensor | None, *, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    y, _, _, rstd = norm_triton.forward(x, None, weight, None, eps=eps, centred=False, offset=offset)
-    return y, rstd
-
-
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    rstd: Tensor,
-    *,
-    offset: float,
-    needs: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    dx, _, dweight, _ = norm_triton.backward(
-        dy, None, x, weight, None, rstd, needs=(needs[0], False, needs[1], False), offset=offset
-    )
-    return dx, dweight
+forward = partial(cpu.forward, family=norm_triton)
+backward = partial(cpu.backward, family=norm_triton)

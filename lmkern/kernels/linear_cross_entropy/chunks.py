@@ -1,0 +1,102 @@
+"""Linear + cross-entropy by chunks of tokens, whose logits are held a chunk at a time: what backends share.
+
+A backend brings the size of a chunk, its cross-entropy, and the products of the two gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+# Rows of dweight that a product in float32 of 16-bit factors makes at once, where torch has none of its own.
+_WIDENED_ROWS = 4096
+
+
+class Sum(Protocol):
+    """dlogits^T @ x summed over chunks."""
+
+    def add(self, dlogits: Tensor, x: Tensor) -> None:
+        """dlogits (T, V), x (T, E)."""
+
+    def result(self) -> Tensor:
+        """(V, E), in the weight's dtype."""
+
+
+class WeightSum:
+    """By torch's products, in float32 (float64)."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.dtype = weight.dtype
+        self.sums = weight.new_zeros(weight.shape, dtype=wide(weight))
+
+    def add(self, dlogits: Tensor, x: Tensor) -> None:
+        if self.sums.dtype == x.dtype:
+            self.sums.addmm_(dlogits.T, x)
+        elif x.device.type == "cuda":
+            torch.addmm(self.sums, dlogits.T, x, out_dtype=self.sums.dtype, out=self.sums)
+        else:
+            x = x.to(self.sums.dtype)
+            for first in range(0, self.sums.shape[0], _WIDENED_ROWS):
+                rows = slice(first, first + _WIDENED_ROWS)
+                self.sums[rows].addmm_(dlogits[:, rows].to(self.sums.dtype).T, x)
+
+    def result(self) -> Tensor:
+        return self.sums.to(self.dtype)
+
+
+def by_chunks(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    dloss: Tensor,
+    needs: tuple[bool, bool, bool],
+    options: dict[str, Any],
+    *,
+    chunk: int,
+    cross_entropy: ModuleType,
+    weight_sum: Callable[[Tensor], Sum],
+    input_gradient: Callable[[Tensor, Tensor, Tensor], None],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """loss, dx, dweight and dbias as the contract's forward gives them.
+
+    chunk: tokens. input_gradient(dlogits, weight, dx) writes dx (T, E) = dlogits (T, V) @ weight (V, E).
+    """
+    R, V = x.shape[0], weight.shape[0]
+    buffer = x.new_empty(min(chunk, R), V)
+    loss = x.new_empty(R, dtype=wide(x))
+    dx = x.new_empty(x.shape) if needs[0] else None
+    dweight = weight_sum(weight) if needs[1] else None
+    dbias = x.new_zeros(V, dtype=wide(x)) if needs[2] else None
+    for start in range(0, R, chunk):
+        part = slice(start, min(R, start + chunk))
+        logits = buffer[: part.stop - start]  # (T, V)
+        if bias is None:
+            torch.mm(x[part], weight.T, out=logits)
+        else:
+            torch.addmm(bias, x[part], weight.T, out=logits)
+        if not any(needs):
+            loss[part] = cross_entropy.forward(logits, targets[part], **options)[0]
+            continue
+        loss[part] = cross_entropy.forward_in_place(logits, targets[part], dloss[part], **options)
+        if dx is not None:
+            input_gradient(logits, weight, dx[part])
+        if dweight is not None:
+            dweight.add(logits, x[part])
+        if dbias is not None:
+            dbias += logits.sum(0, dtype=wide(x))
+    return (
+        loss,
+        dx,
+        None if dweight is None else dweight.result(),
+        None if dbias is None else dbias.to(x.dtype),
+    )
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """What sums over x are kept in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
