@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lmkern.kernels import native
 from lmkern.kernels.backends import Call
 from lmkern.kernels.native import DTYPE_CODES
 
-__all__ = ["DTYPE_CODES", "pointer", "statistics_dtype", "unavailable", "unsupported"]
+__all__ = ["DTYPE_CODES", "pointer", "unavailable", "unsupported"]
 
 
 def unavailable() -> str | None:
@@ -31,8 +30,3 @@ def unsupported(call: Call) -> str | None:
 def pointer(tensor: Tensor | None) -> int:
     """The address of the first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a kernel keeps sums and statistics of x in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

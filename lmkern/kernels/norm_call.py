@@ -7,7 +7,8 @@ import struct
 from torch import Tensor
 
 from lmkern.kernels import native, philox
-from lmkern.kernels.cpu_call import DTYPE_CODES, pointer, statistics_dtype
+from lmkern.kernels.cpu_call import DTYPE_CODES, pointer
+from lmkern.kernels.statistics import statistics_dtype
 
 # NormParams: 15 pointers; 5 strides, rows, columns, chunks; eps, offset, keep_scale; keep_threshold, seed,
 # three dtypes, centred, threads.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lmkern.kernels import philox, triton_runtime, tuning
 from lmkern.kernels.backends import Call
+from lmkern.kernels.statistics import statistics_dtype
 
 __all__ = ["NOTE", "backward", "constants", "forward", "unavailable", "unsupported"]
 
@@ -69,7 +70,7 @@ def forward(
     rows, width = x.shape
     y = x.new_empty((rows, width))
     h = None if residual is None else residual.new_empty((rows, width))
-    rstd = x.new_empty(rows, dtype=triton_runtime.compute_dtype(x))
+    rstd = x.new_empty(rows, dtype=statistics_dtype(x))
     mean = torch.empty_like(rstd) if centred else None
     dropout = _dropout(dropout_p, seed)
     options = constants("forward", width, x.element_size(), tuning.architecture(x.device))

@@ -75,19 +75,6 @@ def _too_old(device: int) -> str | None:
     return f"needs compute capability 8.0; {torch.cuda.get_device_name(device)} has {major}.{minor}"
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What kernels compute and keep statistics of x in: float64 for float64, float32 for all others."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def widen(dtype: torch.dtype) -> bool:
-    """Whether kernels must multiply in float32 and round by hand.
-
-    The interpreter multiplies the raw bits of bfloat16, and cuts float32 off where it should round to it.
-    """
-    return dtype == torch.bfloat16 and interpreted()
-
-
 @cache
 def processors(device: torch.device) -> int:
     """Multiprocessors (NVIDIA) or compute units (AMD) of a GPU."""

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from lmkern.kernels import backends
 from lmkern.kernels.activation import FUNCTIONS
+from lmkern.kernels.statistics import statistics_dtype
 from lmkern.ops.dispatch import (
     as_optional,
     as_tensors,
     check_dtype,
     direct,
     rows,
-    statistics_dtype,
     wants_gradient,
 )
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lmkern.kernels import backends
-from lmkern.ops.dispatch import check_dtype, dense, direct, statistics_dtype
+from lmkern.kernels.statistics import statistics_dtype
+from lmkern.ops.dispatch import check_dtype, dense, direct
 
 
 def adamw_(

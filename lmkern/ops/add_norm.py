@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lmkern.kernels import backends, philox
 from lmkern.kernels.add_norm import Options
-from lmkern.ops.dispatch import check_dtype, direct, rows, statistics_dtype, wants_gradient
+from lmkern.kernels.statistics import statistics_dtype
+from lmkern.ops.dispatch import check_dtype, direct, rows, wants_gradient
 from lmkern.ops.norm_arguments import check_beside, parameters, to_dtype_of
 
 Gradients = tuple[Tensor | None, ...]

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lmkern.kernels import backends
 from lmkern.kernels.attention import Options, reference
+from lmkern.kernels.statistics import statistics_dtype
 from lmkern.ops.attention_checks import check_documents
-from lmkern.ops.dispatch import direct, statistics_dtype, wants_gradient
+from lmkern.ops.dispatch import direct, wants_gradient
 
 Gradients = tuple[Tensor | None, ...]
 

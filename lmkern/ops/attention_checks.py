@@ -10,7 +10,8 @@ from torch import Tensor
 from lmkern.kernels.attention import Options
 from lmkern.kernels.checked import checked
 from lmkern.kernels.philox import threshold
-from lmkern.ops.dispatch import autocast, statistics_dtype
+from lmkern.kernels.statistics import statistics_dtype
+from lmkern.ops.dispatch import autocast
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lmkern.kernels import backends
 from lmkern.kernels.cached_attention import Options
-from lmkern.ops.dispatch import autocast, direct, statistics_dtype
+from lmkern.kernels.statistics import statistics_dtype
+from lmkern.ops.dispatch import autocast, direct
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lmkern.kernels import backends
-from lmkern.ops.dispatch import direct, statistics_dtype, wants_gradient
+from lmkern.kernels.statistics import statistics_dtype
+from lmkern.ops.dispatch import direct, wants_gradient
 from lmkern.ops.losses import check_options, check_range, check_targets, reduce
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

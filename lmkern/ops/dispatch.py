@@ -47,11 +47,6 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of sums and statistics over x: float32, float64 for float64."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def rows(x: Tensor) -> Tensor:
     """x (R, E) with the elements of a row next to each other, as the kernels read it."""
     if x.is_contiguous() or (x.stride(1) == 1 and x.stride(0) >= x.shape[1]):

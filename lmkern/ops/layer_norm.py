@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lmkern.kernels import backends
 from lmkern.kernels.layer_norm import reference
-from lmkern.ops.dispatch import direct, rows, statistics_dtype, wants_gradient
+from lmkern.kernels.statistics import statistics_dtype
+from lmkern.ops.dispatch import direct, rows, wants_gradient
 from lmkern.ops.norm_arguments import (
     as_matrix,
     as_vector,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lmkern.kernels import backends
-from lmkern.ops.dispatch import autocast, direct, statistics_dtype
+from lmkern.kernels.statistics import statistics_dtype
+from lmkern.ops.dispatch import autocast, direct
 from lmkern.ops.losses import check_options, check_range, check_targets, reduce
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -10,6 +10,7 @@ from lmkern.kernels import cpu_call, native
 from lmkern.kernels.activation import FUNCTIONS
 from lmkern.kernels.backends import Call
 from lmkern.kernels.cpu_call import pointer, unavailable
+from lmkern.kernels.statistics import statistics_dtype
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
@@ -58,7 +59,7 @@ def backward(
     rows, width = x.shape
     chunks = max(1, min(_MAX_CHUNKS, rows // _MIN_CHUNK_ROWS))
     dx = x.new_empty(rows, width) if needs[0] else None
-    dbias = x.new_empty(width, dtype=cpu_call.statistics_dtype(x)) if needs[1] else None
+    dbias = x.new_empty(width, dtype=statistics_dtype(x)) if needs[1] else None
     partials = dbias.new_empty(chunks, width) if dbias is not None else None
     pointers = (x, bias, None, dy, dx, partials, dbias)
     native.module(x.dtype).activation_backward(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lmkern.kernels import triton_runtime, tuning
 from lmkern.kernels.backends import Call
+from lmkern.kernels.statistics import statistics_dtype
 
 __all__ = ["NOTE", "backward", "constants", "forward", "unavailable", "unsupported"]
 
@@ -63,7 +64,7 @@ def backward(
         # Few enough for their sums to be little, and as many as are resident at once.
         programs = min(programs, max(1, triton_runtime.processors(x.device) * RESIDENT // max(1, blocks)))
     dx = x.new_empty(R, width) if needs[0] else None
-    dbias = x.new_empty(programs, width, dtype=triton_runtime.compute_dtype(x)) if needs[1] else None
+    dbias = x.new_empty(programs, width, dtype=statistics_dtype(x)) if needs[1] else None
     if programs and blocks and any(needs):
         with triton_runtime.device_of(x):
             triton_kernels.backward_kernel[(programs, blocks)](

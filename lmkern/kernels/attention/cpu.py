@@ -13,6 +13,7 @@ from lmkern.kernels.attention import Options
 from lmkern.kernels.attention.sinks import sink_gradient
 from lmkern.kernels.backends import Call
 from lmkern.kernels.cpu_call import pointer, unavailable
+from lmkern.kernels.statistics import statistics_dtype
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
@@ -35,7 +36,7 @@ def unsupported(call: Call) -> str | None:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q)
-    lse = q.new_empty(q.shape[:3], dtype=cpu_call.statistics_dtype(q))
+    lse = q.new_empty(q.shape[:3], dtype=statistics_dtype(q))
     native.module(q.dtype).attention_forward(pack({"q": q, "k": k, "v": v, "out": out, "lse": lse}, options))
     return out, lse
 
@@ -53,7 +54,7 @@ def backward(
     needs: tuple[bool, bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     dq, dk, dv = (torch.empty_like(x) if need else None for x, need in zip((q, k, v), needs[:3], strict=True))
-    wide = cpu_call.statistics_dtype(q)
+    wide = statistics_dtype(q)
     sequences, heads = _sequences(q, options), q.shape[1]
     dbias = drelative = None
     if needs[3] and options.bias is not None:

@@ -11,6 +11,7 @@ from lmkern.kernels import cpu_call, native
 from lmkern.kernels.backends import Call
 from lmkern.kernels.cached_attention.options import Options
 from lmkern.kernels.cpu_call import pointer, unavailable
+from lmkern.kernels.statistics import statistics_dtype
 
 __all__ = ["forward", "unavailable", "unsupported"]
 
@@ -33,7 +34,7 @@ def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> tu
     table, H_kv, rows = options.page_table, k_cache.shape[1], k_cache.shape[2]
     N_max = rows if table is None else rows * table.shape[1]
     out = torch.empty_like(q)
-    lse = q.new_empty((B, H, N_q), dtype=cpu_call.statistics_dtype(q))
+    lse = q.new_empty((B, H, N_q), dtype=statistics_dtype(q))
     width = 2 + -(-D // _WIDTH_STEP) * _WIDTH_STEP
     partials = lse.new_empty(B * -(-N_max // _SPLIT) * H * N_q * width)
     pointers = (q, k_cache, v_cache, out, lse, options.lengths, table, options.sinks, options.alibi_slopes)

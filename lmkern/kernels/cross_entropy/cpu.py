@@ -9,6 +9,7 @@ from torch import Tensor
 from lmkern.kernels import cpu_call, native
 from lmkern.kernels.backends import Call
 from lmkern.kernels.cpu_call import pointer, unavailable
+from lmkern.kernels.statistics import statistics_dtype
 
 __all__ = ["backward", "forward", "forward_in_place", "unavailable", "unsupported"]
 
@@ -79,7 +80,7 @@ def backward(
 
 def _statistics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Room for loss, row_max and log_sum."""
-    dtype, R = cpu_call.statistics_dtype(logits), logits.shape[0]
+    dtype, R = statistics_dtype(logits), logits.shape[0]
     return (
         logits.new_empty(R, dtype=dtype),
         logits.new_empty(R, dtype=dtype),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lmkern.kernels import triton_runtime, tuning
 from lmkern.kernels.backends import Call
+from lmkern.kernels.statistics import statistics_dtype
 
 __all__ = [
     "NOTE",
@@ -133,4 +134,4 @@ def _forward(
 
 def _empty(logits: Tensor) -> Tensor:
     """Room for a number a row."""
-    return logits.new_empty(logits.shape[0], dtype=triton_runtime.compute_dtype(logits))
+    return logits.new_empty(logits.shape[0], dtype=statistics_dtype(logits))

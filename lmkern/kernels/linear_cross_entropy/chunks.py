@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lmkern.kernels.statistics import statistics_dtype
+
 # Rows of dweight that a product in float32 of 16-bit factors makes at once, where torch has none of its own.
 _WIDENED_ROWS = 4096
 
@@ -31,7 +33,7 @@ class WeightSum:
 
     def __init__(self, weight: Tensor) -> None:
         self.dtype = weight.dtype
-        self.sums = weight.new_zeros(weight.shape, dtype=wide(weight))
+        self.sums = weight.new_zeros(weight.shape, dtype=statistics_dtype(weight))
 
     def add(self, dlogits: Tensor, x: Tensor) -> None:
         if self.sums.dtype == x.dtype:
@@ -68,10 +70,10 @@ def by_chunks(
     """
     R, V = x.shape[0], weight.shape[0]
     buffer = x.new_empty(min(chunk, R), V)
-    loss = x.new_empty(R, dtype=wide(x))
+    loss = x.new_empty(R, dtype=statistics_dtype(x))
     dx = x.new_empty(x.shape) if needs[0] else None
     dweight = weight_sum(weight) if needs[1] else None
-    dbias = x.new_zeros(V, dtype=wide(x)) if needs[2] else None
+    dbias = x.new_zeros(V, dtype=statistics_dtype(x)) if needs[2] else None
     for start in range(0, R, chunk):
         part = slice(start, min(R, start + chunk))
         logits = buffer[: part.stop - start]  # (T, V)
@@ -88,15 +90,10 @@ def by_chunks(
         if dweight is not None:
             dweight.add(logits, x[part])
         if dbias is not None:
-            dbias += logits.sum(0, dtype=wide(x))
+            dbias += logits.sum(0, dtype=statistics_dtype(x))
     return (
         loss,
         dx,
         None if dweight is None else dweight.result(),
         None if dbias is None else dbias.to(x.dtype),
     )
-
-
-def wide(x: Tensor) -> torch.dtype:
-    """What sums over x are kept in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
