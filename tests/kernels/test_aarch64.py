@@ -1,7 +1,7 @@
 """The CPU kernels on ARM: compiled for AArch64, run under emulation, equal to this machine's baseline.
 
-Calls of every entry point are recorded as they reach the baseline module, made again by tests/csrc/replay.cpp,
-and each of their buffers must then hold the same numbers.
+Calls of every entry point are recorded as they reach the baseline module, made again by
+tests/csrc/replay.cpp, and each of their buffers must then hold the same numbers.
 """
 
 from __future__ import annotations
