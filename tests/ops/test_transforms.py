@@ -100,11 +100,6 @@ def dual(x: Any) -> Any:
     return forward_ad.make_dual(x.detach(), torch.ones_like(x)) if floating else x
 
 
-# torch's own, when it loads what it needs for forward mode.
-torch_warns = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
-
-
-@torch_warns
 @pytest.mark.parametrize("name", CALLS)
 def test_forward_mode_is_refused_and_gives_no_zero_tangent(name: str) -> None:
     """To torch.func.jvp a registered op has a tangent, of zeros, unless it is refused before."""
@@ -125,7 +120,6 @@ def test_forward_mode_is_refused_and_gives_no_zero_tangent(name: str) -> None:
         call(*(dual(x) for x in arguments))
 
 
-@torch_warns
 def test_forward_mode_leaves_constants_alone() -> None:
     x = torch.randn(2, 6, 8)
     constant = lmkern.gelu(x)
