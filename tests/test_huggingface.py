@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import lmkern
 
@@ -45,16 +46,16 @@ DECODERS = [name for name in MODELS if name != "bert"]
 TOLERANCE = 2e-6
 
 
-def make(name: str, implementation: str = "eager") -> Any:
+def make(name: str, implementation: str = "eager", **more: Any) -> Any:
     model_class, config_class, options = MODELS[name]
     torch.manual_seed(1)
-    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**options))
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**{**options, **more}))
     model.set_attn_implementation(implementation)
     return model.train()
 
 
-def batch(padding: str) -> dict[str, Tensor]:
-    tokens, mask = torch.randint(3, 67, (3, 11)), torch.ones(3, 11, dtype=torch.long)
+def batch(padding: str, count: int = 3) -> dict[str, Tensor]:
+    tokens, mask = torch.randint(3, 67, (count, 11)), torch.ones(count, 11, dtype=torch.long)
     if padding == "left":
         mask[1, :4] = 0
     if padding == "right":
@@ -138,6 +139,23 @@ def test_gradient_checkpointing() -> None:
     older, name = "gradient_checkpointing_enable", "activation_checkpointing_enable"
     getattr(model, name if hasattr(model, name) else older)()
     assert_same(results(model, inputs), theirs)
+
+
+def test_inductor_compiles_a_patched_model_whole_and_once_for_all_batches() -> None:
+    torch.compiler.reset()
+    model = make("gpt2", n_layer=1)
+    lmkern.patch(model, verbose=False)
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for count in (3, 2, 5):
+        inputs = batch("right", count)
+        for tensor in inputs.values():
+            torch._dynamo.mark_dynamic(tensor, 0)
+        losses = [call(**inputs).loss for call in (compiled, model)]
+        torch.testing.assert_close(*losses)
+        gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    assert counter.frame_count == 1
 
 
 def test_trainer_takes_the_same_steps(tmp_path: Path) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
 
@@ -32,20 +31,16 @@ def _kind_of_loss(cls: type[nn.Module]) -> str | None:
     return None
 
 
-@contextmanager
-def _without_logits(head: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside, head gives logits of width 0; what it was called with is in the list."""
-    inputs: list[Tensor] = []
+class _Head(nn.Linear):
+    """The last map, which can be told to keep what it is given and to give logits of width 0."""
 
-    def forward(x: Tensor) -> Tensor:
-        inputs.append(x)
+    kept: list[Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept is None:
+            return super().forward(x)
+        self.kept.append(x)
         return x[..., :0]
-
-    head.forward = forward
-    try:
-        yield inputs
-    finally:
-        del head.forward
 
 
 @cache
@@ -74,8 +69,11 @@ def _training_forward(self: Any, theirs: Any, kind: str | None, labels: Tensor, 
     if shifts and all(named.get(key) is None for key in given_decoder):
         named["decoder_input_ids"] = self.prepare_decoder_input_ids_from_labels(labels=labels)
     head = self.get_output_embeddings()
-    with _without_logits(head) as inputs:
+    head.kept = inputs = []
+    try:
         outputs = theirs(self, **named, **extra, return_dict=True)
+    finally:
+        head.kept = None
     (hidden,) = inputs
     count = options["num_items_in_batch"] if kind != "plain" else None
     if kind == "causal":
@@ -107,4 +105,11 @@ def swap_loss(module: nn.Module) -> Undo | str:
         if hasattr(model.config, name):
             return f"its loss stays: config.{name} is not served"
     cls: Any = type(module)
-    return swap_class(module, subclass(cls, forward=_loss_forward(cls)))
+    undo_class = swap_class(module, subclass(cls, forward=_loss_forward(cls)))
+    undo_head = swap_class(head, _Head)
+
+    def undo() -> None:
+        undo_head()
+        undo_class()
+
+    return undo

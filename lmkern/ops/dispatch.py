@@ -19,7 +19,11 @@ def direct(*tensors: Tensor | None) -> bool:
     True in eager mode on plain tensors. A compiler, a functorch transform, a dispatch mode (fake tensors,
     tracing) or a tensor subclass must see the registered op. The direct path computes the same bits and costs
     half as much.
+
+    Raises NotImplementedError for a tensor with a tangent: torch would give a registered op's output none.
     """
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(tensors)
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -29,13 +33,27 @@ def direct(*tensors: Tensor | None) -> bool:
     return _PLAIN.issuperset(map(type, tensors))
 
 
+def _refuse_tangents(tensors: Sequence[Tensor | None]) -> None:
+    for x in tensors:
+        if x is None or not x.dtype.is_floating_point:
+            continue
+        # A compiler cannot ask, and a transform inside another hides the tangent of the outer one.
+        wrapped = torch.compiler.is_compiling() or torch._C._functorch.maybe_get_level(x) != -1
+        if wrapped or forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                "lmkern: forward-mode derivatives (torch.func.jvp, jacfwd, hessian, dual tensors) are not "
+                f"served: expected tensors without a tangent; got {tuple(x.shape)} with one, or inside a "
+                "transform that may hide one. Use reverse mode (backward), or torch's own functions here"
+            )
+
+
 def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a call on these must be seen by autograd, which refuses forward mode in words."""
+    """Whether a call on these must be seen by autograd."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
-    return forward_ad._current_level >= 0
+    return False
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True) of each op: one graph, and at most one more over changing batch sizes."""
+"""What torch's transforms make of each op: at most two graphs over changing batch sizes, no forward mode."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
 
 import lmkern
 
@@ -92,3 +93,37 @@ def test_recompilations_are_counted() -> None:
         return x * 2 if x.shape[0] % 2 else x + 1
 
     assert graphs(with_its_own_graph, lambda B: (torch.randn(B, 2),), "cpu") > 2
+
+
+def dual(x: Any) -> Any:
+    floating = isinstance(x, Tensor) and x.is_floating_point()
+    return forward_ad.make_dual(x.detach(), torch.ones_like(x)) if floating else x
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_forward_mode_is_refused_and_gives_no_zero_tangent(name: str) -> None:
+    """To torch.func.jvp a registered op has a tangent, of zeros, unless it is refused before."""
+    call, make = CALLS[name]
+    arguments = make(2)
+    floating = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and x.is_floating_point()]
+    for i in floating:
+
+        def of_one(x: Tensor, i: int = i) -> Any:
+            return call(*arguments[:i], x, *arguments[i + 1 :])
+
+        x = arguments[i].detach()
+        for transform in (of_one, torch.func.vmap(lambda x: of_one(x[0]), in_dims=0)):
+            given = x if transform is of_one else x[None, None]
+            with pytest.raises(NotImplementedError, match="expected tensors without a tangent"):
+                torch.func.jvp(transform, (given,), (torch.ones_like(given),))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="Use reverse mode"):
+        call(*(dual(x) for x in arguments))
+
+
+def test_forward_mode_leaves_constants_alone() -> None:
+    x = torch.randn(2, 6, 8)
+    constant = lmkern.gelu(x)
+    y, tangent = torch.func.jvp(lambda y: y * lmkern.gelu(x), (x,), (x,))
+    torch.testing.assert_close((y, tangent), (x * constant, x * constant))
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.hessian(lambda x: lmkern.gelu(x).sum())(x)
