@@ -4,8 +4,8 @@ Errors are differences from the exact result, counted in units in the last place
 at least half a unit: no result can be expected to round better than that. On every shape the largest error of
 a kernel may be twice torch's plus one unit. Over all shapes the geometric mean of the ratios of the typical
 (root mean square) errors may be at most one; or 1.05 beside a formula that keeps the weights of attention,
-which a kernel recomputes from lse: rounded to float32 it makes the gradients' errors 1.2 to 1.3 times as
-large, half a unit or less for the most part. Typical errors, because which element is the worst is chance;
+which a kernel recomputes from lse: that lse is rounded to float32 makes the same formula's gradients 1.2 to
+1.3 times as wrong. Typical errors, because which element is the worst is chance;
 and for the same reason only results of at least 256 elements count there.
 """
 

@@ -43,9 +43,17 @@ class Target:
         return list(items)[:: step if self.interpreted else 1]
 
     def takes(self, dtype: torch.dtype, **options: Any) -> bool:
-        """Whether the backend takes this dtype and these options of the call; a missing one is said to."""
+        """Whether the backend takes this dtype and these options of the call; a missing one is said to.
+
+        An instruction set takes the dtypes of its own module: for the others the next one's is called, which
+        is a target itself.
+        """
         if backends.load(self.op, self.backend).unavailable():
             return True
+        if self.instruction_set is not None:
+            module = native.cpu_modules()[self.instruction_set]
+            if not module.serves(native.DTYPE_CODES[dtype]):
+                return False
         x = torch.empty(1, 1, 1, 1, dtype=dtype, device=self.device)
         tensors = {"q": x, "k": x, "v": x} if self.op == "attention" else {"x": x.view(1, 1)}
         return backends.load(self.op, self.backend).unsupported(

@@ -18,6 +18,7 @@ from lmkern.testing import (
 )
 
 TARGETS = targets("adamw")
+IN_FLOAT32 = [target for target in TARGETS if target.takes(torch.float32)]
 KERNELS = [target for target in TARGETS if target.backend != "reference"]
 # Of param and of grad.
 DTYPES = (
@@ -102,7 +103,7 @@ def errors(target: Target, dtype: torch.dtype, grad_dtype: torch.dtype, size: in
 
 @pytest.mark.parametrize(
     ("target", "dtype", "grad_dtype"),
-    [(target, *dtypes) for target in KERNELS for dtypes in target.some(DTYPES, 3)],
+    [(target, *dtypes) for target in KERNELS for dtypes in target.some(DTYPES, 3) if target.takes(dtypes[0])],
     ids=ids,
 )
 def test_errors_are_within_torchs(target: Target, dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
@@ -130,7 +131,7 @@ def test_copy_is_the_new_parameter_rounded_once(target: Target, dtype: torch.dty
     assert torch.equal(state["param"], alone["param"])
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("target", IN_FLOAT32, ids=str)
 def test_grad_scale_is_a_factor_on_the_gradient(target: Target) -> None:
     param, grads = problem((33, 5))
     with target.active():
@@ -140,7 +141,7 @@ def test_grad_scale_is_a_factor_on_the_gradient(target: Target) -> None:
         assert torch.equal(scaled[name], multiplied[name]), name
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("target", IN_FLOAT32, ids=str)
 def test_any_dense_layout_and_any_gradient(target: Target) -> None:
     param, grads = problem((6, 10))
     with target.active():
@@ -156,7 +157,7 @@ def test_any_dense_layout_and_any_gradient(target: Target) -> None:
     assert transposed["param"].stride() == (1, 6)
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("target", IN_FLOAT32, ids=str)
 def test_parts_of_a_buffer_and_nothing_beside_them(target: Target) -> None:
     buffer = torch.full((70,), 5.0)
     param, (grad, *_) = problem((33,))
@@ -170,7 +171,7 @@ def test_parts_of_a_buffer_and_nothing_beside_them(target: Target) -> None:
     assert buffer[0] == 5
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("target", IN_FLOAT32, ids=str)
 def test_no_elements_and_scalars(target: Target) -> None:
     for shape in ((0,), (3, 0), ()):
         param, grads = problem(shape)
@@ -179,7 +180,7 @@ def test_no_elements_and_scalars(target: Target) -> None:
         torch.testing.assert_close(state["param"], torchs(param, grads)["param"])
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("target", IN_FLOAT32, ids=str)
 def test_nan_stays_in_its_element(target: Target) -> None:
     param, (grad, *_) = problem((40,))
     with target.active():

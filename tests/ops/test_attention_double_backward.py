@@ -22,6 +22,7 @@ from lmkern.testing import (
 )
 
 TARGETS = targets("attention")
+IN_FLOAT32 = [target for target in TARGETS if target.takes(torch.float32)]
 # More keys than queries; more queries than keys, so that the first see nothing.
 SHAPES = (AttentionShape(1, 2, 3, 4, 5, 1), AttentionShape(1, 2, 5, 3, 4, 2, causal=True))
 FEATURES = (
@@ -93,7 +94,7 @@ def test_second_derivative_is_that_of_the_formula(
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("target", IN_FLOAT32, ids=str)
 def test_first_derivative_with_a_graph_has_the_same_bits(target: Target) -> None:
     shape = AttentionShape(2, 4, 40, 16, 50, 2, causal=True)
     *inputs, dout = attention_inputs(shape, device=target.device)

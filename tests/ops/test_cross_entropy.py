@@ -28,6 +28,7 @@ from lmkern.testing import (
 from lmkern.testing import exact as long_double
 
 TARGETS = targets("cross_entropy")
+IN_FLOAT32 = [target for target in TARGETS if target.takes(torch.float32)]
 # The reference is the formula in torch's own operations: what it must be is right, not better than torch.
 KERNELS = [target for target in TARGETS if target.backend != "reference"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -97,7 +98,11 @@ def shapes(target: Target) -> list[CrossEntropyShape]:
     return [shape for shape in every if shape.R < 20 and shape.V < 5000] if target.interpreted else [*every]
 
 
-CASES = [(target, dtype) for target in KERNELS for dtype in target.some(DTYPES, 2)]
+def pairs(among: list[Target], dtypes: tuple[torch.dtype, ...] = DTYPES) -> list[tuple[Target, torch.dtype]]:
+    return [(target, dtype) for target in among for dtype in dtypes if target.takes(dtype)]
+
+
+CASES = [(target, dtype) for target in KERNELS for dtype in target.some(DTYPES, 2) if target.takes(dtype)]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -121,7 +126,7 @@ def test_errors_over_all_shapes_are_at_most_torchs(target: Target, dtype: torch.
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("target", IN_FLOAT32, ids=str)
 def test_reductions_are_torchs(target: Target, reduction: str, smoothing: float) -> None:
     logits, y, _ = cross_entropy_inputs(CrossEntropyShape(12, 33), torch.float64)
     logits, y = logits.view(3, 4, 33), y.view(3, 4)
@@ -137,8 +142,7 @@ def test_reductions_are_torchs(target: Target, reduction: str, smoothing: float)
     torch.testing.assert_close(a.grad, b.grad)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize(("target", "dtype"), pairs(TARGETS), ids=ids)
 def test_all_ignored_has_no_mean_and_no_gradient(target: Target, dtype: torch.dtype) -> None:
     logits = torch.full((5, 33), torch.nan, dtype=dtype, requires_grad=True)
     y = torch.full((5,), -100)
@@ -151,7 +155,7 @@ def test_all_ignored_has_no_mean_and_no_gradient(target: Target, dtype: torch.dt
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0, 3)], ids=str)
-@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("target", IN_FLOAT32, ids=str)
 def test_no_tokens(target: Target, shape: tuple[int, ...]) -> None:
     logits = torch.empty(*shape, 7, requires_grad=True)
     y = torch.empty(shape, dtype=torch.int64)
@@ -173,7 +177,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("target", IN_FLOAT32, ids=str)
 def test_strides_are_free(target: Target, layout: str) -> None:
     logits, y, dloss = cross_entropy_inputs(CrossEntropyShape(20, 133))
     logits = LAYOUTS[layout](logits)
@@ -209,7 +213,7 @@ def test_nan_and_infinity_stay_in_their_row_and_are_torchs(
 
 
 @pytest.mark.parametrize("factor", [1e4, 1e-6])
-@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("target", IN_FLOAT32, ids=str)
 def test_large_and_small_logits(target: Target, factor: float) -> None:
     logits, y, dloss = cross_entropy_inputs(CrossEntropyShape(20, 5000))
     logits = logits * factor
@@ -239,7 +243,7 @@ def test_results_are_bit_equal_for_any_number_of_threads(target: Target, threads
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("target", IN_FLOAT32, ids=str)
 def test_gradcheck(target: Target, options: str) -> None:
     torch.set_num_threads(1)
     (logits,) = leaves(torch.randn(4, 7, dtype=torch.float64))
@@ -263,7 +267,7 @@ def test_gradcheck(target: Target, options: str) -> None:
     ignored=st.booleans(),
     seed=st.integers(0, 100),
 )
-@pytest.mark.parametrize("target", KERNELS, ids=str)
+@pytest.mark.parametrize("target", [t for t in KERNELS if t.takes(torch.float32)], ids=str)
 def test_any_options_agree_with_the_reference(
     target: Target, R: int, V: int, ignored: bool, seed: int, **options: float
 ) -> None:

@@ -19,6 +19,7 @@ from lmkern.testing import (
 )
 
 TARGETS = targets("cross_entropy")
+IN_FLOAT32 = [target for target in TARGETS if target.takes(torch.float32)]
 OPTIONS = (-100, 0.1, 1e-3, 5.0)
 NAMED = dict(zip(("ignore_index", "label_smoothing", "z_loss", "softcap"), OPTIONS, strict=True))
 REDUCTIONS = ("mean", "sum", "none")
@@ -88,7 +89,7 @@ def test_every_path_gives_the_same_bits(op: str, reduction: str, dtype: torch.dt
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("target", IN_FLOAT32, ids=str)
 def test_opcheck(target: Target) -> None:
     (logits,), y = inputs("cross_entropy", dtype=torch.float32)
     ops = torch.ops.lmkern

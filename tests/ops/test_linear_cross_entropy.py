@@ -28,6 +28,7 @@ from lmkern.testing import (
 )
 
 TARGETS = targets("linear_cross_entropy")
+IN_FLOAT32 = [target for target in TARGETS if target.takes(torch.float32)]
 # The reference is the formula in torch's own operations: what it must be is right, not better than torch.
 KERNELS = [target for target in TARGETS if target.backend != "reference"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -106,7 +107,11 @@ def shapes(target: Target) -> list[LinearCrossEntropyShape]:
     return [shape for shape in every if shape.R < 100] if target.interpreted else [*every]
 
 
-CASES = [(target, dtype) for target in KERNELS for dtype in target.some(DTYPES, 2)]
+def pairs(among: list[Target], dtypes: tuple[torch.dtype, ...] = DTYPES) -> list[tuple[Target, torch.dtype]]:
+    return [(target, dtype) for target in among for dtype in dtypes if target.takes(dtype)]
+
+
+CASES = [(target, dtype) for target in KERNELS for dtype in target.some(DTYPES, 2) if target.takes(dtype)]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -143,8 +148,7 @@ def test_errors_over_all_shapes_are_at_most_torchs(target: Target, dtype: torch.
     assert verdict is None, verdict
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize("target", KERNELS, ids=str)
+@pytest.mark.parametrize(("target", "dtype"), pairs(KERNELS), ids=ids)
 def test_chunks_change_nothing_but_rounding(
     target: Target, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,8 +218,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
-@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize(("target", "dtype"), pairs(TARGETS, (torch.float32, torch.bfloat16)), ids=ids)
 def test_strides_are_free(target: Target, dtype: torch.dtype, layout: str) -> None:
     x, weight, bias, y = linear_cross_entropy_inputs(SHAPE, dtype)
     lay = LAYOUTS[layout]
@@ -234,8 +237,7 @@ def test_strides_are_free(target: Target, dtype: torch.dtype, layout: str) -> No
         torch.testing.assert_close(value, right[result], rtol=0, atol=4 * unit)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize(("target", "dtype"), pairs(TARGETS), ids=ids)
 def test_ignored_tokens_do_not_count(target: Target, dtype: torch.dtype) -> None:
     x, weight, bias, y = linear_cross_entropy_inputs(SHAPE, dtype)
     kept = torch.arange(70) % 3 != 0
@@ -253,8 +255,7 @@ def test_ignored_tokens_do_not_count(target: Target, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("R", [0, 5])
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize(("target", "dtype"), pairs(TARGETS), ids=ids)
 def test_no_token_counts(target: Target, dtype: torch.dtype, R: int, reduction: str) -> None:
     x, weight, bias, y = linear_cross_entropy_inputs(LinearCrossEntropyShape(R, 7, 5), dtype)
     with target.active(), poisoned_memory():
@@ -276,8 +277,7 @@ def test_width_zero_gives_uniform_weights() -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize(("target", "dtype"), pairs(TARGETS), ids=ids)
 def test_nan_and_infinity_stay_in_their_token(target: Target, dtype: torch.dtype, bad: float) -> None:
     # Where a sum of torch's own bfloat16 product has an odd number of terms, a NaN reaches the row above too.
     x, weight, bias, y = linear_cross_entropy_inputs(LinearCrossEntropyShape(70, 64, 64), dtype)
@@ -319,7 +319,7 @@ def test_sums_over_many_tokens_stay_exact(target: Target) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("target", IN_FLOAT32, ids=str)
 def test_gradcheck(target: Target, options: str) -> None:
     torch.set_num_threads(1)
     x, weight, bias, y = linear_cross_entropy_inputs(LinearCrossEntropyShape(4, 7, 5), torch.float64)
