@@ -124,6 +124,15 @@ def test_generate_writes_the_same_tokens(name: str, cache: str) -> None:
     assert torch.equal(model.generate(**inputs, **options), theirs)
 
 
+def test_what_is_left_of_a_model_is_listed_with_the_reason() -> None:
+    config = transformers.MixtralConfig(**{**LLAMA, "num_hidden_layers": 1}, num_local_experts=2)
+    model = transformers.MixtralForCausalLM(config)
+    text = str(lmkern.patch(model, verbose=False))
+    assert "swapped Embedding x 1, attention x 1, RMS norm x 3" in text
+    assert "left the model itself: its loss stays: config.router_aux_loss_coef is not served" in text
+    assert "left model.layers.0.mlp.experts: MixtralExperts has an activation between parts" in text
+
+
 def test_num_items_in_batch_divides_the_sum() -> None:
     model, inputs = make("gpt2"), batch("right")
     theirs = results(model, inputs, num_items_in_batch=torch.tensor(50))
@@ -141,11 +150,12 @@ def test_gradient_checkpointing() -> None:
     assert_same(results(model, inputs), theirs)
 
 
-def test_inductor_compiles_a_patched_model_whole_and_once_for_all_batches() -> None:
+@pytest.mark.parametrize(("name", "compiler"), [("gpt2", "inductor"), ("mistral", "eager")])
+def test_a_patched_model_compiles_whole_and_once_for_all_batches(name: str, compiler: str) -> None:
     torch.compiler.reset()
-    model = make("gpt2", n_layer=1)
+    model = make(name, **{"n_layer" if name == "gpt2" else "num_hidden_layers": 1})
     lmkern.patch(model, verbose=False)
-    counter = CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for count in (3, 2, 5):
         inputs = batch("right", count)

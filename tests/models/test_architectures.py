@@ -246,6 +246,12 @@ def test_flops_count_every_product_once():
         (BertConfig, {"head": "next"}, "head must be one of masked, sequence, token; got 'next'"),
         (
             BertConfig,
+            {"layers": "2"},
+            "layers must be int; got '2'",
+        ),
+        (BertConfig, {"dropout": None}, "dropout must be float; got None"),
+        (
+            BertConfig,
             {"activation": "swiglu"},
             "activation must be one of gelu, gelu_tanh, relu, silu; got 'swi",
         ),

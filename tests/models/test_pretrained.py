@@ -331,6 +331,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0}
             {"scale_attn_by_inverse_layer_idx": True},
             "scale_attn_by_inverse_layer_idx: expected False",
         ),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config: .*'gptq'"),
         ("gpt2", {"embd_pdrop": 0.3}, "embd_pdrop: expected 0.1; got 0.3"),
         ("gpt2", {"activation_function": "mish"}, "activation_function: expected gelu or .*; got 'mish'"),
         (
