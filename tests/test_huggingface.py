@@ -133,6 +133,25 @@ def test_what_is_left_of_a_model_is_listed_with_the_reason() -> None:
     assert "left model.layers.0.mlp.experts: MixtralExperts has an activation between parts" in text
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5"])
+def test_under_autocast_gradients_are_as_near_to_those_of_float32_as_sdpas(
+    name: str, dtype: torch.dtype
+) -> None:
+    model, inputs = make(name, "sdpa"), batch("right")
+
+    def gradients(enabled: bool) -> Tensor:
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            loss = model(**inputs).loss
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+    exact, theirs = gradients(False), gradients(True)
+    lmkern.patch(model, verbose=False)
+    ours = gradients(True)
+    assert ours.dtype == torch.float32
+    assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm()
+
+
 def test_num_items_in_batch_divides_the_sum() -> None:
     model, inputs = make("gpt2"), batch("right")
     theirs = results(model, inputs, num_items_in_batch=torch.tensor(50))
@@ -150,12 +169,11 @@ def test_gradient_checkpointing() -> None:
     assert_same(results(model, inputs), theirs)
 
 
-@pytest.mark.parametrize(("name", "compiler"), [("gpt2", "inductor"), ("mistral", "eager")])
-def test_a_patched_model_compiles_whole_and_once_for_all_batches(name: str, compiler: str) -> None:
+def test_inductor_compiles_a_patched_model_whole_and_once_for_all_batches() -> None:
     torch.compiler.reset()
-    model = make(name, **{"n_layer" if name == "gpt2" else "num_hidden_layers": 1})
+    model = make("gpt2", n_layer=1)
     lmkern.patch(model, verbose=False)
-    counter = CompileCounterWithBackend(compiler)
+    counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for count in (3, 2, 5):
         inputs = batch("right", count)
@@ -166,6 +184,37 @@ def test_a_patched_model_compiles_whole_and_once_for_all_batches(name: str, comp
         gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
     assert counter.frame_count == 1
+
+
+def test_a_compiler_gets_the_whole_mask_of_a_window() -> None:
+    from transformers.masking_utils import sliding_window_causal_mask_function
+
+    from lmkern.huggingface import lmkern_mask
+
+    def mask(x: Tensor) -> Tensor:
+        options: dict[str, Any] = {"q_length": 11, "kv_length": 11}
+        options["mask_function"] = sliding_window_causal_mask_function(4)
+        assert torch.compiler.is_compiling() or lmkern_mask(x.shape[0], **options) is None
+        return x if (found := lmkern_mask(x.shape[0], **options)) is None else found
+
+    torch.compiler.reset()
+    x = torch.ones(3)
+    assert torch.equal(mask(x), x)
+    seen = torch.ones(11, 11, dtype=torch.bool).tril().triu(-3)
+    compiled = torch.compile(mask, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), seen.expand(3, 1, 11, 11))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_inference_of_a_patched_model_exports(name: str) -> None:
+    model, inputs = make(name).eval(), batch("right")
+    tokens = inputs.pop("labels").abs().clamp(max=66)
+    lmkern.patch(model, verbose=False)
+    inputs |= {"decoder_input_ids": tokens} if name == "t5" else {}
+    with torch.no_grad():
+        exported = torch.export.export(model, (), {**inputs, "use_cache": False}).module()
+        logits = [call(**inputs, use_cache=False).logits for call in (exported, model)]
+    torch.testing.assert_close(*logits)
 
 
 def test_trainer_takes_the_same_steps(tmp_path: Path) -> None:

@@ -155,13 +155,14 @@ def test_checkpointed_blocks_give_the_same_gradients_with_dropout(name):
 
 
 @every_model
-def test_bfloat16_autocast_is_near_float32_with_float32_gradients(name):
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 2e-2), (torch.float16, 1e-4)])
+def test_autocast_is_near_float32_with_float32_gradients(name, dtype, error):
     model = _model(name).eval()
     arguments = _loss_arguments(model)
     expected = model.loss(*arguments)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         loss = model.loss(*arguments)
-    assert loss.item() == pytest.approx(expected.item(), rel=2e-2)
+    assert loss.item() == pytest.approx(expected.item(), rel=error)
     loss.backward()
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
