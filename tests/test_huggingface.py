@@ -228,7 +228,8 @@ def test_trainer_takes_the_same_steps(tmp_path: Path) -> None:
             lmkern.patch(model, verbose=False)
         options = transformers.TrainingArguments(
             output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, report_to=[],
-            logging_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True,
+            gradient_accumulation_steps=2, logging_steps=1, save_strategy="no", use_cpu=True,
+            disable_tqdm=True,
         )  # fmt: skip
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
