@@ -18,14 +18,32 @@ namespace lmkern {
 // Denormal numbers cost up to 100 cycles an operation, and peaky softmax rows are full of them: inside a
 // kernel they count as zero. The caller's mode is restored at the end.
 class FlushDenormals {
-#if defined(__SSE2__)
 public:
-    FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
-    ~FlushDenormals() { _mm_setcsr(saved_); }
+    FlushDenormals() : saved_(mode()) { set_mode(saved_ | kFlush); }
+    ~FlushDenormals() { set_mode(saved_); }
+    FlushDenormals(const FlushDenormals&) = delete;
+    FlushDenormals& operator=(const FlushDenormals&) = delete;
 
 private:
-    unsigned saved_;
+#if defined(__SSE2__)
+    static constexpr uint64_t kFlush = 0x8040;  // MXCSR: results to zero, operands for zero
+    static uint64_t mode() { return _mm_getcsr(); }
+    static void set_mode(uint64_t mode) { _mm_setcsr(static_cast<unsigned>(mode)); }
+#elif defined(__aarch64__)
+    static constexpr uint64_t kFlush = uint64_t{1} << 24;  // FPCR.FZ: both
+    static uint64_t mode() {
+        uint64_t mode;
+        asm volatile("mrs %0, fpcr" : "=r"(mode) : : "memory");
+        return mode;
+    }
+    static void set_mode(uint64_t mode) { asm volatile("msr fpcr, %0" : : "r"(mode) : "memory"); }
+#else
+    static constexpr uint64_t kFlush = 0;
+    static uint64_t mode() { return 0; }
+    static void set_mode(uint64_t) {}
 #endif
+
+    uint64_t saved_;
 };
 
 // An OpenMP team started in a forked child (a DataLoader worker) hangs: its threads stayed in the parent.

@@ -1,6 +1,7 @@
 """Input factories, shape lists and error budgets, shared by tests and benchmarks only."""
 
 from lmkern.testing.error_budget import (
+    GEOMETRIC_MEAN_BESIDE_WEIGHTS,
     Errors,
     geometric_mean,
     mean_over_budget,
@@ -53,6 +54,7 @@ __all__ = [
     "ATTENTION_SHAPES",
     "CROSS_ENTROPY_BENCHMARK_SHAPES",
     "CROSS_ENTROPY_SHAPES",
+    "GEOMETRIC_MEAN_BESIDE_WEIGHTS",
     "LAYER_NORM_BENCHMARK_SHAPES",
     "LAYER_NORM_SHAPES",
     "LAYOUTS",

@@ -3,8 +3,10 @@
 Errors are differences from the exact result, counted in units in the last place of its largest element, and
 at least half a unit: no result can be expected to round better than that. On every shape the largest error of
 a kernel may be twice torch's plus one unit. Over all shapes the geometric mean of the ratios of the typical
-(root mean square) errors may be at most one. Typical ones, because which element is the worst is chance; and
-for the same reason only results of at least 256 elements count there.
+(root mean square) errors may be at most one; or 1.05 beside a formula that keeps the weights of attention,
+which a kernel recomputes from lse: rounded to float32 it makes the gradients' errors 1.2 to 1.3 times as
+large, half a unit or less for the most part. Typical errors, because which element is the worst is chance;
+and for the same reason only results of at least 256 elements count there.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from lmkern.testing.exact import Array, long_double
 
 FACTOR = 2.0
 GEOMETRIC_MEAN = 1.0
+GEOMETRIC_MEAN_BESIDE_WEIGHTS = 1.05
 FLOOR = 0.5
 ENOUGH_ELEMENTS = 256
 
@@ -107,14 +110,14 @@ def geometric_mean(errors: Sequence[Errors]) -> float:
     return math.exp(sum(logarithms) / max(len(logarithms), 1))
 
 
-def mean_over_budget(name: str, errors: Sequence[Errors]) -> str | None:
+def mean_over_budget(name: str, errors: Sequence[Errors], allowed: float = GEOMETRIC_MEAN) -> str | None:
     """Why a kernel is worse than torch over many shapes, in words; None when it is not."""
     mean = geometric_mean(errors)
-    if mean <= GEOMETRIC_MEAN:
+    if mean <= allowed:
         return None
     return (
         f"{name}: over {len(errors)} shapes the errors are {mean:.4f} times torch's in the geometric mean; "
-        f"expected at most {GEOMETRIC_MEAN}"
+        f"expected at most {allowed}"
     )
 
 
