@@ -83,6 +83,8 @@ def patch(model: nn.Module, *, verbose: bool = True) -> Patch:
     Returns a `Patch`, printed unless verbose is False. Patching twice changes nothing more. If a rule raises,
     all is as before. Patch before torch.compile.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch: expected a torch.nn.Module; got {type(model).__name__}")
     for package in {type(module).__module__.partition(".")[0] for module in model.modules()}:
         if package in RULES_OF:
             importlib.import_module(RULES_OF[package])

@@ -124,6 +124,34 @@ def test_generate_writes_the_same_tokens(name: str, cache: str) -> None:
     assert torch.equal(model.generate(**inputs, **options), theirs)
 
 
+def test_what_is_left_of_a_model_is_listed_with_the_reason() -> None:
+    config = transformers.MixtralConfig(**{**LLAMA, "num_hidden_layers": 1}, num_local_experts=2)
+    model = transformers.MixtralForCausalLM(config)
+    text = str(lmkern.patch(model, verbose=False))
+    assert "swapped Embedding x 1, attention x 1, RMS norm x 3" in text
+    assert "left the model itself: its loss stays: config.router_aux_loss_coef is not served" in text
+    assert "left model.layers.0.mlp.experts: MixtralExperts has an activation between parts" in text
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5"])
+def test_under_autocast_gradients_are_as_near_to_those_of_float32_as_sdpas(
+    name: str, dtype: torch.dtype
+) -> None:
+    model, inputs = make(name, "sdpa"), batch("right")
+
+    def gradients(enabled: bool) -> Tensor:
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            loss = model(**inputs).loss
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+    exact, theirs = gradients(False), gradients(True)
+    lmkern.patch(model, verbose=False)
+    ours = gradients(True)
+    assert ours.dtype == torch.float32
+    assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm()
+
+
 def test_num_items_in_batch_divides_the_sum() -> None:
     model, inputs = make("gpt2"), batch("right")
     theirs = results(model, inputs, num_items_in_batch=torch.tensor(50))
@@ -158,6 +186,37 @@ def test_inductor_compiles_a_patched_model_whole_and_once_for_all_batches() -> N
     assert counter.frame_count == 1
 
 
+def test_a_compiler_gets_the_whole_mask_of_a_window() -> None:
+    from transformers.masking_utils import sliding_window_causal_mask_function
+
+    from lmkern.huggingface import lmkern_mask
+
+    def mask(x: Tensor) -> Tensor:
+        options: dict[str, Any] = {"q_length": 11, "kv_length": 11}
+        options["mask_function"] = sliding_window_causal_mask_function(4)
+        assert torch.compiler.is_compiling() or lmkern_mask(x.shape[0], **options) is None
+        return x if (found := lmkern_mask(x.shape[0], **options)) is None else found
+
+    torch.compiler.reset()
+    x = torch.ones(3)
+    assert torch.equal(mask(x), x)
+    seen = torch.ones(11, 11, dtype=torch.bool).tril().triu(-3)
+    compiled = torch.compile(mask, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), seen.expand(3, 1, 11, 11))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_inference_of_a_patched_model_exports(name: str) -> None:
+    model, inputs = make(name).eval(), batch("right")
+    tokens = inputs.pop("labels").abs().clamp(max=66)
+    lmkern.patch(model, verbose=False)
+    inputs |= {"decoder_input_ids": tokens} if name == "t5" else {}
+    with torch.no_grad():
+        exported = torch.export.export(model, (), {**inputs, "use_cache": False}).module()
+        logits = [call(**inputs, use_cache=False).logits for call in (exported, model)]
+    torch.testing.assert_close(*logits)
+
+
 def test_trainer_takes_the_same_steps(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     inputs = batch("right")
@@ -169,7 +228,8 @@ def test_trainer_takes_the_same_steps(tmp_path: Path) -> None:
             lmkern.patch(model, verbose=False)
         options = transformers.TrainingArguments(
             output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, report_to=[],
-            logging_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True,
+            gradient_accumulation_steps=2, logging_steps=1, save_strategy="no", use_cpu=True,
+            disable_tqdm=True,
         )  # fmt: skip
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -53,6 +53,11 @@ def test_swaps_what_it_knows_and_says_what_it_leaves_and_why(capsys):
     assert "left scaled: ScaledNorm is a subclass of torch.nn.LayerNorm" in printed
 
 
+def test_only_modules_are_patched():
+    with pytest.raises(TypeError, match=r"patch: expected a torch\.nn\.Module; got int"):
+        lmkern.patch(3)
+
+
 def test_quiet(capsys):
     lmkern.patch(Model(), verbose=False)
     assert capsys.readouterr().out == ""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmkern.huggingface.swapping import subclass, swap_if_same
+from lmkern.huggingface.swapping import of_transformers, subclass, swap_if_same
 from lmkern.ops import activation
 from lmkern.patching import Undo
 
@@ -24,6 +24,7 @@ _FEED_FORWARDS = (
     ("intermediate_act_fn", "dense", None, None, None, None),
     ("transform_act_fn", "dense", None, None, "LayerNorm", None),
 )
+_ACTIVATIONS = ("act", "act_fn", "activation_fn", "intermediate_act_fn", "transform_act_fn")
 _FUNCTIONS: dict[Any, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -37,6 +38,14 @@ def feed_forward_parts(module: nn.Module) -> tuple[str | None, ...] | None:
     children = {name for name, _ in module.named_children()}
     found = (parts for parts in _FEED_FORWARDS if children == {name for name in parts if name})
     return next(found, None)
+
+
+def feeds_forward(module: nn.Module) -> bool:
+    """Whether it has parts we know, or an activation between parts of its own."""
+    if not of_transformers(module):
+        return False
+    names = {name for name, _ in module.named_children()}
+    return feed_forward_parts(module) is not None or not names.isdisjoint(_ACTIVATIONS)
 
 
 def _product(module: nn.Module, x: Tensor) -> Tensor:
@@ -71,7 +80,8 @@ def _feed_forward(parts: tuple[str | None, ...], function: Any) -> Callable[[Any
 
 def swap_feed_forward(module: nn.Module) -> Undo | str:
     parts = feed_forward_parts(module)
-    assert parts is not None
+    if parts is None:
+        return f"{type(module).__name__} has an activation between parts that are not known here"
     act, first = getattr(module, str(parts[0])), getattr(module, str(parts[1]))
     if type(first).__name__ not in ("Linear", "Conv1D"):
         return f"its first layer is a {type(first).__name__}"

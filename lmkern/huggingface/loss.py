@@ -69,7 +69,8 @@ def _training_forward(self: Any, theirs: Any, kind: str | None, labels: Tensor, 
     if shifts and all(named.get(key) is None for key in given_decoder):
         named["decoder_input_ids"] = self.prepare_decoder_input_ids_from_labels(labels=labels)
     head = self.get_output_embeddings()
-    head.kept = inputs = []
+    inputs: list[Tensor] = []
+    head.kept = inputs
     try:
         outputs = theirs(self, **named, **extra, return_dict=True)
     finally:

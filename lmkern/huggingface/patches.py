@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from lmkern.huggingface.attention import register
 from lmkern.huggingface.attention_modules import is_attention, swap_attention
-from lmkern.huggingface.feed_forward import feed_forward_parts, swap_feed_forward
+from lmkern.huggingface.feed_forward import feeds_forward, swap_feed_forward
 from lmkern.huggingface.loss import has_loss, swap_loss
 from lmkern.huggingface.rms_norm import is_rms_norm, swap_rms_norm
-from lmkern.huggingface.swapping import of_transformers
 from lmkern.patching import RULES, Rule
-
-
-def _feeds_forward(module: nn.Module) -> bool:
-    return of_transformers(module) and feed_forward_parts(module) is not None
-
 
 MODULE_RULES = [
     Rule("loss without logits", has_loss, swap_loss),
     Rule("attention", is_attention, swap_attention),
     Rule("RMS norm", is_rms_norm, swap_rms_norm),
-    Rule("feed-forward", _feeds_forward, swap_feed_forward),
+    Rule("feed-forward", feeds_forward, swap_feed_forward),
 ]
 
 register()

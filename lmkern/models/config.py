@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 
@@ -15,13 +15,19 @@ def require(config: object, holds: bool, what: str, got: object) -> None:
 def check_fields(
     config: object,
     *,
-    at_least_1: Iterable[str] = (),
-    at_least_0: Iterable[str] = (),
-    positive: Iterable[str] = (),
-    probabilities: Iterable[str] = (),
+    at_least_1: Sequence[str] = (),
+    at_least_0: Sequence[str] = (),
+    positive: Sequence[str] = (),
+    probabilities: Sequence[str] = (),
     choices: Mapping[str, Any] | None = None,
 ) -> None:
     """ValueError, naming the field, for one out of its range. choices: a Literal for each field."""
+    for name in (*at_least_1, *at_least_0):
+        value = getattr(config, name)
+        require(config, isinstance(value, int), f"{name} must be int", repr(value))
+    for name in (*positive, *probabilities):
+        value = getattr(config, name)
+        require(config, isinstance(value, int | float), f"{name} must be float", repr(value))
     for name in at_least_1:
         require(config, getattr(config, name) >= 1, f"{name} must be at least 1", getattr(config, name))
     for name in at_least_0:

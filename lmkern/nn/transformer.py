@@ -227,6 +227,8 @@ def _is_causal(mask: Tensor | None, hint: bool | None) -> bool:
         return bool(hint)
     if mask.dim() != 2 or mask.shape[0] != mask.shape[1]:
         return False
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        return False
     hides = True if mask.dtype == torch.bool else float("-inf")
     return torch.equal(mask, torch.full_like(mask, hides).triu(1))
 

@@ -155,13 +155,14 @@ def test_checkpointed_blocks_give_the_same_gradients_with_dropout(name):
 
 
 @every_model
-def test_bfloat16_autocast_is_near_float32_with_float32_gradients(name):
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 2e-2), (torch.float16, 1e-4)])
+def test_autocast_is_near_float32_with_float32_gradients(name, dtype, error):
     model = _model(name).eval()
     arguments = _loss_arguments(model)
     expected = model.loss(*arguments)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         loss = model.loss(*arguments)
-    assert loss.item() == pytest.approx(expected.item(), rel=2e-2)
+    assert loss.item() == pytest.approx(expected.item(), rel=error)
     loss.backward()
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
@@ -244,6 +245,12 @@ def test_flops_count_every_product_once():
         (LlamaConfig, {"heads": 4, "width": 36}, "rotary positions need an even head_dim; got 9"),
         (BertConfig, {"heads": 5, "width": 32}, "width must be a multiple of heads; got width 32, heads 5"),
         (BertConfig, {"head": "next"}, "head must be one of masked, sequence, token; got 'next'"),
+        (
+            BertConfig,
+            {"layers": "2"},
+            "layers must be int; got '2'",
+        ),
+        (BertConfig, {"dropout": None}, "dropout must be float; got None"),
         (
             BertConfig,
             {"activation": "swiglu"},

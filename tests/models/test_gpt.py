@@ -210,19 +210,6 @@ def test_bfloat16_autocast_is_near_float32_with_float32_gradients(model):
         assert (gradient - exact).norm() < 0.05 * exact.norm()
 
 
-def test_compiles_whole_and_equals_eager():
-    torch.compiler.reset()
-    model = _loud(_model(kv_heads=2))
-    tokens = _tokens()
-    compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
-    loss, expected = compiled(tokens, tokens), model.loss(tokens, tokens)
-    torch.testing.assert_close(loss, expected)
-    parameters = list(model.parameters())
-    torch.testing.assert_close(
-        torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters)
-    )
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

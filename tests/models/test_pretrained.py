@@ -1,3 +1,4 @@
+import copy
 import json
 import warnings
 
@@ -219,13 +220,28 @@ def test_an_untied_t5_keeps_both_matrices(folder):
     _assert_same(ours, transformers.T5ForConditionalGeneration.from_pretrained(folder).eval())
 
 
-def test_reads_shards_and_the_dtype_they_are_in(folder):
-    theirs = _theirs("llama").bfloat16()
+@pytest.mark.parametrize("case", THEIRS)
+def test_reads_shards_in_their_dtype_and_writes_the_same_back(case, folder):
+    theirs = _theirs(case).bfloat16()
     theirs.save_pretrained(folder, max_shard_size="10KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     ours = from_pretrained(folder)
     assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
-    assert torch.equal(ours.head.weight, theirs.lm_head.weight)
+    with torch.no_grad():
+        results, expected = _both(ours, theirs), _both(ours.float(), copy.deepcopy(theirs).float())[1]
+    errors = [(x - expected).norm() for x in results]
+    assert errors[0] <= 1.5 * errors[1]
+    save_pretrained(ours.bfloat16(), folder / "back")
+    back = type(theirs).from_pretrained(folder / "back", dtype="auto")
+    assert all(torch.equal(x, y) for x, y in zip(*map(_values, (back, theirs)), strict=True))
+
+
+def _values(model):
+    return model.state_dict().values()
+
+
+def test_a_shard_that_is_missing_is_named(folder):
+    _theirs("llama").save_pretrained(folder, max_shard_size="10KB")
     next(folder.glob("model-*.safetensors")).unlink()
     with pytest.raises(FileNotFoundError, match=r"from_pretrained: expected the shard .*safetensors"):
         from_pretrained(folder)
@@ -331,6 +347,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0}
             {"scale_attn_by_inverse_layer_idx": True},
             "scale_attn_by_inverse_layer_idx: expected False",
         ),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config: .*'gptq'"),
         ("gpt2", {"embd_pdrop": 0.3}, "embd_pdrop: expected 0.1; got 0.3"),
         ("gpt2", {"activation_function": "mish"}, "activation_function: expected gelu or .*; got 'mish'"),
         (

@@ -166,6 +166,14 @@ def test_masks_that_do_not_fit_are_named(masks, message):
         _layer()(torch.zeros(2, 4, WIDTH), **masks)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_stacks_name_a_mask_of_whole_numbers(dtype):
+    mask, x = torch.zeros(4, 4, dtype=dtype), torch.zeros(2, 4, WIDTH)
+    for masks in ({"src_mask": mask}, {"tgt_mask": mask}):
+        with pytest.raises(ValueError, match=f"attn_mask must be boolean .* got {dtype}"):
+            _transformer()(x, x, **masks)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_autocast_keeps_the_residual_stream_wide(dtype, norm_first):

@@ -95,6 +95,27 @@ def test_recompilations_are_counted() -> None:
     assert graphs(with_its_own_graph, lambda B: (torch.randn(B, 2),), "cpu") > 2
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_vmap_is_a_loop_with_its_gradient_and_function_gradients_are_refused(name: str) -> None:
+    """torch.library gives a registered op the one and not the other: no wrong gradient may come of it."""
+    call, make = CALLS[name]
+    arguments = make(2)
+    i = next(i for i, x in enumerate(arguments) if isinstance(x, Tensor) and x.is_floating_point())
+
+    def of_one(x: Tensor) -> Tensor:
+        result = call(*arguments[:i], x, *arguments[i + 1 :])
+        return result if isinstance(result, Tensor) else result[0]
+
+    x = torch.stack([arguments[i].detach(), arguments[i].detach() + 1])
+    x.requires_grad_(name != "cached_attention")
+    results = torch.func.vmap(of_one)(x), torch.stack([of_one(each) for each in x])
+    assert torch.equal(*results)
+    if x.requires_grad:
+        assert torch.equal(*(torch.autograd.grad(result.float().square().sum(), x)[0] for result in results))
+    with pytest.raises((RuntimeError, ValueError), match=r"functorch|there is no gradient"):
+        torch.func.grad(lambda x: of_one(x).float().sum())(x[0].detach())
+
+
 def dual(x: Any) -> Any:
     floating = isinstance(x, Tensor) and x.is_floating_point()
     return forward_ad.make_dual(x.detach(), torch.ones_like(x)) if floating else x

@@ -38,6 +38,7 @@ def from_pretrained(
     values = files.read_json(folder / files.CONFIG)
     name, architecture = _architecture(folder, values)
     fields = configs.Fields(values)
+    fields.require("quantization_config", not fields.get("quantization_config"), "none, weights as they are")
     config = architecture.read(fields)
     if fields.refused:
         table = "\n".join(f"  {line}" for line in fields.refused)
