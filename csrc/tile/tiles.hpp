@@ -108,14 +108,14 @@ struct FactorTile {
     }
 };
 
-// To rows first_row to first_row + 63 of a shared tile.
+// To rows first_row to first_row + 63 and columns from first_column, a multiple of COLUMNS, of a shared tile.
 template <class T, int COLUMNS, int ROWS>
-__device__ void store_factor(const FactorTile<T, COLUMNS>& from, SharedTile<T, ROWS, COLUMNS>& to,
-                             int first_row) {
-    static_assert(COLUMNS == 64, "store_factor: one chunk, within which a column is an exclusive or");
+__device__ void store_factor(const FactorTile<T, COLUMNS>& from, SharedTile<T, ROWS, 64>& to, int first_row,
+                             int first_column) {
+    static_assert(64 % COLUMNS == 0, "store_factor: one chunk, within which a column is an exclusive or");
     const int thread = made_here(static_cast<int>(threadIdx.x)) % kWarpgroup;
     const int row = first_row + thread / 32 * 16 + thread % 32 / 4;
-    const int first = made_here(to.offset(row, thread % 4 * 2));
+    const int first = made_here(to.offset(row, first_column + thread % 4 * 2));
 #pragma unroll
     for (int pair = 0; pair < COLUMNS / 8; ++pair)
 #pragma unroll
