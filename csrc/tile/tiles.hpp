@@ -10,13 +10,6 @@ namespace lmkern {
 
 constexpr int kWarpgroup = 128;
 
-// The value, for what is derived from it in a loop: the compiler would rather derive it all before the loop
-// and keep it, in registers that are not there.
-__device__ inline int made_here(int value) {
-    asm volatile("" : "+r"(value));
-    return value;
-}
-
 // (ROWS, COLUMNS) 16-bit elements in shared memory, as the copy engine writes them and the tensor cores read
 // them: chunks of 64 columns one after the other; in a chunk a row is 128 bytes, and the 16 bytes i of row r
 // lie at place i ^ (r % 8), so that eight rows of one column lie in eight places ("128-byte swizzle", PTX ISA
