@@ -44,20 +44,57 @@ private:
     bool changed_ = false;
 };
 
+// Lets a kernel have so many bytes of dynamic shared memory.
+template <class Params>
+cudaError_t allow_shared(void (*kernel)(Params), size_t bytes) {
+    // More than this a kernel must ask for.
+    constexpr size_t kFree = 48 * 1024;
+    if (bytes <= kFree) return cudaSuccess;
+    return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
 // kernel<<<grid, block, shared, stream>>>(params) on the current device. shared: bytes of dynamic shared
 // memory.
 template <class Params, class What>
 void launch(void (*kernel)(Params), dim3 grid, dim3 block, int64_t stream, Params params, const What& what,
             size_t shared = 0) {
-    // More than this a kernel must ask for.
-    constexpr size_t kFree = 48 * 1024;
-    if (shared > kFree)
-        check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                   cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
-              what);
+    check(allow_shared(kernel, shared), what);
     void* arguments[] = {&params};
     check(cudaLaunchKernel(kernel, grid, block, arguments, shared, reinterpret_cast<cudaStream_t>(stream)),
           what);
+}
+
+// The same in clusters of `size` neighbouring blocks; grid: a multiple of it in x. False, and nothing is
+// launched, where the GPU has no clusters, or no room for one like that.
+template <class Params, class What>
+bool launch_clusters(void (*kernel)(Params), dim3 grid, dim3 block, unsigned size, int64_t stream,
+                     Params params, const What& what, size_t shared) {
+    // Larger ones a kernel must ask for.
+    constexpr unsigned kPortable = 8;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = size;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = reinterpret_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int clusters = 0;
+    cudaError_t status = allow_shared(kernel, shared);
+    if (status == cudaSuccess && size > kPortable)
+        status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                      cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (status == cudaSuccess) status = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+    if (status != cudaSuccess || clusters == 0) {
+        cudaGetLastError();
+        return false;
+    }
+    check(cudaLaunchKernelEx(&config, kernel, params), what);
+    return true;
 }
 
 }  // namespace lmkern

@@ -9,9 +9,11 @@
 //
 // Rows of up to 8192 elements (4096 where they are not aligned to 16 bytes) are read once, into registers: a
 // grid of p.chunks blocks goes over them, and each block leaves its sums for dweight and dbias in its slice
-// of partials. For wider rows one grid makes dx and dresidual, reading each row twice, and another the
-// slices. Then the slices are added. Every order is fixed by the shapes and p.chunks: no atomics, the same
-// bits each time.
+// of partials. Those of up to 32 times as many (8 times where they are not aligned) are read once too, by
+// p.chunks clusters of blocks; beyond 65536 elements the sums for dweight and dbias live in shared memory.
+// For wider rows, and where the GPU has no clusters, one grid makes dx and dresidual, reading each row twice,
+// and another the slices. Then the slices are added. Every order is fixed by the shapes and p.chunks: no
+// atomics, the same bits each time.
 #include "norm/cuda.hpp"
 #include "norm/cuda_common.hpp"
 #include "tile/row.hpp"
@@ -33,18 +35,22 @@ struct Slice {
     float* dweight;
     float* dbias;
 
-    __device__ Slice(const NormParams& p, int64_t chunk) {
-        float* start = static_cast<float*>(p.partials) + 2 * p.columns * chunk;
+    __device__ Slice(const NormParams& p, int64_t chunk, int64_t first_column) {
+        float* start = static_cast<float*>(p.partials) + 2 * p.columns * chunk + first_column;
         dweight = p.dweight == nullptr ? nullptr : start;
         dbias = p.dbias == nullptr ? nullptr : start + p.columns;
     }
 };
 
 // A sum over a block's rows for the columns of a thread, folded over threadIdx.y at the end.
-template <int W, int V>
+template <int W, int V, bool SHARED>
 class ColumnSums {
 public:
-    __device__ void add(int i, int w, float value) { sums_[i][w] += value; }
+    __device__ explicit ColumnSums(float*) {}
+    __device__ void add(int i, const Pack<float, W>& pack) {
+#pragma unroll
+        for (int w = 0; w < W; ++w) sums_[i][w] += pack.element[w];
+    }
     // Every thread of the block calls it. to: (E,) or null.
     __device__ void finish(float* to, int columns) {
         __shared__ float fold[V * W * kThreads];
@@ -83,76 +89,126 @@ private:
 
 // Rows that are read each time: their columns are summed by column_sums_kernel.
 template <int W>
-class ColumnSums<W, 0> {
+class ColumnSums<W, 0, false> {
 public:
-    __device__ void add(int, int, float) {}
+    __device__ explicit ColumnSums(float*) {}
+    __device__ void add(int, const Pack<float, W>&) {}
     __device__ void finish(float*, int) {}
 };
 
-// Grid: any number of blocks, p.chunks where V > 0; block b takes rows b blockDim.y + threadIdx.y, and so on
-// in steps of the grid. Traffic: 3 R E elements, one more for each of dh and a second result, and 8 R bytes;
-// 8 E bytes a block.
-template <class T, class S, int W, int V>
-__global__ void __launch_bounds__(V > 0 ? kThreads : kMaxThreads, 1) backward_kernel(CudaNormParams call) {
-    __shared__ float scratch[2][kMaxThreads / 32];
-    const NormParams& p = call.norm;
-    const int all_columns = static_cast<int>(p.columns);
-    const float offset = static_cast<float>(p.offset);
-    ColumnSums<W, V> dweight, dbias;
+// In shared memory, 4 V W bytes a thread, 16 at a time from neighbouring threads; null: nobody wants it.
+template <int W, int V>
+class ColumnSums<W, V, true> {
+public:
+    __device__ explicit ColumnSums(float* shared) : shared_(shared) {
+        if (shared_ == nullptr) return;
+        for (int i = 0; i < V; ++i)
+            for (int w = 0; w < W; w += 4) *at(i, w) = float4{0.0f, 0.0f, 0.0f, 0.0f};
+    }
+    __device__ void add(int i, const Pack<float, W>& pack) {
+        if (shared_ == nullptr) return;
+#pragma unroll
+        for (int w = 0; w < W; w += 4) {
+            float4 sums = *at(i, w);
+            sums.x += pack.element[w], sums.y += pack.element[w + 1];
+            sums.z += pack.element[w + 2], sums.w += pack.element[w + 3];
+            *at(i, w) = sums;
+        }
+    }
+    __device__ void finish(float* to, int columns) {
+        if (to == nullptr) return;
+        for_packs<W, V>(columns, [&](int i, int column) {
+#pragma unroll
+            for (int w = 0; w < W; w += 4) *reinterpret_cast<float4*>(to + column + w) = *at(i, w);
+        });
+    }
 
-    const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
-    int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+private:
+    __device__ float4* at(int i, int w) {
+        const int thread = made_here(static_cast<int>(threadIdx.x)), threads = static_cast<int>(blockDim.x);
+        return reinterpret_cast<float4*>(shared_) + (i * (W / 4) + w / 4) * threads + thread;
+    }
+
+    float* shared_;
+};
+
+// Dynamic shared memory: SumScratch, and then the sums for dweight and dbias where they live there.
+constexpr size_t kScratchBytes = (sizeof(SumScratch<2>) + 15) / 16 * 16;
+
+// Grid: any number of blocks or clusters, p.chunks where V > 0; b takes rows b blockDim.y + threadIdx.y, and
+// so on in steps of the grid. Traffic: 3 R E elements, one more for each of dh and a second result, and 8 R
+// bytes; 8 E bytes a block.
+template <class T, class S, int W, int V, bool CLUSTERED>
+__global__ void __launch_bounds__(V > 0 ? kThreads : kMaxThreads, 1) backward_kernel(CudaNormParams call) {
+    if constexpr (CLUSTERED && !ptx::kHasClusters) return;
+    const NormParams& p = call.norm;
+    unsigned char* memory = ptx::dynamic_shared();
+    RowSum<2, CLUSTERED> sum_over_row(*reinterpret_cast<SumScratch<2>*>(memory));
+    const auto share = Share<CLUSTERED>::template of<W>(static_cast<int>(p.columns));
+    const float offset = static_cast<float>(p.offset);
+    float* sums_memory = reinterpret_cast<float*>(memory + kScratchBytes);
+    constexpr bool kInShared = V * W > kElements<W>;
+    ColumnSums<W, V, kInShared> dweight(p.dweight == nullptr ? nullptr : sums_memory);
+    ColumnSums<W, V, kInShared> dbias(p.dbias == nullptr ? nullptr : sums_memory + V * W * blockDim.x);
+
+    const unsigned step = share.units * blockDim.y;
+    int64_t row = static_cast<int64_t>(share.unit) * blockDim.y + threadIdx.y;
     for (; row - threadIdx.y < p.rows; row += step) {
         // Beyond the last row a thread has nothing to read, but takes part in the sums.
-        const int columns = row < p.rows ? all_columns : 0;
-        const Row<S, W, V> h(static_cast<const S*>(p.h) + row * p.h_stride, columns);
-        const Row<T, W, V> dy(static_cast<const T*>(p.dy) + row * p.dy_stride, columns);
-        const float mean = row < p.rows && p.centred ? static_cast<const float*>(p.mean)[row] : 0.0f;
-        const float rstd = row < p.rows ? static_cast<const float*>(p.rstd)[row] : 0.0f;
+        const bool there = CLUSTERED || row < p.rows;
+        const int columns = there ? share.columns : 0;
+        const Row<S, W, V> h(static_cast<const S*>(p.h) + row * p.h_stride + share.first, columns);
+        const Row<T, W, V> dy(static_cast<const T*>(p.dy) + row * p.dy_stride + share.first, columns);
+        const float mean = there && p.centred ? static_cast<const float*>(p.mean)[row] : 0.0f;
+        const float rstd = there ? static_cast<const float*>(p.rstd)[row] : 0.0f;
 
         float sums[2] = {0.0f, 0.0f};  // of g, and of g x_hat
         for_packs<W, V>(columns, [&](int i, int column) {
             const Pack<float, W> h_part = h.at(i, column), dy_part = dy.at(i, column);
-            const Pack<float, W> scale = load_parameter<T, W>(p, p.weight, column, offset, 1.0f);
+            Pack<float, W> dweight_part;
+            const Pack<float, W> scale =
+                load_parameter<T, W>(p, p.weight, share.first + column, offset, 1.0f);
 #pragma unroll
             for (int w = 0; w < W; ++w) {
                 const float x_hat = (h_part.element[w] - mean) * rstd;
                 const float g = dy_part.element[w] * scale.element[w];
                 sums[0] += g;
                 sums[1] += g * x_hat;
-                dweight.add(i, w, dy_part.element[w] * x_hat);
-                dbias.add(i, w, dy_part.element[w]);
+                dweight_part.element[w] = dy_part.element[w] * x_hat;
             }
+            dweight.add(i, dweight_part);
+            dbias.add(i, dy_part);
         });
         if (p.dx == nullptr && p.dresidual == nullptr) continue;
-        sum_over_threads(sums, scratch);
+        sum_over_row(sums);
         const float g_mean = p.centred ? sums[0] / static_cast<float>(p.columns) : 0.0f;
         const float along = sums[1] / static_cast<float>(p.columns);
         for_packs<W, V>(columns, [&](int i, int column) {
             Pack<float, W> part = h.at(i, column);
             const Pack<float, W> dy_part = dy.at(i, column);
-            const Pack<float, W> scale = load_parameter<T, W>(p, p.weight, column, offset, 1.0f);
+            const Pack<float, W> scale =
+                load_parameter<T, W>(p, p.weight, share.first + column, offset, 1.0f);
 #pragma unroll
             for (int w = 0; w < W; ++w) {
                 const float x_hat = (part.element[w] - mean) * rstd;
                 part.element[w] = (dy_part.element[w] * scale.element[w] - g_mean - x_hat * along) * rstd;
             }
             if (p.dh != nullptr) {
-                const S* dh = static_cast<const S*>(p.dh) + row * p.dh_stride;
+                const S* dh = static_cast<const S*>(p.dh) + row * p.dh_stride + share.first;
                 const Pack<float, W> dh_part = to_float(load_pack<W>(dh + column));
 #pragma unroll
                 for (int w = 0; w < W; ++w) part.element[w] += dh_part.element[w];
             }
-            if (p.dresidual != nullptr)
-                store_pack(static_cast<S*>(p.dresidual) + row * p.columns + column, part);
+            const int64_t place = row * p.columns + share.first + column;
+            if (p.dresidual != nullptr) store_pack(static_cast<S*>(p.dresidual) + place, part);
             if (p.dx == nullptr) return;
-            drop(p, row, column, part);
-            store_pack(static_cast<T*>(p.dx) + row * p.columns + column, part);
+            drop(p, row, share.first + column, part);
+            store_pack(static_cast<T*>(p.dx) + place, part);
         });
     }
-    const Slice slice(p, blockIdx.x);
-    dweight.finish(slice.dweight, all_columns);
-    dbias.finish(slice.dbias, all_columns);
+    const Slice slice(p, share.unit, share.first);
+    dweight.finish(slice.dweight, share.columns);
+    dbias.finish(slice.dbias, share.columns);
 }
 
 // Grid: (E / (W blockDim.x), p.chunks); a block takes W blockDim.x columns of the rows blockIdx.y, and so on
@@ -175,7 +231,7 @@ __global__ void __launch_bounds__(kColumnThreads) column_sums_kernel(CudaNormPar
             dbias.element[w] += dy.element[w];
         }
     }
-    const Slice slice(p, blockIdx.y);
+    const Slice slice(p, blockIdx.y, 0);
     if (slice.dweight != nullptr) store_pack(slice.dweight + column, dweight);
     if (slice.dbias != nullptr) store_pack(slice.dbias + column, dbias);
 }
@@ -203,6 +259,26 @@ __global__ void __launch_bounds__(32 * kLanes) sum_chunks_kernel(CudaNormParams 
     out[column] = total;
 }
 
+// dx, dresidual and the slices by clusters; false where a row is too wide for one or the GPU has none.
+template <class T, class S, int W, class What>
+bool in_clusters(const CudaNormParams& call, const What& what) {
+    const NormParams& p = call.norm;
+    constexpr int64_t kNarrow = kThreads * kElements<W>;
+    const auto with = [&](auto kernel, const Cluster& cluster, int elements, size_t sums) {
+        const dim3 block(block_for(cluster.share, elements, kThreads).x);
+        return launch_clusters(kernel, dim3(static_cast<unsigned>(p.chunks) * cluster.size), block,
+                               cluster.size, call.stream, call, what, kScratchBytes + sums * block.x);
+    };
+    if constexpr (W > 1) {
+        if (const Cluster cluster = cluster_for(p.columns, kNarrow, 0); cluster.size > 0)
+            return with(backward_kernel<T, S, W, kElements<W> / W, true>, cluster, kElements<W>, 0);
+        constexpr int kMany = 2 * kElements<W>;
+        if (const Cluster cluster = cluster_for(p.columns, 0, 2 * kNarrow); cluster.size > 0)
+            return with(backward_kernel<T, S, W, kMany / W, true>, cluster, kMany, 2 * kMany * sizeof(float));
+    }
+    return false;
+}
+
 }  // namespace
 
 void norm_backward(const CudaNormParams& call) {
@@ -217,12 +293,15 @@ void norm_backward(const CudaNormParams& call) {
         constexpr int W = decltype(width)::value;
         const dim3 block = block_for(p.columns, kElements<W>, kThreads);
         if (p.columns <= kThreads * kElements<W>) {
-            launch(backward_kernel<T, S, W, kElements<W> / W>, dim3(chunks), block, call.stream, call, what);
+            launch(backward_kernel<T, S, W, kElements<W> / W, false>, dim3(chunks), block, call.stream, call,
+                   what, kScratchBytes);
             return;
         }
+        if (in_clusters<T, S, W>(call, what)) return;
         const dim3 every_row(static_cast<unsigned>(std::min<int64_t>(p.rows, INT32_MAX)));
         if (p.rows > 0 && (p.dx != nullptr || p.dresidual != nullptr))
-            launch(backward_kernel<T, S, W, 0>, every_row, block, call.stream, call, what);
+            launch(backward_kernel<T, S, W, 0, false>, every_row, block, call.stream, call, what,
+                   kScratchBytes);
         const dim3 grid(static_cast<unsigned>(ceil_div(p.columns, W * kColumnThreads)), chunks);
         if (sums) launch(column_sums_kernel<T, S, W>, grid, dim3(kColumnThreads), call.stream, call, what);
     });

@@ -85,6 +85,21 @@ __device__ void drop(const NormParams& p, int64_t row, int column, Pack<float, W
             halves[w] >= static_cast<uint32_t>(p.keep_threshold) ? static_cast<float>(p.keep_scale) : 0.0f;
 }
 
+// The blocks among which a row is shared out, and the columns of each; size 0: it is too wide.
+struct Cluster {
+    unsigned size;
+    int64_t share;
+};
+
+// Blocks of at most `good` columns, or where 8 of them are too few, of `most`.
+inline Cluster cluster_for(int64_t columns, int64_t good, int64_t most) {
+    for (const unsigned size : {2u, 4u, 8u})
+        if (columns <= size * good) return {size, ceil_div(columns, size)};
+    for (const unsigned size : {8u, 16u})
+        if (columns <= size * most) return {size, ceil_div(columns, size)};
+    return {0, 0};
+}
+
 inline std::string dtype_name(int64_t code) {
     constexpr const char* names[] = {"float32", "bfloat16", "float16", "float64"};
     return code >= 0 && code < 4 ? names[code] : "unknown";

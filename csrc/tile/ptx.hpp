@@ -8,17 +8,13 @@
 #include <cstdint>
 #include <cstdio>
 
+#include "tile/cluster.hpp"
+
 namespace lmkern::ptx {
 
 // 64 bits in shared memory: arrivals and bytes that are still awaited, and the parity of the phase.
 using Barrier = uint64_t;
 using TensorMap = CUtensorMap;
-
-// The block's dynamic shared memory.
-__device__ inline unsigned char* dynamic_shared() {
-    extern __shared__ __align__(1024) unsigned char memory[];
-    return memory;
-}
 
 __device__ inline uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

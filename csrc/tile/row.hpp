@@ -14,6 +14,7 @@
 
 #include "core/cuda_launch.hpp"
 #include "core/types.hpp"
+#include "tile/cluster.hpp"
 
 namespace lmkern {
 
@@ -81,13 +82,21 @@ __device__ void store_pack(T* to, const Pack<float, W>& pack) {
     *reinterpret_cast<Pack<T, W>*>(to) = from_float<T>(pack);
 }
 
+// The value, for what is derived from it in a loop: the compiler would rather derive it all before the loop
+// and keep it, in registers that are not there.
+__device__ inline int made_here(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 // body(i, column) for each pack of this thread. columns: a multiple of W.
 template <int W, int V, class Body>
 __device__ void for_packs(int columns, const Body& body) {
     if constexpr (V > 0) {
+        const int thread = static_cast<int>(threadIdx.x), first = V * W > 16 ? made_here(thread) : thread;
 #pragma unroll
         for (int i = 0; i < V; ++i) {
-            const int column = static_cast<int>(i * blockDim.x + threadIdx.x) * W;
+            const int column = (i * static_cast<int>(blockDim.x) + first) * W;
             if (column < columns) body(i, column);
         }
     } else {
@@ -156,6 +165,65 @@ __device__ void sum_over_threads(float (&sums)[K], float (&scratch)[K][kMaxThrea
     for (int k = 0; k < K; ++k) sums[k] = lane < warps ? scratch[k][first + lane] : 0.0f;
     over_warp();
 }
+
+// The part of a row that a block has: a whole one, or its share of one that a cluster has. unit: of the
+// grid's blocks or clusters, `units`.
+template <bool CLUSTERED>
+struct Share {
+    int first, columns;
+    unsigned unit, units;
+
+    // all: the row's columns; W: of a pack, which is not cut.
+    template <int W>
+    static __device__ Share of(int all) {
+        if constexpr (!CLUSTERED) return {0, all, blockIdx.x, gridDim.x};
+        const int size = static_cast<int>(ptx::cluster_size()), share = (all + W * size - 1) / (W * size) * W;
+        const int first = static_cast<int>(ptx::cluster_rank()) * share;
+        return {first, max(min(share, all - first), 0), blockIdx.x / size, gridDim.x / size};
+    }
+};
+
+// What the sums of K numbers over a row need of shared memory.
+template <int K>
+struct SumScratch {
+    float of_warps[K][kMaxThreads / 32];
+    // A cluster's blocks, in turns: who is still reading one sum's is not disturbed by the next.
+    float of_blocks[2][K][kMaxCluster];
+};
+
+// Sums over rows, one after the other. CLUSTERED: every block of the cluster makes and uses one at the same
+// time.
+template <int K, bool CLUSTERED>
+class RowSum {
+public:
+    __device__ explicit RowSum(SumScratch<K>& scratch) : scratch_(scratch) {
+        // A block may be written to as soon as it has begun.
+        if constexpr (CLUSTERED) ptx::cluster_sync();
+    }
+
+    // Each sum becomes that over the row, the same bits in all its threads.
+    __device__ void operator()(float (&sums)[K]) {
+        sum_over_threads(sums, scratch_.of_warps);
+        if constexpr (!CLUSTERED) return;
+        auto& of_blocks = scratch_.of_blocks[turn_];
+        turn_ ^= 1;
+        const unsigned size = ptx::cluster_size();
+        if (threadIdx.x < size)
+#pragma unroll
+            for (int k = 0; k < K; ++k)
+                ptx::store_in_block(&of_blocks[k][ptx::cluster_rank()], threadIdx.x, sums[k]);
+        ptx::cluster_sync();
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+            sums[k] = 0.0f;
+            for (unsigned block = 0; block < size; ++block) sums[k] += of_blocks[k][block];
+        }
+    }
+
+private:
+    SumScratch<K>& scratch_;
+    int turn_ = 0;
+};
 
 // The block for rows of which a thread takes so many elements: threads along a row, rows at once. At most
 // max_threads, or a thread takes more.

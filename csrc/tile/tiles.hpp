@@ -10,13 +10,6 @@ namespace lmkern {
 
 constexpr int kWarpgroup = 128;
 
-// The value, for what is derived from it in a loop: the compiler would rather derive it all before the loop
-// and keep it, in registers that are not there.
-__device__ inline int made_here(int value) {
-    asm volatile("" : "+r"(value));
-    return value;
-}
-
 // (ROWS, COLUMNS) 16-bit elements in shared memory, as the copy engine writes them and the tensor cores read
 // them: chunks of 64 columns one after the other; in a chunk a row is 128 bytes, and the 16 bytes i of row r
 // lie at place i ^ (r % 8), so that eight rows of one column lie in eight places ("128-byte swizzle", PTX ISA
@@ -108,14 +101,14 @@ struct FactorTile {
     }
 };
 
-// To rows first_row to first_row + 63 of a shared tile.
+// To rows first_row to first_row + 63 and columns from first_column, a multiple of COLUMNS, of a shared tile.
 template <class T, int COLUMNS, int ROWS>
-__device__ void store_factor(const FactorTile<T, COLUMNS>& from, SharedTile<T, ROWS, COLUMNS>& to,
-                             int first_row) {
-    static_assert(COLUMNS == 64, "store_factor: one chunk, within which a column is an exclusive or");
+__device__ void store_factor(const FactorTile<T, COLUMNS>& from, SharedTile<T, ROWS, 64>& to, int first_row,
+                             int first_column) {
+    static_assert(64 % COLUMNS == 0, "store_factor: one chunk, within which a column is an exclusive or");
     const int thread = made_here(static_cast<int>(threadIdx.x)) % kWarpgroup;
     const int row = first_row + thread / 32 * 16 + thread % 32 / 4;
-    const int first = made_here(to.offset(row, thread % 4 * 2));
+    const int first = made_here(to.offset(row, first_column + thread % 4 * 2));
 #pragma unroll
     for (int pair = 0; pair < COLUMNS / 8; ++pair)
 #pragma unroll

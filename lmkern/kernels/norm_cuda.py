@@ -25,8 +25,8 @@ _MORE = struct.Struct("=2q")
 _MAX_WIDTH = 2**30
 
 # Chunks of rows: two blocks of up to 512 threads are resident on a processor at 64 registers a thread; fewer
-# if a chunk would have less than so many rows, or where rows are wider than a block holds and their columns
-# are shared out too.
+# if a chunk would have less than so many rows. A row that is wider than a block holds is shared out among 2,
+# 4 or more of them, one a processor.
 _CHUNKS_PER_PROCESSOR = 2
 _MIN_CHUNK_ROWS = 4
 _WIDTH_OF_BLOCK = 8192
@@ -42,8 +42,9 @@ class _Engine(norm_call.Engine):
 
     def chunks(self, h: Tensor) -> int:
         rows, columns = h.shape
-        most = _CHUNKS_PER_PROCESSOR * cuda_call.processors(h.device)
-        most = min(most, most * _WIDTH_OF_BLOCK // max(columns, 1))
+        blocks = -(-columns // _WIDTH_OF_BLOCK)
+        most = cuda_call.processors(h.device)
+        most = most // (1 << (blocks - 1).bit_length()) if blocks > 1 else _CHUNKS_PER_PROCESSOR * most
         return max(1, min(most, rows // _MIN_CHUNK_ROWS))
 
 

@@ -92,7 +92,7 @@ def test_the_hopper_kernels_use_its_products_and_copies(built: tuple[Path, str])
         [text for name, text in functions.items() if f"{way}_kernelI" in name and "4Call" in name]
         for way in ("forward", "backward")
     )
-    assert (len(forward), len(backward)) == (6, 4)
+    assert (len(forward), len(backward)) == (6, 6)
     for text in forward + backward:
         assert "HGMMA" in text and "UTMALDG" in text and "USETMAXREG" in text
         # Local memory is where registers go that there is no room for.

@@ -159,6 +159,39 @@ def test_every_result_matches_float64(case: Case, shapes: tuple[LayerNormShape, 
         assert_close(case, inputs_of(case, shape, device))
 
 
+# Rows that clusters of 2, 4, 8, 8 with their sums in shared memory, and 16 blocks hold; one that none does.
+WIDE = (
+    (Case("layer_norm"), 8, 12_296),
+    (Case("add_norm", HALF, dropout_p=0.3), 8, 16_400),
+    (Case("layer_norm", BRAIN), 8, 33_000),
+    (Case("add_norm", BRAIN, residual=SINGLE, dropout_p=0.3), 8, 65_544),
+    (Case("rms_norm", BRAIN, offset=1.0), 1, 131_080),
+    (Case("layer_norm"), 1, 262_144),
+    (Case("rms_norm"), 1, 66_001),
+)
+
+
+@pytest.fixture
+def many_processors(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough for more than one cluster, so that each has rows of its own."""
+    if device == "cpu":
+        monkeypatch.setattr(cuda_call, "processors", lambda device: 32)
+
+
+@pytest.mark.usefixtures("many_processors")
+@pytest.mark.parametrize(("case", "R", "E"), WIDE, ids=str)
+def test_rows_of_clusters(case: Case, R: int, E: int, device: str) -> None:
+    assert_close(case, inputs_of(case, LayerNormShape(R, E), device))
+
+
+def test_wide_rows_on_a_gpu_without_clusters(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cuda":
+        pytest.skip("only the emulator can be without")
+    monkeypatch.setenv("CUDA_EMULATOR_NO_CLUSTERS", "1")
+    case = Case("add_norm", BRAIN, dropout_p=0.3)
+    assert_close(case, inputs_of(case, LayerNormShape(3, 16_392), device))
+
+
 @pytest.mark.parametrize("dtype", [SINGLE, BRAIN], ids=str)
 @pytest.mark.parametrize("E", [13, 96, 4100, 16392])
 def test_dropout_keeps_what_philox_keeps_and_scales_it(E: int, dtype: torch.dtype, device: str) -> None:
@@ -253,7 +286,7 @@ def test_variance_survives_a_mean_far_from_zero(E: int, device: str) -> None:
     assert_close(case, replace(inputs_of(case, LayerNormShape(5, E), device), x=x))
 
 
-@pytest.mark.parametrize("shape", [(40, 40), (64, 768), (8, 9001)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 40), (64, 768), (8, 9001), (8, 9000)], ids=str)
 def test_repeats_are_bit_equal(shape: tuple[int, int], device: str) -> None:
     R, E = shape
     rows = R * 100 if device == "cuda" else R

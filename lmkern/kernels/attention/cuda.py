@@ -21,14 +21,13 @@ RUN_ON_HARDWARE: str | None = None
 
 NOTE = cuda_call.note(RUN_ON_HARDWARE)
 
-# dk and dv of 64 keys fill a warpgroup's registers at 128.
-MAX_HEAD_DIM, MAX_BACKWARD_HEAD_DIM = 256, 128
+MAX_HEAD_DIM = 256
 
 # Tokens and keys are counted in 32 bits, with room for a tile; a grid has at most 65,535 heads and sequences.
 _MAX_LENGTH, _MAX_GRID = 2**30, 65_535
 
-# kQueries of csrc/attention/cuda_backward.cu.
-_QUERIES = 64
+# kQueries of csrc/attention/cuda_backward_parts.hpp, and the head_dims that with_tile pads to.
+_QUERIES, _TILE_COLUMNS = 64, (64, 128, 256)
 
 # CudaAttentionParams, after AttentionParams: delta, dq_sum, turns; processors, device, stream.
 _MORE = struct.Struct("=3q 3q")
@@ -50,9 +49,8 @@ def unsupported(call: Call) -> str | None:
         return None
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"takes bfloat16 and float16; q is {str(q.dtype).removeprefix('torch.')}"
-    largest = MAX_BACKWARD_HEAD_DIM if call.options.get("backward") else MAX_HEAD_DIM
-    if q.shape[3] % 8 or q.shape[3] > largest:
-        return f"takes multiples of 8 up to {largest} as head_dim; got {q.shape[3]}"
+    if q.shape[3] % 8 or q.shape[3] > MAX_HEAD_DIM:
+        return f"takes multiples of 8 up to {MAX_HEAD_DIM} as head_dim; got {q.shape[3]}"
     if max(q.shape[2], k.shape[2]) > _MAX_LENGTH or max(q.shape[:2]) > _MAX_GRID:
         return f"takes up to 2^30 tokens and {_MAX_GRID} heads and sequences; got q {tuple(q.shape)}"
     for name, tensor in call.tensors.items():
@@ -118,7 +116,7 @@ def backward(
         if options.cu_seqlens_q is not None:
             blocks = q.shape[2] // _QUERIES + options.cu_seqlens_q.numel() - 1
         blocks *= q.shape[0] * q.shape[1]
-        dq_sum = lse.new_zeros(blocks * _QUERIES * (64 if q.shape[3] <= 64 else 128))
+        dq_sum = lse.new_zeros(blocks * _QUERIES * next(D for D in _TILE_COLUMNS if q.shape[3] <= D))
         turns = torch.zeros(blocks, dtype=torch.int32, device=q.device)
     tensors = {
         "q": q, "k": k, "v": v, "out": out, "lse": lse,

@@ -2,24 +2,30 @@
 // headers and before csrc/.
 //
 // A thread of a block is a fiber. The warps run one after the other, each as far as it gets, in ascending
-// order in one block and in descending order in the next, so that a barrier that is missing is seen in the
+// order in one block and in descending order in the next, and so do the blocks of a cluster, so that a barrier that is missing is seen in the
 // result; within a warp, shuffles are barriers. What is asynchronous (tile/ptx.hpp, tile/wgmma.hpp) happens
 // as late as it may: a copy when no thread can go on, a product when it is waited for. Refused: a warp of
 // which some threads wait at a shuffle or barrier and others do not, a load that is not aligned, and threads
 // that wait for each other.
 //
-// Not here: device memory, streams, anything between blocks, the rounding of fast mathematics.
+// The blocks of a cluster run together, each with dynamic shared memory of its own, which begins when the
+// block does; a store to another's is seen when its thread arrives at the cluster's barrier.
+//
+// Not here: device memory, streams, anything else between blocks, the rounding of fast mathematics.
 #pragma once
 
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
 #include <mutex>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -28,7 +34,7 @@
 #define __device__
 #define __launch_bounds__(...)
 #define __grid_constant__
-// One block runs at a time.
+// One block runs at a time, or several of a cluster, which have dynamic shared memory alone.
 #define __shared__ static
 
 #define CUDART_VERSION 13000
@@ -55,20 +61,43 @@ enum class State { ready, at_shuffle, at_barrier, polling, done };
 struct Fiber {
     ucontext_t context;
     dim3 thread;
+    unsigned rank;  // of its block in the cluster
     State state;
     unsigned offered;
     std::function<bool()> condition;
     std::string waits_for;
 };
 
-constexpr unsigned kWarp = 32, kMaxThreads = 1024, kStackBytes = 64 * 1024;
+constexpr unsigned kWarp = 32, kMaxThreads = 1024, kMaxCluster = 16;
+constexpr size_t kStackBytes = 64 * 1024, kSharedBytes = 227 * 1024;
+
+// A block of the cluster that runs. Dynamic shared memory is NaN when its first thread begins.
+struct Block {
+    dim3 index;
+    bool begun;
+    alignas(1024) unsigned char shared[(kSharedBytes + 1023) / 1024 * 1024];
+};
+
+template <class T>
+T* reserve(size_t count) {
+    void* memory = mmap(nullptr, count * sizeof(T), PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    return static_cast<T*>(memory);
+}
 
 inline std::vector<Fiber> fibers(kMaxThreads);
-inline std::vector<char> stacks(kMaxThreads* kStackBytes);
+inline char* const stacks = reserve<char>(kMaxCluster* kMaxThreads* kStackBytes);
+inline Block* const blocks = reserve<Block>(kMaxCluster);
+inline unsigned cluster_blocks = 1, cluster_arrived = 0, cluster_passed = 0;
+// Of the block whose thread runs.
+inline unsigned char* shared_memory = blocks[0].shared;
 inline ucontext_t scheduler;
 inline unsigned current = 0;
 inline bool descending = false;
 inline bool misaligned = false;
+// What a thread did that no GPU would have forgiven.
+inline std::string fault;
 // Copies that have been started and not made.
 inline std::deque<std::function<void()>> copies;
 inline void start_copy(std::function<void()> copy) {
@@ -77,7 +106,7 @@ inline void start_copy(std::function<void()> copy) {
     else
         copies.push_back(std::move(copy));
 }
-// Called before each block: what one block leaves behind, the next does not find.
+// Called before each cluster: what one leaves behind, the next does not find.
 inline std::vector<void (*)()> at_block_start;
 // makecontext passes no pointer; one kernel runs at a time.
 inline void (*run_kernel)(const void*) = nullptr;
@@ -119,6 +148,11 @@ inline bool run_warp(unsigned first, unsigned end) {
             again = true;
             current = lane;
             threadIdx = fiber.thread;
+            Block& block = blocks[fiber.rank];
+            blockIdx = block.index;
+            shared_memory = block.shared;
+            if (!block.begun) std::fill(block.shared, block.shared + kSharedBytes, 0xFF);
+            block.begun = true;
             swapcontext(&scheduler, &fiber.context);
         }
         moved |= again;
@@ -140,51 +174,78 @@ inline bool run_warp(unsigned first, unsigned end) {
 // What each thread that is not done waits for.
 inline std::string deadlock() {
     std::string said = "cuda_emulator: no thread of block " + std::to_string(blockIdx.x) + " can go on:";
-    for (unsigned i = 0; i < blockDim.x * blockDim.y * blockDim.z; i += kWarp)
+    for (unsigned i = 0; i < cluster_blocks * blockDim.x * blockDim.y * blockDim.z; i += kWarp)
         if (fibers[i].state != State::done)
             said += " thread " + std::to_string(i) + " waits for " +
                     (fibers[i].state == State::polling ? fibers[i].waits_for : "the block") + ";";
     return said;
 }
 
-inline void run_block() {
-    const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
+// Runs a block as far as it gets; whether it got anywhere.
+inline bool run_block(unsigned rank) {
+    const unsigned own = blockDim.x * blockDim.y * blockDim.z, begin = rank * own, end = begin + own;
+    const unsigned warps = (own + kWarp - 1) / kWarp;
+    for (bool any = false;; any = true) {
+        bool moved = false;
+        ++round_of_warps;
+        for (unsigned turn = 0; turn < warps; ++turn) {
+            const unsigned first = begin + (descending ? warps - 1 - turn : turn) * kWarp;
+            moved |= run_warp(first, std::min(first + kWarp, end));
+            if (!fault.empty()) throw std::logic_error("cuda_emulator: " + fault);
+        }
+        unsigned at_barrier = 0, done = 0;
+        for (unsigned i = begin; i < end; ++i) {
+            at_barrier += fibers[i].state == State::at_barrier;
+            done += fibers[i].state == State::done;
+        }
+        if (at_barrier != 0 && at_barrier + done == own) {
+            moved = true;
+            for (unsigned i = begin; i < end; ++i)
+                if (fibers[i].state == State::at_barrier) fibers[i].state = State::ready;
+        }
+        if (!moved) return any;
+    }
+}
+
+// The block from blockIdx on, and those of its cluster, whose neighbours in x they are.
+inline void run_cluster() {
+    const unsigned own = blockDim.x * blockDim.y * blockDim.z, threads = own * cluster_blocks;
+    if (fibers.size() < threads) fibers.resize(threads);
+    const dim3 first_block = blockIdx;
     for (auto* prepare : at_block_start) prepare();
+    cluster_arrived = cluster_passed = 0;
+    fault.clear();
+    for (unsigned rank = 0; rank < cluster_blocks; ++rank) {
+        blocks[rank].index = dim3(first_block.x + rank, first_block.y, first_block.z);
+        blocks[rank].begun = false;
+    }
     for (unsigned i = 0; i < threads; ++i) {
         Fiber& fiber = fibers[i];
-        fiber.thread = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y));
+        const unsigned thread = i % own;
+        fiber.thread =
+            dim3(thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / (blockDim.x * blockDim.y));
+        fiber.rank = i / own;
         fiber.state = State::ready;
         getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = stacks.data() + i * kStackBytes;
+        fiber.context.uc_stack.ss_sp = stacks + i * kStackBytes;
         fiber.context.uc_stack.ss_size = kStackBytes;
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, start_fiber, 0);
     }
     descending = !descending;
-    const unsigned warps = (threads + kWarp - 1) / kWarp;
+    const auto done = [](const Fiber& fiber) { return fiber.state == State::done; };
     while (true) {
         bool moved = false;
-        ++round_of_warps;
-        for (unsigned turn = 0; turn < warps; ++turn) {
-            const unsigned first = (descending ? warps - 1 - turn : turn) * kWarp;
-            moved |= run_warp(first, std::min(first + kWarp, threads));
-        }
-        unsigned at_barrier = 0, done = 0;
-        for (unsigned i = 0; i < threads; ++i) {
-            at_barrier += fibers[i].state == State::at_barrier;
-            done += fibers[i].state == State::done;
-        }
-        if (done == threads && copies.empty()) return;
-        if (at_barrier != 0 && at_barrier + done == threads) {
-            for (unsigned i = 0; i < threads; ++i)
-                if (fibers[i].state == State::at_barrier) fibers[i].state = State::ready;
-        } else if (!moved) {
-            if (copies.empty()) throw std::logic_error(deadlock());
-            const auto copy = std::move(copies.front());
-            copies.pop_front();
-            copy();
-        }
+        for (unsigned turn = 0; turn < cluster_blocks; ++turn)
+            moved |= run_block(descending ? cluster_blocks - 1 - turn : turn);
+        if (std::all_of(fibers.begin(), fibers.begin() + threads, done) && copies.empty()) break;
+        if (moved) continue;
+        if (copies.empty()) throw std::logic_error(deadlock());
+        const auto copy = std::move(copies.front());
+        copies.pop_front();
+        copy();
     }
+    blockIdx = first_block;
 }
 
 }  // namespace cuda_emulator
@@ -249,6 +310,22 @@ inline float __uint_as_float(unsigned bits) {
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorMisalignedAddress = 716 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+struct cudaLaunchAttribute {
+    cudaLaunchAttributeID id;
+    struct {
+        struct {
+            unsigned x, y, z;
+        } clusterDim;
+    } val;
+};
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes;
+    cudaStream_t stream;
+    cudaLaunchAttribute* attrs;
+    unsigned numAttrs;
+};
 inline const char* cudaGetErrorName(cudaError_t error) {
     return error == cudaErrorInvalidConfiguration ? "cudaErrorInvalidConfiguration"
                                                   : "cudaErrorMisalignedAddress";
@@ -262,7 +339,10 @@ inline cudaError_t cudaGetLastError() {
 inline cudaError_t cudaGetDevice(int* device) {
     return *device = 0, cudaSuccess;
 }
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute {
+    cudaFuncAttributeMaxDynamicSharedMemorySize,
+    cudaFuncAttributeNonPortableClusterSizeAllowed
+};
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
     return bytes <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
@@ -273,30 +353,45 @@ inline cudaError_t cudaDriverGetVersion(int* version) {
     return *version = CUDART_VERSION, cudaSuccess;
 }
 
+// Clusters of up to 16 blocks fit, or none where the environment says so.
 template <class Params>
-cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 grid, dim3 block, void** arguments, size_t,
-                             cudaStream_t) {
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(Params), const cudaLaunchConfig_t*) {
+    return *clusters = std::getenv("CUDA_EMULATOR_NO_CLUSTERS") == nullptr, cudaSuccess;
+}
+
+template <class Params>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params), Params params) {
     static std::mutex one_at_a_time;
     const std::lock_guard<std::mutex> lock(one_at_a_time);
+    const dim3 grid = config->gridDim, block = config->blockDim;
+    const unsigned cluster = config->numAttrs == 0 ? 1 : config->attrs[0].val.clusterDim.x;
     const uint64_t threads = uint64_t(block.x) * block.y * block.z;
     if (threads == 0 || threads > cuda_emulator::kMaxThreads || uint64_t(grid.x) * grid.y * grid.z == 0 ||
-        grid.y > 65535)
+        grid.y > 65535 || cluster > cuda_emulator::kMaxCluster || grid.x % cluster != 0)
         return cudaErrorInvalidConfiguration;
     const struct Call {
         void (*kernel)(Params);
         const Params* params;
-    } call{kernel, static_cast<const Params*>(arguments[0])};
+    } call{kernel, &params};
     cuda_emulator::kernel_call = &call;
     cuda_emulator::run_kernel = [](const void* opaque) {
         const Call& call = *static_cast<const Call*>(opaque);
         call.kernel(*call.params);
     };
+    cuda_emulator::cluster_blocks = cluster;
     gridDim = grid;
     blockDim = block;
     for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
         for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-            for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) cuda_emulator::run_block();
+            for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x += cluster) cuda_emulator::run_cluster();
     if (!cuda_emulator::misaligned) return cudaSuccess;
     cuda_emulator::misaligned = false;
     return cudaErrorMisalignedAddress;
+}
+
+template <class Params>
+cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 grid, dim3 block, void** arguments, size_t shared,
+                             cudaStream_t stream) {
+    const cudaLaunchConfig_t config{grid, block, shared, stream, nullptr, 0};
+    return cudaLaunchKernelEx(&config, kernel, *static_cast<const Params*>(arguments[0]));
 }

@@ -1,15 +1,13 @@
-// csrc/tile/ptx.hpp on the CPU: the same names, as the PTX manual defines them. Shared memory is NaN when a
-// block starts.
+// csrc/tile/ptx.hpp on the CPU: the same names, as the PTX manual defines them.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <string>
 
-namespace cuda_emulator {
+#include "tile/cluster.hpp"
 
-constexpr size_t kSharedBytes = 227 * 1024;
-alignas(1024) inline unsigned char shared_memory[kSharedBytes];
+namespace cuda_emulator {
 
 // Threads that have come to a named barrier, and how often each was passed.
 struct Named {
@@ -22,7 +20,6 @@ inline std::vector<int> bulk_pending(kMaxThreads);
 
 inline const bool registered = [] {
     at_block_start.push_back([] {
-        std::fill(shared_memory, shared_memory + kSharedBytes, 0xFF);
         std::fill(named, named + 16, Named{});
         std::fill(bulk_pending.begin(), bulk_pending.end(), 0);
     });
@@ -50,10 +47,6 @@ struct TensorMap {
     int64_t sizes[4], strides[3];  // batch, head, row, column; bytes
     int rows;
 };
-
-inline unsigned char* dynamic_shared() {
-    return cuda_emulator::shared_memory;
-}
 
 inline uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - cuda_emulator::shared_memory);
@@ -87,9 +80,10 @@ inline uint32_t swizzled(uint32_t address) {
 
 inline void cp_async_bulk_tensor(void* to, const TensorMap* map, Barrier* barrier, int column, int row,
                                  int head, int batch) {
+    unsigned char* const memory = cuda_emulator::shared_memory;
     cuda_emulator::start_copy([=] {
         const TensorMap& m = *map;
-        const uint32_t address = shared_address(to);
+        const auto address = static_cast<uint32_t>(static_cast<unsigned char*>(to) - memory);
         for (int r = 0; r < m.rows; ++r)
             for (int c = 0; c < 64; ++c) {
                 const bool inside = row + r < m.sizes[2] && column + c < m.sizes[3];
@@ -99,7 +93,7 @@ inline void cp_async_bulk_tensor(void* to, const TensorMap* map, Barrier* barrie
                                 m.start + batch * m.strides[0] + head * m.strides[1] +
                                     (row + r) * m.strides[2] + (column + c) * 2,
                                 2);
-                std::memcpy(cuda_emulator::shared_memory + swizzled(address + r * 128 + c * 2), &value, 2);
+                std::memcpy(memory + swizzled(address + r * 128 + c * 2), &value, 2);
             }
         barrier->bytes -= m.rows * 128;
         barrier->settle();
