@@ -22,11 +22,15 @@ class Doctor:
         from lmkern.kernels.backends import describe
         from lmkern.kernels.native import cpu_modules
         from lmkern.machine import hardware, versions
+        from lmkern.memory import huge_pages
 
         rows = [("op", "backend", "here", "")]
         rows += [(row.op, row.backend, "yes" if row.usable else "no", row.reason) for row in describe()]
         print(columns(rows))
-        compiled = {"CPU modules": ", ".join(cpu_modules()) or "none compiled"}
+        compiled = {
+            "huge pages": huge_pages(),
+            "CPU modules": ", ".join(cpu_modules()) or "none compiled",
+        }
         for name, module in cpu_modules().items():
             compiled[f"workspaces, {name}"] = (
                 f"{module.workspace_bytes() / 2**20:.1f} MiB of scratch memory kept"

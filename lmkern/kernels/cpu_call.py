@@ -7,8 +7,9 @@ from torch import Tensor
 from lmkern.kernels import native
 from lmkern.kernels.backends import Call
 from lmkern.kernels.native import DTYPE_CODES
+from lmkern.memory import HUGE_BYTES, prefer_huge_pages
 
-__all__ = ["DTYPE_CODES", "pointer", "unavailable", "unsupported"]
+__all__ = ["DTYPE_CODES", "on_huge_pages", "pointer", "unavailable", "unsupported"]
 
 
 def unavailable() -> str | None:
@@ -30,3 +31,10 @@ def unsupported(call: Call) -> str | None:
 def pointer(tensor: Tensor | None) -> int:
     """The address of the first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def on_huge_pages(tensor: Tensor) -> Tensor:
+    """The tensor, new and not yet written; a large one on the CPU will lie on huge pages."""
+    if tensor.nbytes >= HUGE_BYTES and tensor.is_cpu:
+        prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor

@@ -7,7 +7,7 @@ import struct
 from torch import Tensor
 
 from lmkern.kernels import native, philox
-from lmkern.kernels.cpu_call import DTYPE_CODES, pointer
+from lmkern.kernels.cpu_call import DTYPE_CODES, on_huge_pages, pointer
 from lmkern.kernels.statistics import statistics_dtype
 
 # NormParams: 15 pointers; 5 strides, rows, columns, chunks; eps, offset, keep_scale; keep_threshold, seed,
@@ -54,8 +54,8 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """y, h (None without a residual), mean (None unless centred) and rstd."""
     rows, columns = x.shape
-    y = x.new_empty(rows, columns)
-    h = None if residual is None else residual.new_empty(rows, columns)
+    y = on_huge_pages(x.new_empty(rows, columns))
+    h = None if residual is None else on_huge_pages(residual.new_empty(rows, columns))
     rstd = x.new_empty(rows, dtype=statistics_dtype(x))
     mean = rstd.new_empty(rows) if centred else None
     code = DTYPE_CODES[x.dtype]
@@ -108,8 +108,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dresidual, dweight and dbias, where needed; dx has the dtype of dy, dresidual that of h."""
     rows, columns = h.shape
-    dx = dy.new_empty(rows, columns) if needs[0] else None
-    dresidual = h.new_empty(rows, columns) if needs[1] else None
+    dx = on_huge_pages(dy.new_empty(rows, columns)) if needs[0] else None
+    dresidual = on_huge_pages(h.new_empty(rows, columns)) if needs[1] else None
     dweight = rstd.new_empty(columns) if needs[2] else None
     dbias = rstd.new_empty(columns) if needs[3] else None
     chunks = engine.chunks(h)

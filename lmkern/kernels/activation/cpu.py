@@ -9,7 +9,7 @@ from torch import Tensor
 from lmkern.kernels import cpu_call, native
 from lmkern.kernels.activation import FUNCTIONS
 from lmkern.kernels.backends import Call
-from lmkern.kernels.cpu_call import pointer, unavailable
+from lmkern.kernels.cpu_call import on_huge_pages, pointer, unavailable
 from lmkern.kernels.statistics import statistics_dtype
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
@@ -32,7 +32,7 @@ def unsupported(call: Call) -> str | None:
 
 def forward(x: Tensor, bias: Tensor | None, *, function: str, gated: bool) -> Tensor:
     rows, width = x.shape
-    y = x.new_empty(rows, width // 2 if gated else width)
+    y = on_huge_pages(x.new_empty(rows, width // 2 if gated else width))
     pointers = (x, bias, y, None, None, None, None)
     native.module(x.dtype).activation_forward(
         _PARAMS.pack(
@@ -58,7 +58,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     rows, width = x.shape
     chunks = max(1, min(_MAX_CHUNKS, rows // _MIN_CHUNK_ROWS))
-    dx = x.new_empty(rows, width) if needs[0] else None
+    dx = on_huge_pages(x.new_empty(rows, width)) if needs[0] else None
     dbias = x.new_empty(width, dtype=statistics_dtype(x)) if needs[1] else None
     partials = dbias.new_empty(chunks, width) if dbias is not None else None
     pointers = (x, bias, None, dy, dx, partials, dbias)

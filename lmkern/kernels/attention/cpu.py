@@ -12,7 +12,7 @@ from lmkern.kernels import cpu_call, native
 from lmkern.kernels.attention import Options
 from lmkern.kernels.attention.sinks import sink_gradient
 from lmkern.kernels.backends import Call
-from lmkern.kernels.cpu_call import pointer, unavailable
+from lmkern.kernels.cpu_call import on_huge_pages, pointer, unavailable
 from lmkern.kernels.statistics import statistics_dtype
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
@@ -35,7 +35,7 @@ def unsupported(call: Call) -> str | None:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    out = torch.empty_like(q)
+    out = on_huge_pages(torch.empty_like(q))
     lse = q.new_empty(q.shape[:3], dtype=statistics_dtype(q))
     native.module(q.dtype).attention_forward(pack({"q": q, "k": k, "v": v, "out": out, "lse": lse}, options))
     return out, lse
@@ -53,7 +53,10 @@ def backward(
     *,
     needs: tuple[bool, bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    dq, dk, dv = (torch.empty_like(x) if need else None for x, need in zip((q, k, v), needs[:3], strict=True))
+    dq, dk, dv = (
+        on_huge_pages(torch.empty_like(x)) if need else None
+        for x, need in zip((q, k, v), needs[:3], strict=True)
+    )
     wide = statistics_dtype(q)
     sequences, heads = _sequences(q, options), q.shape[1]
     dbias = drelative = None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lmkern.kernels import cpu_call, native
 from lmkern.kernels.backends import Call
-from lmkern.kernels.cpu_call import DTYPE_CODES, unavailable
+from lmkern.kernels.cpu_call import DTYPE_CODES, on_huge_pages, unavailable
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
@@ -23,13 +23,13 @@ def unsupported(call: Call) -> str | None:
 
 def forward(x: Tensor, *, dtype: torch.dtype, transposed: bool) -> Tensor:
     if not transposed:
-        y = torch.empty_like(x, dtype=dtype)
+        y = on_huge_pages(torch.empty_like(x, dtype=dtype))
         # In the order of memory, where both have the same; else row by row.
         flat = x.stride() == y.stride()
         rows = x.as_strided((1, 1, x.numel()), (0, 0, 1)) if flat else _rows(x.contiguous())
         _call(rows, y, transposed=False)
         return y
-    y = x.new_empty(*x.mT.shape, dtype=dtype)
+    y = on_huge_pages(x.new_empty(*x.mT.shape, dtype=dtype))
     if x.dim() > 2 and x.mT.is_contiguous():
         # The transposed order is already there.
         _call(x.mT.reshape(1, 1, -1), y, transposed=False)

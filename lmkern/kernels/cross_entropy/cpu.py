@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lmkern.kernels import cpu_call, native
 from lmkern.kernels.backends import Call
-from lmkern.kernels.cpu_call import pointer, unavailable
+from lmkern.kernels.cpu_call import on_huge_pages, pointer, unavailable
 from lmkern.kernels.statistics import statistics_dtype
 
 __all__ = ["backward", "forward", "forward_in_place", "unavailable", "unsupported"]
@@ -70,7 +70,7 @@ def backward(
     z_loss: float,
     softcap: float,
 ) -> Tensor:
-    dlogits = logits.new_empty(*logits.shape)
+    dlogits = on_huge_pages(logits.new_empty(*logits.shape))
     options = (ignore_index, label_smoothing, z_loss, softcap)
     native.module(logits.dtype).cross_entropy_backward(
         _pack(logits, targets, None, row_max, log_sum, dloss, dlogits, *options)

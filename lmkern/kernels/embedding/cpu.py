@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lmkern.kernels import cpu_call, native
 from lmkern.kernels.backends import Call
-from lmkern.kernels.cpu_call import DTYPE_CODES, pointer, unavailable
+from lmkern.kernels.cpu_call import DTYPE_CODES, on_huge_pages, pointer, unavailable
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
@@ -21,7 +21,7 @@ def unsupported(call: Call) -> str | None:
 
 
 def forward(tokens: Tensor, weight: Tensor) -> Tensor:
-    y = weight.new_empty(tokens.shape[0], weight.shape[1])
+    y = on_huge_pages(weight.new_empty(tokens.shape[0], weight.shape[1]))
     pointers = (tokens, weight, y, None, None, None, None)
     native.module(weight.dtype).embedding_forward(
         _PARAMS.pack(
@@ -38,7 +38,7 @@ def forward(tokens: Tensor, weight: Tensor) -> Tensor:
 
 
 def backward(dy: Tensor, tokens: Tensor, *, vocabulary: int, padding_idx: int) -> Tensor:
-    dweight = dy.new_empty(vocabulary, dy.shape[1])
+    dweight = on_huge_pages(dy.new_empty(vocabulary, dy.shape[1]))
     starts, order = tokens.new_empty(vocabulary + 1), tokens.new_empty(tokens.shape)
     pointers = (tokens, None, None, dy, dweight, starts, order)
     native.module(dy.dtype).embedding_backward(

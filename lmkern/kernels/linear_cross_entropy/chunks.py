@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lmkern.kernels.cpu_call import on_huge_pages
 from lmkern.kernels.statistics import statistics_dtype
 
 # Rows of dweight that a product in float32 of 16-bit factors makes at once, where torch has none of its own.
@@ -69,9 +70,9 @@ def by_chunks(
     chunk: tokens. input_gradient(dlogits, weight, dx) writes dx (T, E) = dlogits (T, V) @ weight (V, E).
     """
     R, V = x.shape[0], weight.shape[0]
-    buffer = x.new_empty(min(chunk, R), V)
+    buffer = on_huge_pages(x.new_empty(min(chunk, R), V))
     loss = x.new_empty(R, dtype=statistics_dtype(x))
-    dx = x.new_empty(x.shape) if needs[0] else None
+    dx = on_huge_pages(x.new_empty(x.shape)) if needs[0] else None
     dweight = weight_sum(weight) if needs[1] else None
     dbias = x.new_zeros(V, dtype=statistics_dtype(x)) if needs[2] else None
     for start in range(0, R, chunk):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lmkern.kernels import cpu_call, native
 from lmkern.kernels.backends import Call
-from lmkern.kernels.cpu_call import pointer, unavailable
+from lmkern.kernels.cpu_call import on_huge_pages, pointer, unavailable
 from lmkern.kernels.cross_entropy import cpu as cross_entropy
 from lmkern.kernels.linear_cross_entropy.chunks import WeightSum, by_chunks
 
@@ -151,7 +151,7 @@ class _AmxWeightSum:
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
         rows, columns = (_rounded_up(n) for n in weight.shape)
-        self.sums = weight.new_empty(rows * columns, dtype=torch.float32)
+        self.sums = on_huge_pages(weight.new_empty(rows * columns, dtype=torch.float32))
         self.chunks = 0
 
     def add(self, dlogits: Tensor, x: Tensor) -> None:
@@ -161,7 +161,7 @@ class _AmxWeightSum:
         self.chunks += 1
 
     def result(self) -> Tensor:
-        dweight = self.weight.new_empty(self.weight.shape)
+        dweight = on_huge_pages(self.weight.new_empty(self.weight.shape))
         if self.chunks == 0:
             return dweight.zero_()
         native.module(dweight.dtype).weight_gradient_store(self._pack(None, None, None, dweight, 0))

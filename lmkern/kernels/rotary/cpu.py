@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lmkern.kernels import cpu_call, native
 from lmkern.kernels.backends import Call
-from lmkern.kernels.cpu_call import DTYPE_CODES, pointer, unavailable
+from lmkern.kernels.cpu_call import DTYPE_CODES, on_huge_pages, pointer, unavailable
 from lmkern.kernels.rotary.layout import empty_like
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
@@ -34,7 +34,7 @@ def forward(
     inplace: bool,
 ) -> Tensor:
     source = x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
-    y = x if inplace and source is x else empty_like(x)
+    y = x if inplace and source is x else on_huge_pages(empty_like(x))
     native.module(x.dtype).rotary_forward(
         _PARAMS.pack(
             *(pointer(tensor) for tensor in (source, y, cos, sin, positions)),
