@@ -17,7 +17,10 @@ def check_tensors(
     found: Mapping[str, Tensor],
     remedy: str,
 ) -> None:
-    """ValueError that lists, side by side, every tensor that is missing, not expected, or of another shape or kind."""
+    """ValueError that lists, side by side, every tensor that is missing, not expected or of another shape.
+
+    So it does with whole numbers where floating ones are expected.
+    """
     lines = mismatches(expected, found)
     for name in sorted(expected.keys() & found.keys()):
         if expected[name].is_floating_point() and not found[name].is_floating_point():

@@ -100,13 +100,12 @@ def _pickled(path: Path) -> dict[str, Tensor]:
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"from_pretrained: expected {path} to be a whole pickle of tensors alone; got {type(error).__name__}: "
-            f"{reason} Take safetensors or another copy"
+            f"from_pretrained: expected {path} to be a whole pickle of tensors alone; "
+            f"got {type(error).__name__}: {reason} Take safetensors or another copy"
         ) from error
-    if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):
-        kinds = (
-            {type(x).__name__ for x in found.values()} if isinstance(found, dict) else {type(found).__name__}
-        )
+    values = found.values() if isinstance(found, dict) else [found]
+    if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in values):
+        kinds = {type(x).__name__ for x in values}
         raise ValueError(
             f"from_pretrained: {path} must hold names and tensors; got {', '.join(sorted(kinds))}. "
             "Save model.state_dict() alone"
