@@ -12,6 +12,7 @@ from lmkern.models.config import check_fields, check_heads
 from lmkern.models.decoder import initialise
 from lmkern.models.tied import tie
 from lmkern.nn import Block, Embedding, LayerNorm, LearnedPositions
+from lmkern.nn.state_dict import LoadsWhole
 from lmkern.ops import activation as fused_activation
 from lmkern.ops import cross_entropy, linear_cross_entropy
 
@@ -64,7 +65,7 @@ class BertConfig:
         check_heads(self, self.width, self.heads, 0)
 
 
-class Bert(nn.Module):
+class Bert(LoadsWhole):
     """Token ids to what the head says.
 
     Embeddings of token, position and type, norm, and blocks with the norm after each half. Matrices begin

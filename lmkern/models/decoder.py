@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lmkern.nn import KeyValueCache
+from lmkern.nn.state_dict import LoadsWhole
 from lmkern.ops import linear_cross_entropy
 
 
@@ -30,7 +31,7 @@ class DecoderCache:
         self.batch = rows.shape[0]
 
 
-class Decoder(nn.Module):
+class Decoder(LoadsWhole):
     """Token ids to logits of the next token.
 
     A subclass makes the parts: embedding, positions (or None), embedding_scale, dropout, blocks, norm and

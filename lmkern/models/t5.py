@@ -13,6 +13,7 @@ from lmkern.models.config import check_fields, check_heads
 from lmkern.models.tied import tie
 from lmkern.nn import Block, CrossAttention, Dropout, Embedding, KeyValueCache, RMSNorm, SelfAttention
 from lmkern.nn.feed_forward import Activation
+from lmkern.nn.state_dict import LoadsWhole
 from lmkern.ops import linear_cross_entropy
 from lmkern.ops.relative_bias import bucketed_bias
 
@@ -107,7 +108,7 @@ class T5Cache:
             self.memory = [(k[sources], v[sources]) for k, v in self.memory]
 
 
-class T5(nn.Module):
+class T5(LoadsWhole):
     """Source and target tokens to logits of the next target token.
 
     Pre-norm blocks with RMS norm and without biases; no positions but a bias on the scores that depends on

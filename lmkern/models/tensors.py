@@ -17,8 +17,15 @@ def check_tensors(
     found: Mapping[str, Tensor],
     remedy: str,
 ) -> None:
-    """ValueError that lists, side by side, every tensor that is missing, not expected or of another shape."""
-    if lines := mismatches(expected, found):
+    """ValueError that lists, side by side, every tensor that is missing, not expected or of another shape.
+
+    So it does with whole numbers where floating ones are expected.
+    """
+    lines = mismatches(expected, found)
+    for name in sorted(expected.keys() & found.keys()):
+        if expected[name].is_floating_point() and not found[name].is_floating_point():
+            lines.append(f"  {name}: floating | {found[name].dtype}")
+    if lines:
         table = "\n".join(lines)
         raise ValueError(
             f"{function}: the tensors of {where} do not fit; name: expected | got\n{table}\n{remedy}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lmkern.nn import Block, Embedding, LayerNorm, sinusoidal_positions
+from lmkern.nn.state_dict import LoadsWhole
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class TransformerConfig:
             raise ValueError(f"Transformer: dropout must lie in [0, 1); got {self.dropout}")
 
 
-class PositionalEncoder(nn.Module):
+class PositionalEncoder(LoadsWhole):
     """Adds to the vector at each position its row of the sinusoidal table, then dropout.
 
     d_model: E. forward: (B, N, E) -> (B, N, E), for any N.
@@ -52,7 +53,7 @@ class PositionalEncoder(nn.Module):
         return self.dropout(x + table.to(x.dtype))  # type: ignore[no-any-return]
 
 
-class Transformer(nn.Module):
+class Transformer(LoadsWhole):
     """Token ids (B, N) in, logits (B, output_dim) of the token after the last out.
 
     input_dim: tokens the embedding knows. output_dim: tokens the head chooses among. hidden_dim: E, the

@@ -25,11 +25,16 @@ class LoadsWhole(nn.Module):
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """torch.nn.Module's. Raises RuntimeError, as that does, with every tensor that does not fit."""
-        # A hook may rename or reshape what it is given, so only torch can tell what fits.
-        hooked = any(module._load_state_dict_pre_hooks for module in self.modules())
-        expected = self.state_dict()
+        # A hook may rename or reshape what it is given, so of inner ones only torch can tell what fits.
+        hooked = any(module._load_state_dict_pre_hooks for module in self.modules() if module is not self)
+        # A tied parameter may stand in the state_dict once, and is loaded by each of its names.
+        expected = {**self.state_dict(), **dict(self.named_parameters(remove_duplicate=False))}
         tensors = all(isinstance(x, Tensor) for x in (*expected.values(), *state_dict.values()))
-        if strict and tensors and not hooked and (lines := mismatches(expected, state_dict)):
+        given = dict(state_dict)
+        if strict and tensors and not hooked:
+            for hook in self._load_state_dict_pre_hooks.values():
+                hook(given, "", {}, strict, [], [], [])
+        if strict and tensors and not hooked and (lines := mismatches(expected, given)):
             table = "\n".join(lines)
             raise RuntimeError(
                 f"{type(self).__name__}.load_state_dict: nothing was loaded, since these tensors do not fit; "

@@ -85,6 +85,24 @@ def test_loads_what_was_saved(name, tmp_path):
 
 
 @every_model
+def test_state_dict_that_does_not_fit_is_listed_and_nothing_is_loaded(name):
+    model = _model(name)
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    given = {key: x + 1 for key, x in before.items()}
+    given["extra"] = torch.zeros(2)
+    given["embedding.weight"] = torch.zeros(60, 32)
+    norm = next(key for key in given if "norm.weight" in key)
+    del given[norm]
+    with pytest.raises(RuntimeError, match="load_state_dict: nothing was loaded") as caught:
+        model.load_state_dict(given)
+    for line in ("extra: - | (2,)", "embedding.weight: (61, 32) | (60, 32)", f"{norm}: (32,) | -"):
+        assert f"  {line}" in str(caught.value)
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    model.load_state_dict({key: x + 1 for key, x in before.items()})
+    assert all(torch.equal(x, before[key] + 1) for key, x in model.state_dict().items())
+
+
+@every_model
 def test_loss_is_the_cross_entropy_of_the_logits(name):
     model = _model(name).eval()
     arguments = _loss_arguments(model)

@@ -265,6 +265,27 @@ def test_pickle_is_read_only_when_asked_for(folder):
     with pytest.raises(ValueError, match=r"pickle .* give allow_pickle=True"):
         from_pretrained(folder)
     _assert_same(from_pretrained(folder, allow_pickle=True), theirs)
+    for content, message in (
+        (b"junk", "expected .*pytorch_model.bin to be a whole pickle of tensors alone; got error"),
+        ([1, 2], "must hold names and tensors; got list"),
+        ({"model": {"a": torch.ones(2)}}, r"got dict\. Save model\.state_dict\(\) alone"),
+        (torch.nn.Linear(2, 2), "tensors alone; got UnpicklingError"),
+    ):
+        if isinstance(content, bytes):
+            (folder / "pytorch_model.bin").write_bytes(content)
+        else:
+            torch.save(content, folder / "pytorch_model.bin")
+        with pytest.raises(ValueError, match=message):
+            from_pretrained(folder, allow_pickle=True)
+
+
+def test_weights_that_are_whole_numbers_are_listed(folder):
+    _theirs("llama").save_pretrained(folder)
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"do not fit.*\n  model\.norm\.weight: floating \| torch\.int8\n"):
+        from_pretrained(folder)
 
 
 def test_reads_the_names_of_old_files(folder):

@@ -80,13 +80,34 @@ def _read(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
         path = folder / name
         if not path.is_file():
             raise FileNotFoundError(f"from_pretrained: expected the shard {path}; there is no such file")
-        try:
-            if path.suffix == ".safetensors":
-                tensors |= safetensors.torch.load_file(path)
-            else:
-                tensors |= torch.load(path, map_location="cpu", weights_only=True)
-        except safetensors.SafetensorError as error:
-            raise ValueError(
-                f"from_pretrained: {path} is no whole safetensors file ({error}). Take another copy"
-            ) from error
+        tensors |= _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
     return tensors
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"from_pretrained: {path} is no whole safetensors file ({error}). Take another copy"
+        ) from error
+
+
+def _pickled(path: Path) -> dict[str, Tensor]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    # A file that is no pickle raises whatever its bytes lead to.
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"from_pretrained: expected {path} to be a whole pickle of tensors alone; "
+            f"got {type(error).__name__}: {reason} Take safetensors or another copy"
+        ) from error
+    values = found.values() if isinstance(found, dict) else [found]
+    if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in values):
+        kinds = {type(x).__name__ for x in values}
+        raise ValueError(
+            f"from_pretrained: {path} must hold names and tensors; got {', '.join(sorted(kinds))}. "
+            "Save model.state_dict() alone"
+        )
+    return found
