@@ -144,8 +144,12 @@ inline float ex2(float x) {
     return std::exp2(x);
 }
 
-inline void wait_for(const int* counter, int value) {
-    cuda_emulator::wait_until([=] { return *counter == value; }, "its turn");
+inline float max_nan(float x, float y) {
+    return std::isnan(x) || std::isnan(y) ? NAN : std::max(x, y);
+}
+
+inline void wait_for(const int* counter, int value, const char* name) {
+    cuda_emulator::wait_until([=] { return *counter == value; }, name);
 }
 inline void red_release_add(int* counter, int value) {
     *counter += value;
