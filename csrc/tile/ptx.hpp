@@ -87,6 +87,26 @@ __device__ inline void cp_async_bulk_tensor(void* to, const TensorMap* map, Barr
         : "memory");
 }
 
+// The other way: a box from shared memory; what lies beyond the tensor is left out. Waited for as the bulk
+// copies below.
+__device__ inline void cp_async_bulk_tensor_store(const TensorMap* map, const void* from, int column, int row,
+                                                  int head, int batch) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+        "r"(shared_address(from)), "r"(column), "r"(row), "r"(head), "r"(batch)
+        : "memory");
+}
+
+// The same, added to what is there, each element in one piece.
+__device__ inline void cp_reduce_async_bulk_tensor_add(const TensorMap* map, const void* from, int column,
+                                                       int row, int head, int batch) {
+    asm volatile(
+        "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group"
+        " [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+        "r"(shared_address(from)), "r"(column), "r"(row), "r"(head), "r"(batch)
+        : "memory");
+}
+
 // to[i] += from[i] for `bytes` bytes of float32 from shared memory, each element in one piece.
 __device__ inline void cp_reduce_async_bulk_add(float* to, const float* from, uint32_t bytes) {
     asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
