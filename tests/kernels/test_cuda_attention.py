@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lmkern.kernels import cuda_call
 from lmkern.kernels.attention import Options, cuda, reference
+from lmkern.kernels.backends import Call
 from lmkern.testing import AttentionShape, attention_inputs, measure, over_budget, poisoned_memory
 
 ROOT = Path(__file__).parents[2]
@@ -180,6 +182,23 @@ def test_empty_sequences(n_q: int, n_k: int, device: str) -> None:
     for name, result in found.items():
         assert result is not None
         assert torch.equal(result, torch.full_like(result, -torch.inf if name == "lse" else 0.0)), name
+
+
+def misaligned(x: Tensor) -> Tensor:
+    """The same values from an address that the copy engine does not take."""
+    return torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view_as(x).copy_(x)
+
+
+def test_what_the_copy_engine_does_not_take_is_named(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, _ = attention_inputs(shape(1, 2, 40, 64), BRAIN, device=device)
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda_call, "unsupported", lambda *_, **__: None)
+    given = {"q": q, "k": misaligned(k), "v": v}
+    assert "k has others" in str(cuda.unsupported(Call("attention", given)))
+    assert "q has others" in str(cuda.unsupported(Call("attention", {"q": q[..., :63:2], "k": k, "v": v})))
+    assert cuda.unsupported(Call("attention", {"q": q, "k": k, "v": v})) is None
+    with pytest.raises(RuntimeError, match=r"attention forward on q \(1, 2, 40, 64\).*refused a tensor map"):
+        cuda.forward(q, given["k"], v, Options(0.1))
 
 
 def test_index_arithmetic_of_every_small_shape(tmp_path: Path) -> None:
