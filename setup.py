@@ -46,7 +46,8 @@ class CMakeBuild(build_ext):
 
             # Everything that pip's build isolation puts in a new place each time is said anew each time.
             configure = [
-                "cmake", "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
+                "cmake", "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja",
+                f"-DCMAKE_BUILD_TYPE={os.environ.get('LMKERN_BUILD_TYPE', 'Release')}",
                 f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}", f"-DLMKERN_MODULES={kind}",
                 f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
                 f"-DCMAKE_INSTALL_PREFIX={package}",

@@ -25,6 +25,8 @@ if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.0)
   add_library(_cuda_hopper OBJECT csrc/attention/cuda_forward.cu csrc/attention/cuda_backward.cu)
   set_target_properties(_cuda_hopper PROPERTIES CUDA_ARCHITECTURES 90a-real POSITION_INDEPENDENT_CODE ON)
   target_compile_options(_cuda_hopper PRIVATE --expt-relaxed-constexpr)
+  # A wait that lasts too long says for what, and ends the kernel.
+  target_compile_definitions(_cuda_hopper PRIVATE $<$<CONFIG:Debug>:LMKERN_CUDA_DEBUG>)
   target_sources(_cuda PRIVATE $<TARGET_OBJECTS:_cuda_hopper>)
   target_compile_definitions(_cuda PRIVATE LMKERN_HOPPER)
 endif()

@@ -60,10 +60,10 @@ void attention_backward(const CudaAttentionParams& c) {
             launch(delta_kernel<T>, dim3(count(ceil_div(rows, kDeltaRows))), dim3(kDeltaThreads), c.stream,
                    DeltaCall{p, delta}, what);
         const KeySchedule schedule(p, kKeys<D>);
-        const Call call{map_of(p.q, p.q_strides, p.batch, p.heads, p.n_q, p.head_dim, kQueries),
-                        map_of(p.k, p.k_strides, p.batch, p.heads_kv, p.n_k, p.head_dim, kKeys<D>),
-                        map_of(p.v, p.v_strides, p.batch, p.heads_kv, p.n_k, p.head_dim, kKeys<D>),
-                        map_of(p.dout, p.dout_strides, p.batch, p.heads, p.n_q, p.head_dim, kQueries),
+        const Call call{map_of(what, p.q, p.q_strides, p.batch, p.heads, p.n_q, p.head_dim, kQueries),
+                        map_of(what, p.k, p.k_strides, p.batch, p.heads_kv, p.n_k, p.head_dim, kKeys<D>),
+                        map_of(what, p.v, p.v_strides, p.batch, p.heads_kv, p.n_k, p.head_dim, kKeys<D>),
+                        map_of(what, p.dout, p.dout_strides, p.batch, p.heads, p.n_q, p.head_dim, kQueries),
                         p,
                         schedule,
                         delta,

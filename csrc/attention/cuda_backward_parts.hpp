@@ -163,7 +163,7 @@ __device__ void add_dq(const Call& call, Shared<T, D>& shared, const Work& work)
             if (threadIdx.x % 32 == 0) {
                 if (part == 0) {
                     const int64_t turn = turn_of(work.band, block * kQueries, work.key_block, kKeys<D>);
-                    ptx::wait_for(call.turns + index, static_cast<int>(turn));
+                    ptx::wait_for(call.turns + index, static_cast<int>(turn), "the turn to add dq");
                 }
                 const int64_t place = (index * kDqParts<D> + part) * kConsumers * kDqPart<D>;
                 ptx::cp_reduce_async_bulk_add(call.dq_sum + place, shared.dq[0], sizeof(shared.dq));

@@ -32,11 +32,17 @@ void with_tile(const AttentionParams& p, const Body& body) {
     }
 }
 
-// The copy engine's view of a (B, H, N, D) tensor, in boxes of `rows` tokens and 64 columns.
-inline CUtensorMap map_of(const void* start, const Strides& strides, int64_t batch, int64_t heads,
-                          int64_t tokens, int64_t head_dim, int rows) {
-    return tensor_map(start, {batch, heads, tokens, head_dim}, {strides.batch, strides.head, strides.row},
-                      rows);
+// The copy engine's view of a (B, H, N, D) tensor, in boxes of `rows` tokens and 64 columns. what() gives the
+// words for an error.
+template <class What>
+CUtensorMap map_of(const What& what, const void* start, const Strides& strides, int64_t batch, int64_t heads,
+                   int64_t tokens, int64_t head_dim, int rows) {
+    try {
+        return tensor_map(start, {batch, heads, tokens, head_dim}, {strides.batch, strides.head, strides.row},
+                          rows);
+    } catch (const std::runtime_error& error) {
+        throw std::runtime_error(what() + ": " + error.what());
+    }
 }
 
 template <class T>

@@ -5,6 +5,7 @@
 // owns 64 of the tile's 128 queries and holds their scores, weights and output in registers. The products of
 // a consumer are issued while the other computes its softmax; they take turns.
 #include "attention/cuda_common.hpp"
+#include "tile/exp2.hpp"
 
 namespace lmkern::cuda {
 namespace {
@@ -22,6 +23,12 @@ constexpr int kTurn = 1, kTail = 3;
 // A row's maximum may grow by 2^8 before its sums are scaled anew: the weights stay below 2^8, and what they
 // are divided by in the end is of the same scale.
 constexpr float kMaxGrowth = 8.0f;
+
+// At 64 columns 2^x, of which a processor makes 16 a clock, takes as long as the products. There the pairs of
+// columns i with i % 5 = 4, 3 of 16, are made by multiplication: about 10 instructions beside 4 of each
+// element then last as long as the rest.
+template <int D>
+constexpr int kPolynomialPairs = D <= 64 ? 5 : 0;
 
 // A tile of keys: what 227 KB have room for twice, beside the queries, which are also held twice if they fit.
 template <int D>
@@ -103,7 +110,7 @@ __device__ void produce(const Call& call, Shared<T, D>& shared) {
 }
 
 // The running softmax of the thread's two rows. Scores become weights 2^(scale (score - row_max)).
-template <int KEYS>
+template <int KEYS, int POLYNOMIAL_PAIRS>
 struct OnlineSoftmax {
     float scale;  // softmax_scale log2(e)
     float row_max[2] = {-INFINITY, -INFINITY};
@@ -131,13 +138,19 @@ struct OnlineSoftmax {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     float& score = scores.at(half, pair, i);
-                    score = ptx::ex2(score * scale - shift);
+                    const bool polynomial =
+                        POLYNOMIAL_PAIRS > 0 && (pair + 1) % max(POLYNOMIAL_PAIRS, 1) == 0;
+                    score = polynomial ? exp2_by_polynomial(score * scale - shift)
+                                       : ptx::ex2(score * scale - shift);
                     sum += score;
                 }
             row_sum[half] = row_sum[half] * factor[half] + sum;
         }
     }
 };
+
+template <int D>
+using Softmax = OnlineSoftmax<kKeys<D>, kPolynomialPairs<D>>;
 
 template <int KEYS>
 __device__ void hide(RegisterTile<KEYS>& scores, const TileBand& band) {
@@ -153,7 +166,7 @@ __device__ void hide(RegisterTile<KEYS>& scores, const TileBand& band) {
 
 template <class T, int D>
 __device__ void write(const AttentionParams& p, const Work<kKeys<D>>& work, int consumer,
-                      RegisterTile<D>& acc, const OnlineSoftmax<kKeys<D>>& softmax) {
+                      RegisterTile<D>& acc, const Softmax<D>& softmax) {
     const Sequence& s = work.sequence;
     const int64_t first_query = work.first_query + consumer * 64;
     float inverse[2];
@@ -192,7 +205,7 @@ __device__ void consume(const Call& call, Shared<T, D>& shared, int consumer) {
         if (tile.block < 0) continue;
         const Work<KEYS> work(p, tile);
         const int64_t first_query = work.first_query + consumer * 64;
-        OnlineSoftmax<KEYS> softmax{static_cast<float>(p.softmax_scale) * kLog2E};
+        Softmax<D> softmax{static_cast<float>(p.softmax_scale) * kLog2E};
         RegisterTile<D> acc;
 
         // scores = q k^T of one block, started.
@@ -326,9 +339,9 @@ void attention_forward(const CudaAttentionParams& c) {
         // Half of the L2 cache for the keys and values of the heads that are taken together.
         const int64_t bytes = std::max<int64_t>(p.n_k * p.head_dim * 4 / (p.heads / p.heads_kv), 1);
         const TileSchedule schedule(p, kQueries, (int64_t{24} << 20) / bytes);
-        const Call call{map_of(p.q, p.q_strides, p.batch, p.heads, p.n_q, p.head_dim, kQueries),
-                        map_of(p.k, p.k_strides, p.batch, p.heads_kv, p.n_k, p.head_dim, kKeys<D>),
-                        map_of(p.v, p.v_strides, p.batch, p.heads_kv, p.n_k, p.head_dim, kKeys<D>), p,
+        const Call call{map_of(what, p.q, p.q_strides, p.batch, p.heads, p.n_q, p.head_dim, kQueries),
+                        map_of(what, p.k, p.k_strides, p.batch, p.heads_kv, p.n_k, p.head_dim, kKeys<D>),
+                        map_of(what, p.v, p.v_strides, p.batch, p.heads_kv, p.n_k, p.head_dim, kKeys<D>), p,
                         schedule};
         const int64_t blocks = std::min(schedule.tiles, c.processors);
         launch(forward_kernel<T, D>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), c.stream, call,

@@ -41,14 +41,29 @@ __device__ inline void mbarrier_arrive_expect_tx(Barrier* barrier, uint32_t byte
                  : "memory");
 }
 
-// Waits for the end of the phase of this parity: of the first phase it is 0.
-__device__ inline void mbarrier_wait(Barrier* barrier, uint32_t parity, [[maybe_unused]] const char* name) {
+// In debug builds a wait of more than about a second says for what, and ends the kernel.
+class Patience {
+public:
 #ifdef LMKERN_CUDA_DEBUG
-    constexpr long long kTooLong = 2'000'000'000;  // clocks, about a second
-    const long long start = clock64();
+    __device__ void end(const char* name, uint32_t value) {
+        constexpr long long kTooLong = 2'000'000'000;  // clocks
+        if (clock64() - start_ <= kTooLong) return;
+        printf("lmkern: block %u, thread %u waits for %s, %u\n", blockIdx.x, threadIdx.x, name, value);
+        __trap();
+    }
+
+private:
+    long long start_ = clock64();
+#else
+    __device__ void end(const char*, uint32_t) {}
 #endif
-    uint32_t ended = 0;
+};
+
+// Waits for the end of the phase of this parity: of the first phase it is 0.
+__device__ inline void mbarrier_wait(Barrier* barrier, uint32_t parity, const char* name) {
+    Patience patience;
     while (true) {
+        uint32_t ended = 0;
         asm volatile(
             "{\n.reg .pred p;\n"
             "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
@@ -57,13 +72,7 @@ __device__ inline void mbarrier_wait(Barrier* barrier, uint32_t parity, [[maybe_
             : "r"(shared_address(barrier)), "r"(parity)
             : "memory");
         if (ended) return;
-#ifdef LMKERN_CUDA_DEBUG
-        if (clock64() - start > kTooLong) {
-            printf("lmkern: block %d, thread %d waits for %s, parity %u\n", blockIdx.x, threadIdx.x, name,
-                   parity);
-            __trap();
-        }
-#endif
+        patience.end(name, parity);
     }
 }
 
@@ -75,6 +84,26 @@ __device__ inline void cp_async_bulk_tensor(void* to, const TensorMap* map, Barr
         "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
         " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_address(to)),
         "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(head), "r"(batch)
+        : "memory");
+}
+
+// The other way: a box from shared memory; what lies beyond the tensor is left out. Waited for as the bulk
+// copies below.
+__device__ inline void cp_async_bulk_tensor_store(const TensorMap* map, const void* from, int column, int row,
+                                                  int head, int batch) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+        "r"(shared_address(from)), "r"(column), "r"(row), "r"(head), "r"(batch)
+        : "memory");
+}
+
+// The same, added to what is there, each element in one piece.
+__device__ inline void cp_reduce_async_bulk_tensor_add(const TensorMap* map, const void* from, int column,
+                                                       int row, int head, int batch) {
+    asm volatile(
+        "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group"
+        " [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+        "r"(shared_address(from)), "r"(column), "r"(row), "r"(head), "r"(batch)
         : "memory");
 }
 
@@ -129,13 +158,23 @@ __device__ inline float ex2(float x) {
     return y;
 }
 
+// The larger one; NaN where one is.
+__device__ inline float max_nan(float x, float y) {
+    float larger;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(y));
+    return larger;
+}
+
 // Until a counter in global memory has a value; what was written before the addition that gave it is seen
 // then.
-__device__ inline void wait_for(const int* counter, int value) {
-    int found;
-    do {
+__device__ inline void wait_for(const int* counter, int value, const char* name) {
+    Patience patience;
+    while (true) {
+        int found;
         asm volatile("ld.global.acquire.gpu.b32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
-    } while (found != value);
+        if (found == value) return;
+        patience.end(name, static_cast<uint32_t>(value));
+    }
 }
 __device__ inline void red_release_add(int* counter, int value) {
     asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");

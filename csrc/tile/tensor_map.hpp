@@ -27,8 +27,7 @@ inline CUtensorMap tensor_map(const void* start, const int64_t (&sizes)[4], cons
             cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
 #endif
         if (status != cudaSuccess || found != cudaDriverEntryPointSuccess)
-            throw std::runtime_error(
-                "lmkern: the CUDA driver has no cuTensorMapEncodeTiled; it needs CUDA 12.0");
+            throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled; it needs CUDA 12.0");
         return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
     }();
     CUtensorMap map;
@@ -43,8 +42,7 @@ inline CUtensorMap tensor_map(const void* start, const int64_t (&sizes)[4], cons
                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (status != CUDA_SUCCESS)
-        throw std::runtime_error("lmkern: the CUDA driver refused a tensor map: CUresult " +
-                                 std::to_string(status));
+        throw std::runtime_error("the CUDA driver refused a tensor map: CUresult " + std::to_string(status));
     return map;
 }
 

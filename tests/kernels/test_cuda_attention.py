@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lmkern.kernels import cuda_call
 from lmkern.kernels.attention import Options, cuda, reference
+from lmkern.kernels.backends import Call
 from lmkern.testing import AttentionShape, attention_inputs, measure, over_budget, poisoned_memory
 
 ROOT = Path(__file__).parents[2]
@@ -132,13 +134,15 @@ def test_what_is_not_finite_stays_in_its_document(D: int, device: str) -> None:
         assert result[:, :, 70:120].isnan().all(), name
 
 
-def test_nan_in_a_key_reaches_only_the_queries_that_see_it(device: str) -> None:
+# The weights of key 160 are made by the polynomial.
+@pytest.mark.parametrize("key", [150, 160])
+def test_nan_in_a_key_reaches_only_the_queries_that_see_it(key: int, device: str) -> None:
     q, k, v, dout = attention_inputs(shape(1, 1, 300, 64), BRAIN, device=device)
-    k[:, :, 150] = torch.nan
+    k[:, :, key] = torch.nan
     out = run(cuda, q, k, v, dout, Options(0.1, right=0))["out"]
     assert out is not None
-    assert out[:, :, :150].isfinite().all()
-    assert out[:, :, 150:].isnan().all()
+    assert out[:, :, :key].isfinite().all()
+    assert out[:, :, key:].isnan().all()
 
 
 def test_the_gradient_of_lse_joins_that_of_out(device: str) -> None:
@@ -151,8 +155,10 @@ def test_peaky_scores_are_rescaled(device: str) -> None:
     assert_close(*inputs, Options(0.125))
 
 
-@pytest.mark.parametrize("needs", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)], ids=str)
-@pytest.mark.parametrize("D", [64, 256])
+NEEDS = [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)]
+
+
+@pytest.mark.parametrize(("needs", "D"), [*((needs, 64) for needs in NEEDS), ((0, 1, 1), 256)], ids=str)
 def test_only_the_gradients_asked_for_come_back(needs: tuple[int, int, int], D: int, device: str) -> None:
     inputs = attention_inputs(shape(1, 1, 130, D, 200), BRAIN, device=device)
     options = Options(0.1, right=0)
@@ -178,6 +184,23 @@ def test_empty_sequences(n_q: int, n_k: int, device: str) -> None:
     for name, result in found.items():
         assert result is not None
         assert torch.equal(result, torch.full_like(result, -torch.inf if name == "lse" else 0.0)), name
+
+
+def misaligned(x: Tensor) -> Tensor:
+    """The same values from an address that the copy engine does not take."""
+    return torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view_as(x).copy_(x)
+
+
+def test_what_the_copy_engine_does_not_take_is_named(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, _ = attention_inputs(shape(1, 2, 40, 64), BRAIN, device=device)
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda_call, "unsupported", lambda *_, **__: None)
+    given = {"q": q, "k": misaligned(k), "v": v}
+    assert "k has others" in str(cuda.unsupported(Call("attention", given)))
+    assert "q has others" in str(cuda.unsupported(Call("attention", {"q": q[..., :63:2], "k": k, "v": v})))
+    assert cuda.unsupported(Call("attention", {"q": q, "k": k, "v": v})) is None
+    with pytest.raises(RuntimeError, match=r"attention forward on q \(1, 2, 40, 64\).*refused a tensor map"):
+        cuda.forward(q, given["k"], v, Options(0.1))
 
 
 def test_index_arithmetic_of_every_small_shape(tmp_path: Path) -> None:

@@ -161,9 +161,9 @@ def test_every_result_matches_float64(case: Case, shapes: tuple[LayerNormShape, 
 
 # Rows that clusters of 2, 4, 8, 8 with their sums in shared memory, and 16 blocks hold; one that none does.
 WIDE = (
-    (Case("layer_norm"), 8, 12_296),
+    (Case("layer_norm"), 8, 8_200),
     (Case("add_norm", HALF, dropout_p=0.3), 8, 16_400),
-    (Case("layer_norm", BRAIN), 8, 33_000),
+    (Case("layer_norm", BRAIN), 1, 33_000),
     (Case("add_norm", BRAIN, residual=SINGLE, dropout_p=0.3), 8, 65_544),
     (Case("rms_norm", BRAIN, offset=1.0), 1, 131_080),
     (Case("layer_norm"), 1, 262_144),

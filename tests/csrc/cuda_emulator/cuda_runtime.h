@@ -308,6 +308,12 @@ inline float __uint_as_float(unsigned bits) {
     return x;
 }
 
+inline unsigned __float_as_uint(float x) {
+    unsigned bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorMisalignedAddress = 716 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };

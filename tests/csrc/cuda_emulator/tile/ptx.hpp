@@ -1,6 +1,7 @@
 // csrc/tile/ptx.hpp on the CPU: the same names, as the PTX manual defines them.
 #pragma once
 
+#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <string>
@@ -100,6 +101,44 @@ inline void cp_async_bulk_tensor(void* to, const TensorMap* map, Barrier* barrie
     });
 }
 
+// merge(what is there, what comes): what will be there, for each element of the box within the tensor.
+template <class Merge>
+void store_box(const TensorMap* map, const void* from, int column, int row, int head, int batch,
+               const Merge& merge) {
+    const unsigned thread = cuda_emulator::current;
+    unsigned char* const memory = cuda_emulator::shared_memory;
+    ++cuda_emulator::bulk_pending[thread];
+    cuda_emulator::start_copy([=] {
+        const TensorMap& m = *map;
+        const auto address = static_cast<uint32_t>(static_cast<const unsigned char*>(from) - memory);
+        for (int r = 0; r < m.rows && row + r < m.sizes[2]; ++r)
+            for (int c = 0; c < 64 && column + c < m.sizes[3]; ++c) {
+                uint16_t comes, there;
+                auto* to = const_cast<unsigned char*>(m.start) + batch * m.strides[0] + head * m.strides[1] +
+                           (row + r) * m.strides[2] + (column + c) * 2;
+                std::memcpy(&comes, memory + swizzled(address + r * 128 + c * 2), 2);
+                std::memcpy(&there, to, 2);
+                there = merge(there, comes);
+                std::memcpy(to, &there, 2);
+            }
+        --cuda_emulator::bulk_pending[thread];
+    });
+}
+
+inline void cp_async_bulk_tensor_store(const TensorMap* map, const void* from, int column, int row, int head,
+                                       int batch) {
+    store_box(map, from, column, row, head, batch, [](uint16_t, uint16_t comes) { return comes; });
+}
+
+// Maps are of bfloat16.
+inline void cp_reduce_async_bulk_tensor_add(const TensorMap* map, const void* from, int column, int row,
+                                            int head, int batch) {
+    const auto wide = [](uint16_t bits) { return __uint_as_float(static_cast<unsigned>(bits) << 16); };
+    store_box(map, from, column, row, head, batch, [=](uint16_t there, uint16_t comes) {
+        return __bfloat16_as_ushort(__float2bfloat16_rn(wide(there) + wide(comes)));
+    });
+}
+
 inline void cp_reduce_async_bulk_add(float* to, const float* from, uint32_t bytes) {
     const unsigned thread = cuda_emulator::current;
     ++cuda_emulator::bulk_pending[thread];
@@ -144,8 +183,12 @@ inline float ex2(float x) {
     return std::exp2(x);
 }
 
-inline void wait_for(const int* counter, int value) {
-    cuda_emulator::wait_until([=] { return *counter == value; }, "its turn");
+inline float max_nan(float x, float y) {
+    return std::isnan(x) || std::isnan(y) ? NAN : std::max(x, y);
+}
+
+inline void wait_for(const int* counter, int value, const char* name) {
+    cuda_emulator::wait_until([=] { return *counter == value; }, name);
 }
 inline void red_release_add(int* counter, int value) {
     *counter += value;
