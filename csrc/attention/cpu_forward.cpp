@@ -203,10 +203,15 @@ private:
         }
         score_rows.outside_band(scores_, at, -infinity);
         if (!b.bounded) bring_up_to_date(b, keys, factor);
-        if (b.bounded)
-            weights<true>(b, at, factor, dropout, out);
+        const bool drops = p_.dropout_threshold > 0;
+        if (b.bounded && drops)
+            weights<true, true>(b, at, factor, dropout, out);
+        else if (b.bounded)
+            weights<true, false>(b, at, factor, dropout, out);
+        else if (drops)
+            weights<false, true>(b, at, factor, dropout, out);
         else
-            weights<false>(b, at, factor, dropout, out);
+            weights<false, false>(b, at, factor, dropout, out);
     }
 
     void scale_rows(C factor, int64_t queries, int64_t keys) {
@@ -250,16 +255,10 @@ private:
         }
     }
 
-    template <bool bounded>
+    template <bool bounded, bool drops>
     void weights(const QueryBlock& b, const BlockPlace& at, C factor, const Dropout<C>& dropout,
                  Operand* weights) {
         const int64_t keys = at.keys;
-        const bool drops = p_.dropout_threshold > 0;
-        const int64_t key_bytes = width_ * static_cast<int64_t>(sizeof(Operand));
-        const int64_t lines = ceil_div(keys * key_bytes, 64 * b.queries);
-        const char* ahead_k =
-            reinterpret_cast<const char*>(k_) + (at.first_key - packed_from_ + keys) * key_bytes;
-        const char* ahead_v = reinterpret_cast<const char*>(v_) + (at.first_key - packed_from_) * key_bytes;
         for (int64_t i = 0; i < b.queries; ++i) {
             const C* row = scores_.data + i * scores_.stride;
             Operand* out = weights + i * kWeightStride;
@@ -284,10 +283,6 @@ private:
                 E::put_left(out + j, x, y);
             }
             store(sums, even + odd);
-            for (int64_t line = 0; line < lines; ++line) {
-                __builtin_prefetch(ahead_k + (i * lines + line) * 64);
-                __builtin_prefetch(ahead_v + (i * lines + line) * 64);
-            }
         }
         // Rows that only fill up a tile.
         for (int64_t i = b.queries; i < round_up(b.queries, E::kRowStep); ++i)
