@@ -203,10 +203,15 @@ private:
         }
         score_rows.outside_band(scores_, at, -infinity);
         if (!b.bounded) bring_up_to_date(b, keys, factor);
-        if (b.bounded)
-            weights<true>(b, at, factor, dropout, out);
+        const bool drops = p_.dropout_threshold > 0;
+        if (b.bounded && drops)
+            weights<true, true>(b, at, factor, dropout, out);
+        else if (b.bounded)
+            weights<true, false>(b, at, factor, dropout, out);
+        else if (drops)
+            weights<false, true>(b, at, factor, dropout, out);
         else
-            weights<false>(b, at, factor, dropout, out);
+            weights<false, false>(b, at, factor, dropout, out);
     }
 
     void scale_rows(C factor, int64_t queries, int64_t keys) {
@@ -250,13 +255,13 @@ private:
         }
     }
 
-    template <bool bounded>
+    template <bool bounded, bool drops>
     void weights(const QueryBlock& b, const BlockPlace& at, C factor, const Dropout<C>& dropout,
                  Operand* weights) {
-        const int64_t keys = at.keys;
-        const bool drops = p_.dropout_threshold > 0;
-        const int64_t key_bytes = width_ * static_cast<int64_t>(sizeof(Operand));
-        const int64_t lines = ceil_div(keys * key_bytes, 64 * b.queries);
+        const int64_t keys = at.keys, key_bytes = width_ * static_cast<int64_t>(sizeof(Operand));
+        // The next keys and this strip's values come nearer meanwhile, unless they are too many for it.
+        int64_t lines = ceil_div(keys * key_bytes, 64 * b.queries);
+        if (lines > E::kLinesAhead) lines = 0;
         const char* ahead_k =
             reinterpret_cast<const char*>(k_) + (at.first_key - packed_from_ + keys) * key_bytes;
         const char* ahead_v = reinterpret_cast<const char*>(v_) + (at.first_key - packed_from_) * key_bytes;

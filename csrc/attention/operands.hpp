@@ -75,6 +75,8 @@ struct VectorEngine {
     static constexpr int64_t kQueries = 48;
     // Keys of a block of scores; keys packed together.
     static constexpr int64_t kStrip = 64, kKeys = 64;
+    // Cache lines of keys, and of values, that are worth fetching beside a row of a strip's weights.
+    static constexpr int64_t kLinesAhead = 64;
     // The backward pass: queries of a block of scores, and queries and keys whose products are computed
     // together.
     static constexpr int64_t kRows = 48, kQueriesTogether = 48, kKeysTogether = 256;
@@ -83,13 +85,14 @@ struct VectorEngine {
 
     static int64_t width(int64_t D) { return padded<C>(D); }
 
-    // Rows as a left operand, zeros up to padded_rows.
+    // Rows as a left operand, zeros up to padded_rows. Without `norms` the largest square is not looked for.
+    template <bool norms = true>
     static Packed<C> pack_left(Matrix<const T> from, int64_t rows, int64_t D, int64_t padded_rows, C* to) {
         const int64_t stride = width(D);
         Packed<C> packed;
         packed.finite = !pack(from.data, from.row_stride, from.column_stride, rows, D, Block<C>{to, stride});
         std::fill(to + rows * stride, to + padded_rows * stride, C(0));
-        if constexpr (sizeof(T) == 2) {
+        if constexpr (sizeof(T) == 2 && norms) {
             Vector<C> largest{};
             for (int64_t i = 0; i < rows; ++i) {
                 Vector<C> squares{};
@@ -199,12 +202,14 @@ struct AmxEngine {
     static constexpr int64_t kStep = 32;
     static constexpr int64_t kQueries = 32;
     static constexpr int64_t kStrip = 64, kKeys = 256;
+    static constexpr int64_t kLinesAhead = 4;
     static constexpr int64_t kRows = 32, kQueriesTogether = 128, kKeysTogether = 512;
     static constexpr int64_t kRowStep = 32;
     static constexpr bool kOneLayout = false;
 
     static int64_t width(int64_t D) { return round_up(D, 32); }
 
+    template <bool norms = true>
     static Packed<float> pack_left(Matrix<const bfloat16> from, int64_t rows, int64_t D, int64_t padded_rows,
                                    bfloat16* to) {
         const int64_t stride = width(D);
@@ -224,14 +229,15 @@ struct AmxEngine {
                     const __m512i v = amx_load_row(row, d, D);
                     _mm512_store_si512(to + (i + r) * stride + d, v);
                     facts.element(v);
-                    sum = _mm512_dpbf16_ps(sum, (__m512bh)v, (__m512bh)v);
+                    if (norms) sum = _mm512_dpbf16_ps(sum, (__m512bh)v, (__m512bh)v);
                 }
-                _mm512_store_ps(squares + r * 16, sum);
+                if (norms) _mm512_store_ps(squares + r * 16, sum);
             }
+            if (!norms) continue;
             transpose_square(squares, 16, squares, 16);
-            __m512 norms = _mm512_load_ps(squares);
-            for (int r = 1; r < 16; ++r) norms = _mm512_add_ps(norms, _mm512_load_ps(squares + r * 16));
-            facts.square(norms);
+            __m512 square = _mm512_load_ps(squares);
+            for (int r = 1; r < 16; ++r) square = _mm512_add_ps(square, _mm512_load_ps(squares + r * 16));
+            facts.square(square);
         }
         return facts.packed();
     }

@@ -98,6 +98,35 @@ public:
         return true;
     }
 
+    // Adds a block of the gradient of scores to that of the bias, first over what the bias was broadcast to
+    // within the block: sums of sums have smaller errors than long ones. The block is lost.
+    void add_bias_gradient(Block<C> gradient, const BlockPlace& at, C* dbias) const {
+        const Strides& s = p_.dbias_strides;
+        C* target =
+            dbias + s_.batch * s.batch + head_ * s.head + at.first_query * s.row + at.first_key * s.column;
+        const int64_t keys = std::min(at.keys, band_.n_k - at.first_key);
+        int64_t rows = at.queries;
+        if (s.row == 0) {
+            for (int64_t i = 1; i < rows; ++i)
+                for (int64_t j = 0; j < at.keys; j += lanes) {
+                    C* first = gradient.data + j;
+                    store(first, load(first) + load(first + i * gradient.stride));
+                }
+            rows = 1;
+        }
+        for (int64_t i = 0; i < rows; ++i) {
+            const C* row = gradient.data + i * gradient.stride;
+            C* to = target + i * s.row;
+            if (s.column == 0) {
+                Vector<C> sums{};
+                for (int64_t j = 0; j < at.keys; j += lanes) sums += load(row + j);
+                *to += sum<C>(sums);
+            } else {
+                for (int64_t j = 0; j < keys; ++j) to[j * s.column] += row[j];
+            }
+        }
+    }
+
     // Adds a block of the gradient of scores to that of the relative bias, along its diagonals: first within
     // the block, since sums of sums have smaller errors than long ones.
     static constexpr int64_t kDiagonals = 64 + 64;

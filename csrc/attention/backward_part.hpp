@@ -1,0 +1,441 @@
+// A part of attention's backward pass: the gradients that one thread makes of the queries, keys and heads it
+// covers. Derivation: docs/kernels/attention.md.
+//
+//     P  = exp(S - lse)                 dV = P^T dO
+//     dP = dO V^T                       dS = P (dP - delta),  delta = rowsum(dO O) - dlse
+//     dQ = dS K softmax_scale           dK = dS^T Q softmax_scale
+//
+// dV and dK are summed transposed, dV^T = dO^T P and dK^T = Q^T dS, so that P and dS are right operands with
+// keys in the lanes, as the scores come.
+#pragma once
+
+#include "attention/scores.hpp"
+
+namespace lmkern {
+
+// A part of the work on one key/value head: the query heads, queries and keys it covers, and what it makes.
+struct Part {
+    int64_t sequence, head_kv;
+    int64_t first_head, end_head;
+    int64_t first_query, end_query;
+    int64_t first_key, end_key;
+    bool dq, dk, dv, dbias;
+};
+
+template <class E>
+class BackwardPart {
+    using T = typename E::T;
+    using C = typename E::C;
+    using Operand = typename E::Operand;
+    using Exp = Exponential<T>;
+    static constexpr int64_t lanes = kLanes<C>;
+    static constexpr C infinity = std::numeric_limits<C>::infinity();
+    static constexpr int64_t kScoreStride = E::kStrip + 64 / static_cast<int64_t>(sizeof(C));
+    static constexpr int64_t kRightStride = E::kKeysTogether;
+    static constexpr int64_t kLeftStride =
+        E::kOneLayout ? kRightStride : E::kKeysTogether + 64 / static_cast<int64_t>(sizeof(Operand));
+
+public:
+    BackwardPart(const AttentionParams& p, const Part& part)
+        : p_(p),
+          part_(part),
+          s_(sequence_of(p, part.sequence)),
+          D_(p.head_dim),
+          width_(E::width(p.head_dim)) {
+        queries_ = part.end_query - part.first_query;
+        many_key_blocks_ = part.end_key - part.first_key > E::kKeysTogether;
+        const int64_t heads = part.end_head - part.first_head, rows = E::kQueriesTogether,
+                      keys = E::kKeysTogether;
+        const int64_t dq_rows = many_key_blocks_ && part.dq ? heads * queries_ : 0;
+        const int64_t transposed = E::left_transposed_size(rows, D_);
+        Workspace& workspace = Workspace::of_this_thread();
+        workspace.reserve(sizeof(Operand) * (2 * E::right_transposed_size(keys, D_) +
+                                             2 * E::right_rows_size(keys, D_) + 3 * rows * width_ +
+                                             3 * transposed + 2 * rows * kRightStride + rows * kLeftStride) +
+                          sizeof(C) * (2 * width_ * keys + (dq_rows + rows) * width_ + heads * queries_ +
+                                       2 * rows + 3 * E::kRows * kScoreStride) +
+                          sizeof(uint16_t) * 2 * (E::kStrip + Dropout<C>::kChunk));
+        auto operands = [&](int64_t count) { return workspace.take<Operand>(count); };
+        k_transposed_ = operands(E::right_transposed_size(keys, D_));
+        v_transposed_ = operands(E::right_transposed_size(keys, D_));
+        k_rows_ = operands(E::right_rows_size(keys, D_));
+        k_clean_ = operands(E::right_rows_size(keys, D_));
+        q_ = operands(rows * width_);
+        q_clean_ = operands(rows * width_);
+        dout_ = operands(rows * width_);
+        q_scratch_ = operands(transposed);
+        dout_scratch_ = operands(transposed);
+        weights_ = operands(rows * kRightStride);
+        dscores_ = operands(rows * kRightStride);
+        dscores_left_ = E::kOneLayout ? dscores_ : operands(rows * kLeftStride);
+        dk_ = {workspace.take<C>(width_ * keys), keys};
+        dv_ = {workspace.take<C>(width_ * keys), keys};
+        dq_all_ = workspace.take<C>(dq_rows * width_);
+        dq_block_ = workspace.take<C>(rows * width_);
+        delta_all_ = workspace.take<C>(heads * queries_);
+        lse_ = workspace.take<C>(rows);
+        delta_ = workspace.take<C>(rows);
+        scores_ = {workspace.take<C>(E::kRows * kScoreStride), kScoreStride};
+        dweights_ = {workspace.take<C>(E::kRows * kScoreStride), kScoreStride};
+        slopes_ = {workspace.take<C>(E::kRows * kScoreStride), kScoreStride};
+        bits_ = workspace.take<uint16_t>(2 * (E::kStrip + Dropout<C>::kChunk));
+    }
+
+    void run() {
+        [[maybe_unused]] const typename E::Session session;
+        for (int64_t head = part_.first_head; head < part_.end_head; ++head) make_delta(head);
+        bool first = true;
+        for (int64_t key = part_.first_key; key < part_.end_key; key += E::kKeysTogether) {
+            first_key_ = key;
+            keys_ = std::min(E::kKeysTogether, part_.end_key - key);
+            last_keys_ = key + keys_ == part_.end_key;
+            pack_keys();
+            if (part_.dk) std::fill_n(dk_.data, width_ * E::kKeysTogether, C(0));
+            if (part_.dv) std::fill_n(dv_.data, width_ * E::kKeysTogether, C(0));
+            for (int64_t head = part_.first_head; head < part_.end_head; ++head) {
+                const ScoreRows<T> rows(p_, s_, head);
+                for (int64_t query = part_.first_query; query < part_.end_query; query += E::kQueriesTogether)
+                    queries(rows, head, query, std::min(E::kQueriesTogether, part_.end_query - query), first);
+            }
+            if (part_.dk) write_keys(dk_, p_.dk, p_.dk_strides, static_cast<C>(p_.softmax_scale));
+            if (part_.dv) write_keys(dv_, p_.dv, p_.dv_strides, C(1));
+            first = false;
+        }
+        // Without a key there is no block that would have written dq.
+        if (first && part_.dq)
+            for (int64_t head = part_.first_head; head < part_.end_head; ++head)
+                write_queries(head, part_.first_query, queries_, nullptr);
+    }
+
+private:
+    Matrix<const T> matrix(const void* tensor, const Strides& strides, int64_t head, int64_t row) const {
+        return head_of<const T>(tensor, strides, s_.batch, head, row);
+    }
+
+    C* delta_of(int64_t head) const { return delta_all_ + (head - part_.first_head) * queries_; }
+
+    void make_delta(int64_t head) {
+        const int64_t row = s_.first_query + part_.first_query;
+        const auto out = matrix(p_.out, p_.out_strides, head, row),
+                   dout = matrix(p_.dout, p_.dout_strides, head, row);
+        const C* dlse = p_.dlse == nullptr
+                            ? nullptr
+                            : static_cast<const C*>(p_.dlse) + (s_.batch * p_.heads + head) * p_.n_q + row;
+        C* delta = delta_of(head);
+        if constexpr (sizeof(T) == 2)
+            for (int64_t i = 0; i < queries_; ++i) delta[i] = row_product(out, dout, i);
+        else
+            for (int64_t i = 0; i < queries_; i += lanes) row_products(out, dout, i, delta);
+        for (int64_t i = 0; i < queries_ && dlse != nullptr; ++i) delta[i] -= dlse[i];
+    }
+
+    C row_product(Matrix<const T> out, Matrix<const T> dout, int64_t row) const {
+        T gathered[2][256];
+        const T* a = whole_row(out, row, gathered[0]);
+        const T* b = whole_row(dout, row, gathered[1]);
+        Vector<C> sums{};
+        int64_t d = 0;
+        for (; d + lanes <= D_; d += lanes) sums += load(a + d) * load(b + d);
+        if (d < D_) sums += load(a + d, D_ - d) * load(b + d, D_ - d);
+        return sum<C>(sums);
+    }
+
+    const T* whole_row(Matrix<const T> from, int64_t row, T* gathered) const {
+        if (from.column_stride == 1) return from.row(row);
+        for (int64_t d = 0; d < D_; ++d) gathered[d] = from.row(row)[d * from.column_stride];
+        return gathered;
+    }
+
+    // Delta of the rows from `row` on, as many as a vector has lanes, each summed in the order in which a
+    // product sums dP: where one key has the weight to itself, and out is its value, dP - delta is then 0 and
+    // no rounding error.
+    void row_products(Matrix<const T> out, Matrix<const T> dout, int64_t row, C* delta) const {
+        const int64_t rows = std::min(lanes, queries_ - row);
+        C blocks[2][lanes * 256] = {};
+        pack(out.row(row), out.row_stride, out.column_stride, rows, D_, Block<C>{blocks[0], width_});
+        pack(dout.row(row), dout.row_stride, dout.column_stride, rows, D_, Block<C>{blocks[1], width_});
+        Vector<C> sums{}, part{};
+        for (int64_t d = 0; d < D_; d += lanes) {
+            if (d % kPartDepth<C> == 0) {
+                sums += part;
+                part = Vector<C>{};
+            }
+            C squares[2][lanes * lanes];
+            for (int which = 0; which < 2; ++which)
+                transpose_square(blocks[which] + d, width_, squares[which], lanes);
+            for (int64_t j = 0; j < lanes; ++j)
+                part += load(squares[0] + j * lanes) * load(squares[1] + j * lanes);
+        }
+        store(delta + row, sums + part, rows);
+    }
+
+    void pack_keys() {
+        const auto k = matrix(p_.k, p_.k_strides, part_.head_kv, s_.first_key + first_key_);
+        const auto v = matrix(p_.v, p_.v_strides, part_.head_kv, s_.first_key + first_key_);
+        keys_finite_ = true;
+        for (int64_t key = 0; key < keys_; key += E::kKeys) {
+            const int64_t n = std::min(E::kKeys, keys_ - key);
+            const Matrix<const T> k_part{k.row(key), k.row_stride, k.column_stride};
+            const Matrix<const T> v_part{v.row(key), v.row_stride, v.column_stride};
+            keys_finite_ &= E::pack_right_transposed(k_part, n, D_, key, k_transposed_).finite;
+            E::pack_right_transposed(v_part, n, D_, key, v_transposed_);
+            if (part_.dq) E::pack_right_rows(k_part, n, D_, key, k_rows_);
+        }
+        // What is not finite in k reaches the queries that see it through their scores; those that do not see
+        // it meet it as 0 * NaN in dS K where some key is masked, and there it must count as 0. The same
+        // holds for q in dS^T Q.
+        if (!keys_finite_ && part_.dq)
+            for (int64_t key = 0; key < keys_; key += E::kKeys)
+                E::pack_right_rows({k.row(key), k.row_stride, k.column_stride},
+                                   std::min(E::kKeys, keys_ - key), D_, key, k_clean_, true);
+    }
+
+    // One block of queries against the packed keys.
+    void queries(const ScoreRows<T>& score_rows, int64_t head, int64_t query, int64_t count,
+                 bool first_keys) {
+        const Band& band = score_rows.band();
+        const int64_t begin = std::max(first_key_, band.begin(query)) - first_key_;
+        const int64_t end = std::min(first_key_ + keys_, band.end(query + count - 1)) - first_key_;
+        const int64_t first = begin / E::kStrip * E::kStrip, keys = round_up(end - first, E::kStep);
+        C* dq = many_key_blocks_
+                    ? dq_all_ + ((head - part_.first_head) * queries_ + query - part_.first_query) * width_
+                    : dq_block_;
+        if (end <= begin) {
+            if (part_.dq && first_keys) std::fill_n(dq, count * width_, C(0));
+        } else {
+            pack_queries(head, query, count);
+            const bool masked = make_gradients(score_rows, head, query, count, first, keys);
+            const int64_t depth = round_up(count, E::kRowStep);
+            if (part_.dv)
+                E::product(dout_transposed_, right(weights_, first), width_, keys, depth,
+                           Block<C>{dv_.data + first, dv_.stride}, true);
+            if (part_.dk) {
+                const auto q = masked && !queries_finite_ ? clean_queries(count) : q_transposed_;
+                E::product(q, right(dscores_, first), width_, keys, depth,
+                           Block<C>{dk_.data + first, dk_.stride}, true);
+            }
+            if (part_.dq) multiply_dq(dq, count, first, keys, first_keys, masked && !keys_finite_);
+        }
+        if (part_.dq && last_keys_) write_queries(head, query, count, dq);
+    }
+
+    static typename E::Right right(const Operand* block, int64_t column) {
+        return E::right_column(E::scores_right(block, kRightStride), column);
+    }
+
+    void multiply_dq(C* dq, int64_t count, int64_t first, int64_t keys, bool first_keys, bool clean) {
+        const auto dscores = E::scores_left(dscores_left_ + first, kLeftStride);
+        const auto k = E::right_rows(clean ? k_clean_ : k_rows_, first, D_);
+        const int64_t rows = round_up(count, E::kRowStep);
+        // The rows that fill up a tile lie beyond this block's in dq_all_.
+        C* const target = rows == count ? dq : dq_block_;
+        E::product(dscores, k, rows, width_, keys, Block<C>{target, width_}, !first_keys && target == dq);
+        if (target == dq) return;
+        for (int64_t i = 0; i < count * width_; i += lanes)
+            store(dq + i, first_keys ? load(target + i) : load(dq + i) + load(target + i));
+    }
+
+    void pack_queries(int64_t head, int64_t query, int64_t count) {
+        const int64_t padded_count = round_up(count, E::kRowStep), row = s_.first_query + query;
+        queries_finite_ =
+            E::template pack_left<false>(matrix(p_.q, p_.q_strides, head, row), count, D_, padded_count, q_)
+                .finite;
+        E::template pack_left<false>(matrix(p_.dout, p_.dout_strides, head, row), count, D_, padded_count,
+                                     dout_);
+        q_transposed_ = E::left_transposed(q_, padded_count, D_, q_scratch_);
+        dout_transposed_ = E::left_transposed(dout_, padded_count, D_, dout_scratch_);
+        const C* lse = static_cast<const C*>(p_.lse) + (s_.batch * p_.heads + head) * p_.n_q + row;
+        const C* delta = delta_of(head) + query - part_.first_query;
+        for (int64_t i = 0; i < padded_count; ++i) {
+            // A query with no visible key, or none at all, has lse = +inf here: its weights are exp(-inf) =
+            // 0.
+            const bool sees = i < count && lse[i] != -infinity;
+            lse_[i] = sees ? lse[i] * Exp::unit : infinity;
+            delta_[i] = i < count ? delta[i] : C(0);
+        }
+    }
+
+    typename E::Left clean_queries(int64_t count) {
+        const int64_t rows = round_up(count, E::kRowStep);
+        std::copy_n(q_, rows * width_, q_clean_);
+        E::clear_left(q_clean_, rows, D_);
+        return E::left_transposed(q_clean_, rows, D_, q_scratch_);
+    }
+
+    // P and dS of a block of queries and the keys from `first` on, counted from first_key_. Returns whether
+    // some key is hidden from some query.
+    bool make_gradients(const ScoreRows<T>& score_rows, int64_t head, int64_t query, int64_t count,
+                        int64_t first, int64_t keys) {
+        const Band& band = score_rows.band();
+        const Dropout<C> dropout(p_, s_.index, head);
+        bool any_masked = false;
+        for (int64_t row = 0; row < count; row += E::kRows) {
+            const int64_t n = std::min(E::kRows, count - row);
+            const int64_t begin = band.begin(query + row) - first_key_,
+                          end = band.end(query + row + n - 1) - first_key_;
+            for (int64_t j = first; j < first + keys; j += E::kStrip) {
+                const BlockPlace at{query + row, n, first_key_ + j, std::min(E::kStrip, first + keys - j)};
+                if (j + at.keys <= begin || j >= end) {
+                    any_masked = true;
+                    clear(row, round_up(n, E::kRowStep), j, at.keys);
+                } else {
+                    any_masked |= strip(score_rows, dropout, head, row, j, at);
+                }
+            }
+        }
+        return any_masked;
+    }
+
+    void clear(int64_t row, int64_t rows, int64_t column, int64_t columns) {
+        const Vector<C> zeros[4] = {};
+        for (int64_t i = row; i < row + rows; i += 2)
+            for (int64_t j = column; j < column + columns; j += 2 * lanes) {
+                E::put_right(weights_, kRightStride, i, j, zeros);
+                E::put_right(dscores_, kRightStride, i, j, zeros);
+                if constexpr (!E::kOneLayout) {
+                    E::put_left(dscores_left_ + i * kLeftStride + j, zeros[0], zeros[0]);
+                    E::put_left(dscores_left_ + (i + 1) * kLeftStride + j, zeros[0], zeros[0]);
+                }
+            }
+    }
+
+    // One block of scores: rows of the block of queries from `row` on, keys from column `j` on.
+    bool strip(const ScoreRows<T>& score_rows, const Dropout<C>& dropout, int64_t head, int64_t row,
+               int64_t j, const BlockPlace& at) {
+        const int64_t rows = round_up(at.queries, E::kRowStep);
+        E::product(E::left(q_ + row * width_, D_), E::right_transposed(k_transposed_, j, D_), rows, at.keys,
+                   D_, scores_, false);
+        E::product(E::left(dout_ + row * width_, D_), E::right_transposed(v_transposed_, j, D_), rows,
+                   at.keys, D_, dweights_, false);
+        C factor = static_cast<C>(p_.softmax_scale) * Exp::unit;
+        const bool sloped = p_.softcap > 0;
+        if (score_rows.adjusts()) {
+            score_rows.adjust(scores_, at, sloped ? slopes_.data : nullptr);
+            factor = Exp::unit;
+        }
+        // Times a negative factor -inf would be seen, and times 0 it would be NaN.
+        if (factor <= 0) {
+            scale_rows(factor, at.queries, at.keys);
+            factor = 1;
+        }
+        const bool masked =
+            score_rows.outside_band(scores_, at, -infinity) || p_.mask != nullptr || p_.bias != nullptr;
+        if (p_.dropout_threshold > 0 || part_.dbias || p_.drelative_bias != nullptr || sloped)
+            gradients<true, true>(score_rows, dropout, head, row, j, at, factor);
+        else if (masked)
+            gradients<true, false>(score_rows, dropout, head, row, j, at, factor);
+        else
+            gradients<false, false>(score_rows, dropout, head, row, j, at, factor);
+        return masked;
+    }
+
+    void scale_rows(C factor, int64_t queries, int64_t keys) {
+        for (int64_t i = 0; i < queries; ++i)
+            for (int64_t j = 0; j < keys; j += lanes) {
+                C* place = scores_.data + i * scores_.stride + j;
+                store(place, load(place) * factor);
+            }
+    }
+
+    // Turns scores and dP into P and dS, two rows at a time. masked: some scores may be -inf. all: with
+    // dropout, and with dS kept in C for what else follows from it.
+    template <bool masked, bool all>
+    void gradients(const ScoreRows<T>& score_rows, const Dropout<C>& dropout, int64_t head, int64_t row,
+                   int64_t column, const BlockPlace& at, C factor) {
+        const int64_t rows = round_up(at.queries, E::kRowStep);
+        const C scale = dropout.scale();
+        const bool drops = all && p_.dropout_threshold > 0;
+        constexpr int64_t bits_stride = E::kStrip + Dropout<C>::kChunk;
+        for (int64_t i = 0; i < rows; i += 2) {
+            if (drops)
+                for (int64_t r = 0; r < 2; ++r)
+                    dropout.draw(at.first_query + i + r, at.first_key, at.keys, bits_ + r * bits_stride);
+            for (int64_t j = 0; j < at.keys; j += 2 * lanes) {
+                Vector<C> weights[4], dscores[4];
+#pragma GCC unroll 4
+                for (int n = 0; n < 4; ++n) {
+                    const int64_t r = i + n / 2, place = r * kScoreStride + j + n % 2 * lanes;
+                    const Vector<C> score = load(scores_.data + place);
+                    Vector<C> weight = Exp::of(score * factor - lse_[row + r]);
+                    // Also in a row whose lse is NaN.
+                    if (masked) weight = score == -infinity ? Vector<C>{} : weight;
+                    Vector<C> dweight = load(dweights_.data + place);
+                    Vector<C> kept = weight;
+                    if (drops) {
+                        const uint16_t* bits = bits_ + n / 2 * bits_stride + j + n % 2 * lanes;
+                        const Vector<C> keep = dropout.keep(broadcast(scale), bits);
+                        kept = weight * keep;
+                        dweight = dweight * keep;
+                    }
+                    Vector<C> dscore = weight * (dweight - delta_[row + r]);
+                    if (masked) dscore = weight == 0 ? Vector<C>{} : dscore;
+                    if (all) store(dweights_.data + place, dscore);
+                    if (all && p_.softcap > 0)
+                        dscore = weight == 0 ? Vector<C>{} : dscore * load(slopes_.data + place);
+                    weights[n] = kept;
+                    dscores[n] = dscore;
+                }
+                if (part_.dv) E::put_right(weights_, kRightStride, row + i, column + j, weights);
+                put_dscores(row + i, column + j, dscores);
+            }
+        }
+        if (all && part_.dbias) score_rows.add_bias_gradient(dweights_, at, static_cast<C*>(p_.dbias));
+        if (all && !part_.dbias && p_.drelative_bias != nullptr)
+            score_rows.add_relative_gradient(dweights_, at,
+                                             static_cast<double*>(p_.drelative_bias) +
+                                                 (s_.index * p_.heads + head) * (2 * p_.relative_radius + 1));
+    }
+
+    void put_dscores(int64_t row, int64_t column, const Vector<C> dscores[4]) {
+        if (part_.dk || (E::kOneLayout && part_.dq))
+            E::put_right(dscores_, kRightStride, row, column, dscores);
+        if constexpr (!E::kOneLayout)
+            if (part_.dq) {
+                E::put_left(dscores_left_ + row * kLeftStride + column, dscores[0], dscores[1]);
+                E::put_left(dscores_left_ + (row + 1) * kLeftStride + column, dscores[2], dscores[3]);
+            }
+    }
+
+    // Rows of keys out of their transposed sums.
+    void write_keys(Block<C> sums, void* to, const Strides& strides, C factor) {
+        const auto rows = head_of<T>(to, strides, s_.batch, part_.head_kv, s_.first_key + first_key_);
+        C square[lanes * 256];
+        for (int64_t column = 0; column < round_up(keys_, E::kStep); column += lanes) {
+            for (int64_t d = 0; d < width_; d += lanes)
+                transpose_square(sums.data + d * sums.stride + column, sums.stride, square + d, width_);
+            for (int64_t i = 0; i < lanes; ++i) {
+                const int64_t key = E::key_of_column(column + i);
+                if (key < keys_)
+                    unpack(Block<C>{square + i * width_, width_}, 1, D_, rows.row(key), rows.row_stride,
+                           rows.column_stride, [&](int64_t) { return factor; });
+            }
+        }
+    }
+
+    // dq: (count, width_), null for zeros.
+    void write_queries(int64_t head, int64_t query, int64_t count, const C* dq) {
+        const auto rows = head_of<T>(p_.dq, p_.dq_strides, s_.batch, head, s_.first_query + query);
+        if (dq != nullptr)
+            return unpack(Block<C>{const_cast<C*>(dq), width_}, count, D_, rows.data, rows.row_stride,
+                          rows.column_stride, [&](int64_t) { return static_cast<C>(p_.softmax_scale); });
+        for (int64_t i = 0; i < count; ++i)
+            for (int64_t d = 0; d < D_; ++d) store_one(rows.row(i) + d * rows.column_stride, C(0));
+    }
+
+    const AttentionParams& p_;
+    const Part part_;
+    const Sequence s_;
+    const int64_t D_, width_;
+    int64_t queries_, first_key_ = 0, keys_ = 0;
+    bool many_key_blocks_, last_keys_ = false, keys_finite_ = true, queries_finite_ = true;
+    Operand *k_transposed_, *v_transposed_, *k_rows_, *k_clean_;  // the packed keys
+    Operand *q_, *q_clean_, *dout_, *q_scratch_, *dout_scratch_;  // a block of queries
+    typename E::Left q_transposed_{}, dout_transposed_{};
+    Operand *weights_, *dscores_, *dscores_left_;  // (queries, keys)
+    Block<C> dk_{}, dv_{};                         // (D, keys)
+    C *dq_all_, *dq_block_, *delta_all_, *lse_, *delta_;
+    Block<C> scores_{}, dweights_{}, slopes_{};
+    uint16_t* bits_;
+};
+
+}  // namespace lmkern
