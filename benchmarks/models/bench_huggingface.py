@@ -4,7 +4,7 @@
     python benchmarks/models/bench_huggingface.py gpt2 --memory ours     (or theirs: a process for each)
 
 Random weights, new text each step, bf16 autocast, forward, backward and optimizer. Theirs: torch.optim.AdamW.
-Ours: lmkern's, or --optimizer torch. The steps alternate in one process, and both live in one allocator, which
+Ours: lmkern's, or --optimizer torch. The steps alternate in one process, and both live in one allocator, that
 keeps freed memory (lmkern.memory); --memory leaves it as it is.
 """
 
