@@ -258,7 +258,13 @@ private:
     template <bool bounded, bool drops>
     void weights(const QueryBlock& b, const BlockPlace& at, C factor, const Dropout<C>& dropout,
                  Operand* weights) {
-        const int64_t keys = at.keys;
+        const int64_t keys = at.keys, key_bytes = width_ * static_cast<int64_t>(sizeof(Operand));
+        // The next keys and this strip's values come nearer meanwhile, unless they are too many for it.
+        int64_t lines = ceil_div(keys * key_bytes, 64 * b.queries);
+        if (lines > E::kLinesAhead) lines = 0;
+        const char* ahead_k =
+            reinterpret_cast<const char*>(k_) + (at.first_key - packed_from_ + keys) * key_bytes;
+        const char* ahead_v = reinterpret_cast<const char*>(v_) + (at.first_key - packed_from_) * key_bytes;
         for (int64_t i = 0; i < b.queries; ++i) {
             const C* row = scores_.data + i * scores_.stride;
             Operand* out = weights + i * kWeightStride;
@@ -283,6 +289,10 @@ private:
                 E::put_left(out + j, x, y);
             }
             store(sums, even + odd);
+            for (int64_t line = 0; line < lines; ++line) {
+                __builtin_prefetch(ahead_k + (i * lines + line) * 64);
+                __builtin_prefetch(ahead_v + (i * lines + line) * 64);
+            }
         }
         // Rows that only fill up a tile.
         for (int64_t i = b.queries; i < round_up(b.queries, E::kRowStep); ++i)

@@ -75,6 +75,8 @@ struct VectorEngine {
     static constexpr int64_t kQueries = 48;
     // Keys of a block of scores; keys packed together.
     static constexpr int64_t kStrip = 64, kKeys = 64;
+    // Cache lines of keys, and of values, that are worth fetching beside a row of a strip's weights.
+    static constexpr int64_t kLinesAhead = 64;
     // The backward pass: queries of a block of scores, and queries and keys whose products are computed
     // together.
     static constexpr int64_t kRows = 48, kQueriesTogether = 48, kKeysTogether = 256;
@@ -200,6 +202,7 @@ struct AmxEngine {
     static constexpr int64_t kStep = 32;
     static constexpr int64_t kQueries = 32;
     static constexpr int64_t kStrip = 64, kKeys = 256;
+    static constexpr int64_t kLinesAhead = 4;
     static constexpr int64_t kRows = 32, kQueriesTogether = 128, kKeysTogether = 512;
     static constexpr int64_t kRowStep = 32;
     static constexpr bool kOneLayout = false;
