@@ -38,38 +38,44 @@ void forward_rows(const NormParams& p, int64_t first, int64_t end, const Scratch
     T* y[rows];
     const S* residual[rows];
     S* h[rows];
-    // What is normalised, as C.
-    C* wide[rows];
+    // What is normalised, as C: where it lies, or a copy.
+    const C* wide[rows];
     for (int r = 0; r < rows; ++r) {
         index[r] = std::min(first + r, end - 1);
         x[r] = static_cast<const T*>(p.x) + index[r] * p.x_stride;
         y[r] = static_cast<T*>(p.y) + index[r] * p.columns;
         residual[r] = static_cast<const S*>(p.residual) + index[r] * p.residual_stride;
         h[r] = static_cast<S*>(p.h) + index[r] * p.columns;
-        wide[r] = scratch.rows[r];
     }
 
-    // Sums of h, or of its squares where that is all there is to know.
-    auto read = [&](auto source) {
+    // Sums of the rows that `source` reads, or writes, at `place`, or of their squares where that is all
+    // there is to know.
+    auto read = [&](auto place, auto source) {
+        constexpr bool copies = !std::is_same_v<std::decay_t<decltype(*place[0])>, C>;
+        for (int r = 0; r < rows; ++r)
+            if constexpr (copies)
+                wide[r] = scratch.rows[r];
+            else
+                wide[r] = place[r];
         return sums_over_row<C, rows, 2>(p.columns, [&](auto at, auto add) {
             for (int r = 0; r < rows; ++r) {
                 const Vector<C> v = source(at, r);
-                at.store(wide[r], v);
+                if constexpr (copies) at.store(scratch.rows[r], v);
                 add(r, centred ? v : v * v);
             }
         });
     };
     std::array<C, rows> sums;
     if (p.residual == nullptr) {
-        sums = read([&](auto at, int r) { return at(x[r]); });
+        sums = read(x, [&](auto at, int r) { return at(x[r]); });
     } else if (p.keep_threshold == 0) {
-        sums = read([&](auto at, int r) {
+        sums = read(h, [&](auto at, int r) {
             at.store(h[r], at(residual[r]) + at(x[r]));
             return at(h[r]);
         });
     } else {
         for (int r = 0; r < rows; ++r) dropout_factors(p, index[r], scratch.factors[r]);
-        sums = read([&](auto at, int r) {
+        sums = read(h, [&](auto at, int r) {
             at.store(h[r], at(residual[r]) + at(x[r]) * at(scratch.factors[r]));
             return at(h[r]);
         });
