@@ -7,7 +7,7 @@
 Needs no network. Every step is a process of its own with a time limit, so that one that hangs costs one row,
 and its outcome is written to STATE/steps.json before the next begins: interrupt it and call it again. A stage
 stops beginning steps after --budget seconds, with status 75, and goes on when called again. A change of a
-source file begins everything anew. An op whose tests failed is not timed.
+source file begins everything anew. An op whose tests failed on a backend is not timed on it.
 """
 
 from __future__ import annotations
@@ -44,19 +44,23 @@ WORKERS = min(8, os.cpu_count() or 1)
 UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h
 NOTHING_SELECTED = 5  # pytest's
 PASSED, FAILED, HUNG = "passed", "failed", "hung"
+GPU_BACKENDS = ("triton", "cuda")
+# The ops whose rows are wanted most, should the time not be enough for all.
+FIRST = ("attention", "layer_norm", "rms_norm", "add_norm", "linear_cross_entropy")
 # Of a step's output, what is kept.
 TAIL = 6000
 
 
 @dataclass(frozen=True)
 class Step:
-    """One process. about: the op whose kernels it judges; empty: none alone."""
+    """One process. about, backend: the op whose kernels it judges, and which of them; empty: none alone."""
 
     stage: str
     name: str
     command: tuple[str, ...]
     limit: float
     about: str = ""
+    backend: str = ""
     alone: bool = True
 
 
@@ -84,38 +88,58 @@ def plan() -> Iterator[Step]:
     yield Step("build", "install", python(*install), BUILD)
     yield Step("build", "doctor", python("-m", "benchmarks.gpu", "--doctor"), TEST)
     for name, about in gpu_tests():
-        yield Step("test", name, pytest(name), TEST, about, alone=False)
+        yield Step("test", name, pytest(name), TEST, about, backend_of(name), alone=False)
     for path in sorted((ROOT / "tests" / "ops").glob("test_*.py")):
-        name, about = path.relative_to(ROOT).as_posix(), op_of(path.stem.removeprefix("test_"))
-        yield Step("test", name, pytest(name, "-k", "triton or cuda"), FILE, about, alone=False)
-    compilation = ("env", "LMKERN_COMPILE=all", *pytest("tests/kernels/test_triton_compile.py"))
-    yield Step("test", "offline compilation", compilation, SLOW)
+        file, about = path.relative_to(ROOT).as_posix(), op_of(path.stem.removeprefix("test_"))
+        for backend in GPU_BACKENDS:
+            command = pytest(file, "-k", backend)
+            yield Step("test", f"{file} {backend}", command, FILE, about, backend, alone=False)
+    yield Step("test", "offline compilation", pytest("tests/kernels/test_triton_compile.py"), SLOW)
     if sanitizer := shutil.which("compute-sanitizer"):
         for name, about in gpu_tests("memory_checked"):
             command = (sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *pytest(name))
-            yield Step("test", f"compute-sanitizer {name}", command, SLOW, about, alone=False)
-    for path in sorted((ROOT / "benchmarks" / "ops").glob("bench_*.py")):
-        op = path.stem.removeprefix("bench_")
-        for direction in DIRECTIONS:
-            command = pytest(
-                path.relative_to(ROOT).as_posix(), "-k", f"[{direction}-", "-p", "no:logging",
-                "--benchmark-enable", "--record", "--tested", "make gpu-test",
-            )  # fmt: skip
-            yield Step("bench", f"{op} {direction}", command, BENCH, op)
+            step = f"compute-sanitizer {name}"
+            yield Step("test", step, command, SLOW, about, backend_of(name), alone=False)
+    for file, direction, backend in gpu_benchmarks():
+        op = Path(file).stem.removeprefix("bench_")
+        command = pytest(
+            file, "-k", f"[{direction}- and -{backend}]", "-p", "no:logging",
+            "--benchmark-enable", "--record", "--tested", "make gpu-test",
+        )  # fmt: skip
+        yield Step("bench", f"{op} {direction} {backend}", command, BENCH, op, backend)
     yield Step("report", "pages", python("-m", "benchmarks.report"), SLOW)
 
 
 def gpu_tests(marker: str = "gpu") -> list[tuple[str, str]]:
     """(node id, op) of every test with the marker."""
-    folders = ("tests/gpu", "tests/kernels")
-    collect = pytest("--collect-only", "-m", marker, *folders)
-    found = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True)
-    if found.returncode not in (0, 5):
-        raise RuntimeError(f"gpu: the tests cannot be collected:\n{found.stdout}\n{found.stderr}")
-    names = [line for line in found.stdout.splitlines() if "::" in line]
     return [
-        (name, op_of(*re.split(r"[][-]", name)[1:], Path(name.partition("::")[0]).stem)) for name in names
+        (name, op_of(*re.split(r"[][-]", name)[1:], Path(name.partition("::")[0]).stem))
+        for name in collected("-m", marker, "tests/gpu", "tests/kernels")
     ]
+
+
+def gpu_benchmarks() -> list[tuple[str, str, str]]:
+    """(file, direction, backend) of all rows that a GPU can give, the ops that most depends on first."""
+    found = set()
+    for name in collected("benchmarks/ops"):
+        file, _, parameters = name.removesuffix("]").partition("::")
+        found.add((file, parameters.partition("[")[2].partition("-")[0], parameters.rpartition("-")[2]))
+    first = [f"benchmarks/ops/bench_{op}.py" for op in FIRST]
+
+    def place(row: tuple[str, str, str]) -> tuple[int, str, int, str]:
+        file, direction, backend = row
+        rank = first.index(file) if file in first else len(first)
+        return rank, file, DIRECTIONS.index(direction), backend
+
+    return sorted((row for row in found if row[2] in GPU_BACKENDS), key=place)
+
+
+def collected(*arguments: str) -> list[str]:
+    """The node ids that pytest finds."""
+    found = subprocess.run(pytest("--collect-only", *arguments), cwd=ROOT, capture_output=True, text=True)
+    if found.returncode not in (0, NOTHING_SELECTED):
+        raise RuntimeError(f"gpu: nothing can be collected:\n{found.stdout}\n{found.stderr}")
+    return [line for line in found.stdout.splitlines() if "::" in line]
 
 
 def op_of(*words: str) -> str:
@@ -127,6 +151,11 @@ def op_of(*words: str) -> str:
         if found := max((op for op in op_names() if word.startswith(op)), key=len, default=""):
             return found
     return ""
+
+
+def backend_of(name: str) -> str:
+    """The backend that a test's name tells; empty where it tells none."""
+    return next((backend for backend in GPU_BACKENDS if backend in name), "")
 
 
 class Record:
@@ -162,9 +191,13 @@ class Record:
     def forget_failures(self) -> None:
         self.outcomes = {name: one for name, one in self.outcomes.items() if one.status == PASSED}
 
-    def red(self, op: str, steps: Sequence[Step]) -> list[str]:
-        """The tests of an op that did not pass, or have not run."""
-        tests = [step for step in steps if step.stage == "test" and step.about == op]
+    def red(self, timed: Step, steps: Sequence[Step]) -> list[str]:
+        """The tests of what a step times, an op on a backend, that did not pass, or have not run."""
+        tests = [
+            step
+            for step in steps
+            if step.stage == "test" and step.about == timed.about and step.backend in (timed.backend, "")
+        ]
         return [
             step.name
             for step in tests
@@ -207,7 +240,7 @@ def run_stage(stage: str, steps: Sequence[Step], record: Record, deadline: float
     def one(step: Step) -> bool:
         if time.monotonic() > deadline:
             return False
-        if stage == "bench" and (red := record.red(step.about, steps)):
+        if stage == "bench" and (red := record.red(step, steps)):
             outcome = Outcome(FAILED, 0.0, f"not timed: {len(red)} tests are not green, first {red[0]}")
         else:
             outcome = run(step)

@@ -42,8 +42,10 @@ ON_GPU = load(ROOT / "tests" / "gpu" / "test_ops.py")
 ON_GPU.DEVICE, ON_GPU.REPEATS, ON_GPU.LARGE_ROWS, ON_GPU.LARGE_BATCH = "cpu", 2, 96, 3
 
 
-def step(name: str, code: str, *, stage: str = "test", about: str = "", limit: float = 60) -> Step:
-    return Step(stage, name, (sys.executable, "-c", code), limit, about)
+def step(
+    name: str, code: str, *, stage: str = "test", about: str = "", backend: str = "", limit: float = 60
+) -> Step:
+    return Step(stage, name, (sys.executable, "-c", code), limit, about, backend)
 
 
 def test_the_plan_tests_every_op_before_it_times_it() -> None:
@@ -53,6 +55,10 @@ def test_the_plan_tests_every_op_before_it_times_it() -> None:
     from lmkern.kernels.backends import backend_names, op_names
 
     assert {step.about for step in timed} == set(op_names())
+    assert [step.about for step in timed[:4]] == ["attention"] * 4
+    assert {(step.about, step.backend) for step in timed} == {
+        (op, backend) for op in op_names() for backend in backend_names(op) if backend in gpu.GPU_BACKENDS
+    }
     with_gpu = {op for op in op_names() if {"triton", "cuda"} & set(backend_names(op))}
     assert with_gpu <= tested
     assert [step.stage for step in steps] == sorted((step.stage for step in steps), key=gpu.STAGES.index)
@@ -110,17 +116,24 @@ def test_a_stage_out_of_time_is_told_apart(tmp_path: Path) -> None:
     assert not record.outcomes
 
 
-def test_an_op_with_red_tests_is_not_timed(tmp_path: Path) -> None:
+def test_a_backend_with_red_tests_of_an_op_is_not_timed(tmp_path: Path) -> None:
     record = Record(tmp_path / "steps.json", "abc")
-    tests = [step(f"of {op}", "pass", about=op) for op in ("copy", "rotary")]
-    record.keep(tests[0], Outcome(PASSED, 1.0, ""))
-    record.keep(tests[1], Outcome(HUNG, 30.0, ""))
-    timed = [step(op, "pass", stage="bench", about=op) for op in ("copy", "rotary")]
+    places = [("copy", "triton"), ("copy", "cuda"), ("rotary", "triton"), ("gelu", "triton")]
+    tests = [step(f"of {op} on {backend}", "pass", about=op, backend=backend) for op, backend in places]
+    tests.append(step("of gelu", "pass", about="gelu"))
+    for test, status in zip(tests, (PASSED, FAILED, HUNG, PASSED, FAILED), strict=True):
+        record.keep(test, Outcome(status, 1.0, ""))
+    timed = [
+        step(f"{op} {backend}", "pass", stage="bench", about=op, backend=backend) for op, backend in places
+    ]
     assert gpu.run_stage("bench", [*tests, *timed], record, time.monotonic() + 60) == 1
-    assert record.outcomes["bench: copy"].status == PASSED
-    assert record.outcomes["bench: rotary"] == Outcome(
-        FAILED, 0.0, "not timed: 1 tests are not green, first of rotary"
-    )
+    assert record.outcomes["bench: copy triton"].status == PASSED
+    for place, red in (("copy cuda", "of copy on cuda"), ("rotary triton", "of rotary on triton")):
+        assert record.outcomes[f"bench: {place}"] == Outcome(
+            FAILED, 0.0, f"not timed: 1 tests are not green, first {red}"
+        )
+    # A test that tells no backend judges all of them.
+    assert record.outcomes["bench: gelu triton"].status == FAILED
 
 
 # One of each op; the others differ in shapes and options.
