@@ -40,7 +40,9 @@ TEST, FILE, SLOW, BENCH, BUILD = 30, 120, 240, 240, 580
 # A stage begins no step after so many seconds.
 BUDGET = 540.0
 # Tests at a time: they wait for compilers more than for the GPU.
-WORKERS = min(8, os.cpu_count() or 1)
+WORKERS = min(16, os.cpu_count() or 1)
+# What the names of tests say that take a good part of the GPU's memory: one at a time.
+LARGE = "2_31_elements"
 UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h
 NOTHING_SELECTED = 5  # pytest's
 PASSED, FAILED, HUNG = "passed", "failed", "hung"
@@ -88,7 +90,7 @@ def plan() -> Iterator[Step]:
     yield Step("build", "install", python(*install), BUILD)
     yield Step("build", "doctor", python("-m", "benchmarks.gpu", "--doctor"), TEST)
     for name, about in gpu_tests():
-        yield Step("test", name, pytest(name), TEST, about, backend_of(name), alone=False)
+        yield Step("test", name, pytest(name), TEST, about, backend_of(name), alone=LARGE in name)
     for path in sorted((ROOT / "tests" / "ops").glob("test_*.py")):
         file, about = path.relative_to(ROOT).as_posix(), op_of(path.stem.removeprefix("test_"))
         for backend in GPU_BACKENDS:

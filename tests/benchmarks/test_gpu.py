@@ -64,6 +64,7 @@ def test_the_plan_tests_every_op_before_it_times_it() -> None:
     assert [step.stage for step in steps] == sorted((step.stage for step in steps), key=gpu.STAGES.index)
     assert len({Record.key(step) for step in steps}) == len(steps)
     assert all(step.limit < 600 for step in steps)
+    assert sum(step.alone for step in steps if gpu.LARGE in step.name) == 8
     for file, op in (
         ("test_cuda_norm", "layer_norm"),
         ("test_cuda_norm", "add_norm"),
