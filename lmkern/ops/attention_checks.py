@@ -28,13 +28,14 @@ def check_shapes(
         fail("q, k and v must be (B, H, N, D)", shapes(q, k, v))
     if not (q.device == k.device == v.device):
         fail("q, k and v must be on one device; move them with .to()", f"{q.device}, {k.device}, {v.device}")
-    if q.shape[3] != k.shape[3] or q.shape[3] < 1 or (same_width and v.shape[3] != q.shape[3]):
+    (B, H, _, D), (B_k, H_kv, N_k, D_k), (B_v, H_v, N_v, D_v) = q.shape, k.shape, v.shape
+    if D_k != D or D < 1 or (same_width and D_v != D):
         fail("q, k and v must share head_dim", shapes(q, k, v))
-    if not (q.shape[0] == k.shape[0] == v.shape[0]):
+    if not (B == B_k == B_v):
         fail("q, k and v must share the batch size", shapes(q, k, v))
-    if k.shape[1:3] != v.shape[1:3]:
+    if H_kv != H_v or N_k != N_v:
         fail("k and v must share heads and length", shapes(q, k, v))
-    if q.shape[1] != k.shape[1] and (not grouped or k.shape[1] == 0 or q.shape[1] % k.shape[1]):
+    if H_kv != H and (not grouped or H_kv == 0 or H % H_kv):
         rule = "the number of query heads must be a multiple of the key/value heads"
         fail(
             rule if grouped else "q and k must share the number of heads unless enable_gqa=True",

@@ -12,7 +12,7 @@ from lmkern.kernels import cpu_call, native
 from lmkern.kernels.attention import Options
 from lmkern.kernels.attention.sinks import sink_gradient
 from lmkern.kernels.backends import Call
-from lmkern.kernels.cpu_call import on_huge_pages, pointer, unavailable
+from lmkern.kernels.cpu_call import on_huge_pages, unavailable
 from lmkern.kernels.statistics import statistics_dtype
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
@@ -89,20 +89,25 @@ def pack(tensors: Mapping[str, Tensor | None], options: Options) -> bytes:
     assert q is not None and k is not None
     batch, heads, n_q, head_dim = q.shape
     heads_kv, n_k = k.shape[1:3]
-    scores = (batch, heads, n_q, n_k)
-    # Kept alive until the call is packed, and by the caller's options or tensors beyond that.
-    relative = options.relative_bias
-    given = [tensors.get(name) for name in ("q", "k", "v", "out", "lse", "dout", "dlse", "dq", "dk", "dv")]
-    others = [options.bias, options.mask, relative, options.sinks]
-    results = [tensors.get(name) for name in ("dbias", "drelative_bias")]
-    bounds = [options.cu_seqlens_q, options.cu_seqlens_k]
-    strided = (tensors.get(name) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv"))
-    strides = [stride for x in strided for stride in (_NO_STRIDES if x is None else x.stride())]
-    for x in (options.bias, options.mask, tensors.get("dbias")):
-        strides += _NO_STRIDES if x is None else _broadcast_strides(x, scores)
+    get, bias, relative = tensors.get, options.bias, options.relative_bias
+    dout, dq, dk, dv, dbias = get("dout"), get("dq"), get("dk"), get("dv"), get("dbias")
+    v, out = tensors["v"], tensors["out"]
+    # Of what lives until the call is made: the caller's tensors, and those of its options.
+    pointers = [
+        0 if x is None else x.data_ptr()
+        for x in (
+            q, k, v, out, tensors["lse"], dout, get("dlse"), dq, dk, dv, bias, options.mask, relative,
+            options.sinks, dbias, get("drelative_bias"), options.cu_seqlens_q, options.cu_seqlens_k,
+        )
+    ]  # fmt: skip
+    strides: list[int] = []
+    for x in (q, k, v, out, dout, dq, dk, dv):
+        strides += _NO_STRIDES if x is None else x.stride()
+    for x in (bias, options.mask, dbias):
+        strides += _NO_STRIDES if x is None else _broadcast_strides(x, (batch, heads, n_q, n_k))
     threshold = round(options.dropout_p * 65536)
     return _PARAMS.pack(
-        *(pointer(x) for x in (*given, *others, *results, *bounds)),
+        *pointers,
         *strides,
         batch,
         heads,
@@ -121,7 +126,7 @@ def pack(tensors: Mapping[str, Tensor | None], options: Options) -> bytes:
         options.softmax_scale,
         options.softcap,
         cpu_call.DTYPE_CODES[q.dtype],
-        0 if options.bias is None else cpu_call.DTYPE_CODES[options.bias.dtype],
+        0 if bias is None else cpu_call.DTYPE_CODES[bias.dtype],
         native.threads(),
     )
 
