@@ -43,9 +43,10 @@ constexpr EntryPoint kEntryPoints[] = {
     entry<NormParams, norm_forward>("norm_forward"),
     entry<RotaryParams, rotary_forward>("rotary_forward"),
 #if defined(__AMX_BF16__)
-    entry<InputGradientParams, input_gradient>("input_gradient"),
-    entry<WeightGradientParams, weight_gradient_add>("weight_gradient_add"),
-    entry<WeightGradientParams, weight_gradient_store>("weight_gradient_store"),
+    entry<LinearCrossEntropyParams, linear_input_gradient>("linear_input_gradient"),
+    entry<LinearCrossEntropyParams, linear_logits>("linear_logits"),
+    entry<LinearCrossEntropyParams, linear_weight_gradient_add>("linear_weight_gradient_add"),
+    entry<LinearCrossEntropyParams, linear_weight_gradient_store>("linear_weight_gradient_store"),
 #endif
 };
 

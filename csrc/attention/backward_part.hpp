@@ -151,7 +151,9 @@ private:
     // no rounding error.
     void row_products(Matrix<const T> out, Matrix<const T> dout, int64_t row, C* delta) const {
         const int64_t rows = std::min(lanes, queries_ - row);
-        C blocks[2][lanes * 256] = {};
+        C blocks[2][lanes * 256];
+        if (rows < lanes)
+            for (C* block : {blocks[0], blocks[1]}) std::fill_n(block, lanes * width_, C(0));
         pack(out.row(row), out.row_stride, out.column_stride, rows, D_, Block<C>{blocks[0], width_});
         pack(dout.row(row), dout.row_stride, dout.column_stride, rows, D_, Block<C>{blocks[1], width_});
         Vector<C> sums{}, part{};

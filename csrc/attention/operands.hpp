@@ -71,15 +71,15 @@ struct VectorEngine {
 
     // Dropout draws the bits of 8 keys at a time.
     static constexpr int64_t kStep = std::max<int64_t>(2 * kLanes<C>, 8);
-    // A multiple of the rows of a product's tile, and of the terms that a sum adds before it joins the rest.
+    // A multiple of the rows of a product's tile, and of the lanes: statistics of rows are vectors.
     static constexpr int64_t kQueries = 48;
     // Keys of a block of scores; keys packed together.
     static constexpr int64_t kStrip = 64, kKeys = 64;
     // Cache lines of keys, and of values, that are worth fetching beside a row of a strip's weights.
     static constexpr int64_t kLinesAhead = 64;
     // The backward pass: queries of a block of scores, and queries and keys whose products are computed
-    // together.
-    static constexpr int64_t kRows = 48, kQueriesTogether = 48, kKeysTogether = 256;
+    // together: a multiple of the terms that a sum adds before it joins the rest.
+    static constexpr int64_t kRows = 24, kQueriesTogether = 96, kKeysTogether = 128;
     static constexpr int64_t kRowStep = 2;
     static constexpr bool kOneLayout = true;  // a block of results is a left and a right operand
 

@@ -16,15 +16,17 @@
 
 #include "core/parallel_for.hpp"
 #include "core/workspace.hpp"
+#include "linear_cross_entropy/params.hpp"
 #include "simd/vector.hpp"
 
 namespace lmkern {
 
 constexpr int64_t kSide = 32;    // rows, columns and depth of a step
 constexpr int64_t kStep = 1024;  // bfloat16 elements of the two tiles of a step
+constexpr int64_t kTile = 512;   // and of one
 constexpr int64_t kSums = 1024;  // float32 elements of the four tiles of sums
-// Steps whose tiles of one factor, 16 KB, stay in the first cache while those of the other go by.
-constexpr int64_t kDepth = 8;
+// What a task packs for itself of one factor, while all of the other goes by, stays in the second cache.
+constexpr int64_t kPackedBytes = int64_t{512} << 10;
 
 enum Tile { a0, a1, b0, b1, c00, c01, c10, c11 };
 
@@ -51,26 +53,33 @@ inline void store_pairs(const uint16_t* even, const uint16_t* odd, uint32_t colu
     _mm512_store_si512(to1, _mm512_permutex2var_epi64(low, second, high));
 }
 
-// The four tiles of one block += a b over `depth` steps.
-inline void add_block(const uint16_t* a, const uint16_t* b, int64_t depth, bool first, float* sums) {
-    if (first) {
-        tile_zero<c00>();
-        tile_zero<c01>();
-        tile_zero<c10>();
-        tile_zero<c11>();
-    } else {
+// Tiles of a, those of the upper and those of the lower 16 rows each `stride` elements apart.
+struct BlockRows {
+    const uint16_t *upper, *lower;
+    int64_t stride;
+};
+
+// The four tiles of one block = a b over `depth` steps, or += with `accumulate`. The tiles of b lie one after
+// the other.
+inline void add_block(BlockRows a, const uint16_t* b, int64_t depth, bool accumulate, float* sums) {
+    if (accumulate) {
         tile_load<c00>(sums, kTileRowBytes);
         tile_load<c01>(sums + 256, kTileRowBytes);
         tile_load<c10>(sums + 512, kTileRowBytes);
         tile_load<c11>(sums + 768, kTileRowBytes);
+    } else {
+        tile_zero<c00>();
+        tile_zero<c01>();
+        tile_zero<c10>();
+        tile_zero<c11>();
     }
-    for (int64_t step = 0; step < depth; ++step, a += kStep, b += kStep) {
-        tile_load<a0>(a, kTileRowBytes);
+    for (int64_t step = 0; step < depth; ++step, a.upper += a.stride, a.lower += a.stride, b += kStep) {
+        tile_load<a0>(a.upper, kTileRowBytes);
         tile_load<b0>(b, kTileRowBytes);
         tile_product<c00, a0, b0>();
-        tile_load<b1>(b + kStep / 2, kTileRowBytes);
+        tile_load<b1>(b + kTile, kTileRowBytes);
         tile_product<c01, a0, b1>();
-        tile_load<a1>(a + kStep / 2, kTileRowBytes);
+        tile_load<a1>(a.lower, kTileRowBytes);
         tile_product<c10, a1, b0>();
         tile_product<c11, a1, b1>();
     }
@@ -78,6 +87,28 @@ inline void add_block(const uint16_t* a, const uint16_t* b, int64_t depth, bool 
     tile_store<c01>(sums + 256, kTileRowBytes);
     tile_store<c10>(sums + 512, kTileRowBytes);
     tile_store<c11>(sums + 768, kTileRowBytes);
+}
+
+// Rows of a that are packed in steps, the two tiles of each side by side.
+inline BlockRows packed_rows(const uint16_t* packed) {
+    return {packed, packed + kTile, kStep};
+}
+
+// Rows of the logits from a block of 32 tokens and a step of 32 columns on.
+inline BlockRows logits_rows(const LinearCrossEntropyParams& p, int64_t block, int64_t step) {
+    const int64_t row = sides(p.vocabulary) * kTile;
+    const uint16_t* upper = static_cast<const uint16_t*>(p.logits) + 2 * block * row + step * kTile;
+    return {upper, upper + row, kTile};
+}
+
+// Panels of 32 columns that a task packs, each `steps` deep.
+inline int64_t panels_of_task(int64_t steps) {
+    return std::clamp<int64_t>(kPackedBytes / (std::max<int64_t>(steps, 1) * kStep * 2), 1, 16);
+}
+
+// Two vectors of a row side by side.
+inline __m512i rounded(const float* low, const float* high) {
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(high), _mm512_loadu_ps(low));
 }
 
 }  // namespace lmkern

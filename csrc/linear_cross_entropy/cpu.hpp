@@ -1,18 +1,20 @@
-// The gradient of the weight under linear + cross-entropy, in bfloat16 with AMX, summed in float32 over
-// chunks of tokens. In the module for AMX alone.
+// The products under linear + cross-entropy, in bfloat16 with AMX. In the module for AMX alone.
 #pragma once
 
 #include "linear_cross_entropy/params.hpp"
 
 namespace lmkern {
 
-// sums += dlogits^T x. Reads x and dlogits.
-void weight_gradient_add(const WeightGradientParams& p);
+// logits = x weight^T + bias; 0, or the bias, for tokens beyond the last. Writes packed_x too.
+void linear_logits(const LinearCrossEntropyParams& p);
 
-// dweight = sums, rounded to bfloat16.
-void weight_gradient_store(const WeightGradientParams& p);
+// dx = dlogits weight.
+void linear_input_gradient(const LinearCrossEntropyParams& p);
 
-// dx = dlogits weight. Reads dlogits and weight.
-void input_gradient(const InputGradientParams& p);
+// sums += dlogits^T x in float32. Writes packed_x too.
+void linear_weight_gradient_add(const LinearCrossEntropyParams& p);
+
+// dweight = sums, rounded.
+void linear_weight_gradient_store(const LinearCrossEntropyParams& p);
 
 }  // namespace lmkern

@@ -144,36 +144,41 @@ inline void product_rows(Left<C> a, Block<C> b, int64_t rows, int64_t depth, Blo
     if (row < rows) product_tile<1, vectors, accumulate>(at(row), b, depth, to(row));
 }
 
-template <bool accumulate, class C>
-void product_part(Left<C> a, Block<C> b, int64_t rows, int64_t columns, int64_t depth, Block<C> c) {
+// A sum runs over so many terms before it joins the others: its errors grow with this, not with the depth.
+template <class C>
+constexpr int64_t kPartDepth = sizeof(C) == 8 ? 16 : 32;
+
+// All rows of `vectors` vectors of the result, part by part: they stay in the nearest cache meanwhile.
+template <int vectors, class C>
+void product_columns(Left<C> a, Block<C> b, int64_t rows, int64_t depth, Block<C> c, bool accumulate) {
+    int64_t k = 0;
+    do {
+        const Left<C> left{a.data + k * a.k_stride, a.row_stride, a.k_stride};
+        const Block<C> right{b.data + k * b.stride, b.stride};
+        const int64_t part = std::min(depth - k, kPartDepth<C>);
+        if (accumulate)
+            product_rows<vectors, true>(left, right, rows, part, c);
+        else
+            product_rows<vectors, false>(left, right, rows, part, c);
+        k += kPartDepth<C>;
+        accumulate = true;
+    } while (k < depth);
+}
+
+// c (rows, columns) = a (rows, depth) @ b (depth, columns), added to c with `accumulate`; whole vectors. The
+// depth is at least 1.
+template <class C>
+void product(Left<C> a, Block<C> b, int64_t rows, int64_t columns, int64_t depth, Block<C> c,
+             bool accumulate) {
     int64_t vectors = padded<C>(columns) / kLanes<C>;
     int64_t column = 0;
     auto right = [&] { return Block<C>{b.data + column, b.stride}; };
     auto result = [&] { return Block<C>{c.data + column, c.stride}; };
     for (; vectors >= kTileVectors; vectors -= kTileVectors, column += kTileVectors * kLanes<C>)
-        product_rows<kTileVectors, accumulate>(a, right(), rows, depth, result());
+        product_columns<kTileVectors>(a, right(), rows, depth, result(), accumulate);
     for (; vectors >= 2; vectors -= 2, column += 2 * kLanes<C>)
-        product_rows<2, accumulate>(a, right(), rows, depth, result());
-    if (vectors == 1) product_rows<1, accumulate>(a, right(), rows, depth, result());
-}
-
-// A sum runs over so many terms before it joins the others: its errors grow with this, not with the depth.
-template <class C>
-constexpr int64_t kPartDepth = sizeof(C) == 8 ? 16 : 32;
-
-// c (rows, columns) = a (rows, depth) @ b (depth, columns), added to c with `accumulate`; whole vectors.
-template <class C>
-void product(Left<C> a, Block<C> b, int64_t rows, int64_t columns, int64_t depth, Block<C> c,
-             bool accumulate) {
-    constexpr int64_t part = kPartDepth<C>;
-    auto left = [&](int64_t k) { return Left<C>{a.data + k * a.k_stride, a.row_stride, a.k_stride}; };
-    auto right = [&](int64_t k) { return Block<C>{b.data + k * b.stride, b.stride}; };
-    if (accumulate)
-        product_part<true>(a, b, rows, columns, std::min(depth, part), c);
-    else
-        product_part<false>(a, b, rows, columns, std::min(depth, part), c);
-    for (int64_t k = part; k < depth; k += part)
-        product_part<true>(left(k), right(k), rows, columns, std::min(depth - k, part), c);
+        product_columns<2>(a, right(), rows, depth, result(), accumulate);
+    if (vectors == 1) product_columns<1>(a, right(), rows, depth, result(), accumulate);
 }
 
 }  // namespace lmkern

@@ -21,7 +21,7 @@ from lmkern.kernels.cached_attention import cpu as cached_attention
 from lmkern.kernels.copy import cpu as copy
 from lmkern.kernels.cross_entropy import cpu as cross_entropy
 from lmkern.kernels.embedding import cpu as embedding
-from lmkern.kernels.linear_cross_entropy import cpu as linear_cross_entropy
+from lmkern.kernels.linear_cross_entropy import amx as linear_cross_entropy
 from lmkern.kernels.rotary import cpu as rotary_cpu
 from lmkern.testing import AttentionShape, attention_inputs
 
@@ -43,15 +43,16 @@ ENTRY_POINTS = {
     "cross_entropy_backward": cross_entropy._PARAMS,
     "embedding_forward": embedding._PARAMS,
     "embedding_backward": embedding._PARAMS,
-    "input_gradient": linear_cross_entropy._INPUT_PARAMS,
+    "linear_input_gradient": linear_cross_entropy.PARAMS,
+    "linear_logits": linear_cross_entropy.PARAMS,
+    "linear_weight_gradient_add": linear_cross_entropy.PARAMS,
+    "linear_weight_gradient_store": linear_cross_entropy.PARAMS,
     "norm_forward": norm_call.PARAMS,
     "norm_backward": norm_call.PARAMS,
     "rotary_forward": rotary_cpu._PARAMS,
-    "weight_gradient_add": linear_cross_entropy._WEIGHT_PARAMS,
-    "weight_gradient_store": linear_cross_entropy._WEIGHT_PARAMS,
 }
 # Products on tiles, which only one module has.
-ON_TILES = {"input_gradient", "weight_gradient_add", "weight_gradient_store"}
+ON_TILES = {name for name in ENTRY_POINTS if name.startswith("linear_")}
 
 # Seconds; a hang, not a slow machine.
 PATIENCE = 60

@@ -11,11 +11,11 @@ from lmkern.kernels.backends import Call
 from lmkern.kernels.cpu_call import on_huge_pages, pointer, unavailable
 from lmkern.kernels.statistics import statistics_dtype
 
-__all__ = ["backward", "forward", "forward_in_place", "unavailable", "unsupported"]
+__all__ = ["backward", "forward", "forward_in_place", "forward_in_tiles", "unavailable", "unsupported"]
 
 # CrossEntropyParams: 7 pointers; logits_stride, dloss_stride, dlogits_stride, rows, columns, ignore_index;
-# label_smoothing, z_loss, softcap; dtype, threads.
-_PARAMS = struct.Struct("=7q 6q 3d 2q")
+# label_smoothing, z_loss, softcap; dtype, tiles, threads.
+_PARAMS = struct.Struct("=7q 6q 3d 3q")
 
 
 def unsupported(call: Call) -> str | None:
@@ -54,6 +54,31 @@ def forward_in_place(
     options = (ignore_index, label_smoothing, z_loss, softcap)
     native.module(logits.dtype).cross_entropy_forward(
         _pack(logits, targets, loss, row_max, log_sum, dloss, logits, *options)
+    )
+    return loss
+
+
+def forward_in_tiles(
+    logits: Tensor,
+    columns: int,
+    targets: Tensor,
+    dloss: Tensor | None,
+    *,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> Tensor:
+    """The same of logits in tiles (rows / 16, columns / 32, 16, 32), for AMX; without dloss they stay.
+
+    Rows and columns are rounded up to 32. Columns beyond the last hold 0, rows get a gradient of 0.
+    """
+    R = targets.shape[0]
+    loss, row_max, log_sum = (logits.new_empty(R, dtype=statistics_dtype(logits)) for _ in range(3))
+    options = (ignore_index, label_smoothing, z_loss, softcap)
+    dlogits = None if dloss is None else logits
+    native.module(logits.dtype).cross_entropy_forward(
+        _pack(logits, targets, loss, row_max, log_sum, dloss, dlogits, *options, shape=(R, columns))
     )
     return loss
 
@@ -100,17 +125,20 @@ def _pack(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
+    shape: tuple[int, int] | None = None,
 ) -> bytes:
+    """shape: of logits in tiles."""
     return _PARAMS.pack(
         *(pointer(tensor) for tensor in (logits, targets, loss, row_max, log_sum, dloss, dlogits)),
         logits.stride(0),
         0 if dloss is None else dloss.stride(0),
         0 if dlogits is None else dlogits.stride(0),
-        *logits.shape,
+        *(shape or logits.shape),
         ignore_index,
         label_smoothing,
         z_loss,
         softcap,
         cpu_call.DTYPE_CODES[logits.dtype],
+        shape is not None,
         native.threads(),
     )
