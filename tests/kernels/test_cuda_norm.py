@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import lmkern
-from lmkern.kernels import backends, cuda_call, philox
+from lmkern.kernels import backends, cuda_call, norm_cuda, philox
 from lmkern.kernels.add_norm import Options
 from lmkern.testing import (
     LAYER_NORM_SHAPES,
@@ -284,6 +284,26 @@ def test_variance_survives_a_mean_far_from_zero(E: int, device: str) -> None:
     case = Case("layer_norm")
     x = layer_norm_inputs(LayerNormShape(5, E), mean=1e4, device=device)[0]
     assert_close(case, replace(inputs_of(case, LayerNormShape(5, E), device), x=x))
+
+
+# More chunks than a group of them has: of a block, of a cluster, and of a part of the columns.
+@pytest.mark.parametrize(("R", "E", "clusters"), [(37, 40, True), (17, 8200, True), (18, 8200, False)])
+def test_sums_are_the_same_whichever_block_ends_last(
+    R: int, E: int, clusters: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "cuda":
+        pytest.skip("only the emulator can be told an order")
+    monkeypatch.setattr(cuda_call, "processors", lambda device: 37)
+    monkeypatch.setattr(norm_cuda, "_MIN_CHUNK_ROWS", 1)
+    if not clusters:
+        monkeypatch.setenv("CUDA_EMULATOR_NO_CLUSTERS", "1")
+    case = Case("layer_norm", BRAIN, parameters=SINGLE)
+    given = inputs_of(case, LayerNormShape(R, E), device)
+    assert_close(case, given)
+    found = run("cuda", case, given)
+    monkeypatch.setenv("CUDA_EMULATOR_LAST_BLOCK_FIRST", "1")
+    for name, result in run("cuda", case, given).items():
+        assert torch.equal(result, found[name]), name
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (64, 768), (8, 9001), (8, 9000)], ids=str)

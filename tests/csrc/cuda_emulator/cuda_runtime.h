@@ -2,14 +2,17 @@
 // headers and before csrc/.
 //
 // A thread of a block is a fiber. The warps run one after the other, each as far as it gets, in ascending
-// order in one block and in descending order in the next, and so do the blocks of a cluster, so that a barrier that is missing is seen in the
-// result; within a warp, shuffles are barriers. What is asynchronous (tile/ptx.hpp, tile/wgmma.hpp) happens
-// as late as it may: a copy when no thread can go on, a product when it is waited for. Refused: a warp of
-// which some threads wait at a shuffle or barrier and others do not, a load that is not aligned, and threads
-// that wait for each other.
+// order in one block and in descending order in the next, and so do the blocks of a cluster, so that a
+// barrier that is missing is seen in the result; within a warp, shuffles are barriers. What is asynchronous
+// (tile/ptx.hpp, tile/wgmma.hpp) happens as late as it may: a copy when no thread can go on, a product when
+// it is waited for. Refused: a warp of which some threads wait at a shuffle or barrier and others do not, a
+// load that is not aligned, and threads that wait for each other.
 //
 // The blocks of a cluster run together, each with dynamic shared memory of its own, which begins when the
 // block does; a store to another's is seen when its thread arrives at the cluster's barrier.
+//
+// The blocks of a grid run one after the other, the first one first; the last one where the environment has
+// CUDA_EMULATOR_LAST_BLOCK_FIRST.
 //
 // Not here: device memory, streams, anything else between blocks, the rounding of fast mathematics.
 #pragma once
@@ -32,6 +35,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __launch_bounds__(...)
 #define __grid_constant__
 // One block runs at a time, or several of a cluster, which have dynamic shared memory alone.
@@ -74,7 +78,7 @@ constexpr size_t kStackBytes = 64 * 1024, kSharedBytes = 227 * 1024;
 // A block of the cluster that runs. Dynamic shared memory is NaN when its first thread begins.
 struct Block {
     dim3 index;
-    bool begun;
+    bool begun, any;
     alignas(1024) unsigned char shared[(kSharedBytes + 1023) / 1024 * 1024];
 };
 
@@ -87,7 +91,7 @@ T* reserve(size_t count) {
 }
 
 inline std::vector<Fiber> fibers(kMaxThreads);
-inline char* const stacks = reserve<char>(kMaxCluster* kMaxThreads* kStackBytes);
+inline char* const stacks = reserve<char>(kMaxCluster * kMaxThreads * kStackBytes);
 inline Block* const blocks = reserve<Block>(kMaxCluster);
 inline unsigned cluster_blocks = 1, cluster_arrived = 0, cluster_passed = 0;
 // Of the block whose thread runs.
@@ -254,6 +258,24 @@ inline void __syncthreads() {
     cuda_emulator::wait_in(cuda_emulator::State::at_barrier);
 }
 
+inline int __syncthreads_or(int value) {
+    bool& any = cuda_emulator::blocks[cuda_emulator::fibers[cuda_emulator::current].rank].any;
+    __syncthreads();
+    any = false;
+    __syncthreads();
+    any |= value != 0;
+    __syncthreads();
+    return any;
+}
+
+inline void __threadfence() {}
+
+inline int atomicAdd(int* to, int value) {
+    const int before = *to;
+    *to += value;
+    return before;
+}
+
 // Every lane of the warp offers a word; use(words of the 32 lanes) is the lane's result.
 template <class Use>
 auto exchange(unsigned word, const Use& use) {
@@ -355,6 +377,9 @@ inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int byte
 inline cudaError_t cudaSetDevice(int) {
     return cudaSuccess;
 }
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+    return std::memset(to, value, bytes), cudaSuccess;
+}
 inline cudaError_t cudaDriverGetVersion(int* version) {
     return *version = CUDART_VERSION, cudaSuccess;
 }
@@ -387,9 +412,13 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     cuda_emulator::cluster_blocks = cluster;
     gridDim = grid;
     blockDim = block;
-    for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
-        for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-            for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x += cluster) cuda_emulator::run_cluster();
+    const uint64_t clusters = uint64_t(grid.x / cluster) * grid.y * grid.z;
+    const bool backwards = std::getenv("CUDA_EMULATOR_LAST_BLOCK_FIRST") != nullptr;
+    for (uint64_t i = 0; i < clusters; ++i) {
+        const uint64_t place = (backwards ? clusters - 1 - i : i) * cluster, rows = place / grid.x;
+        blockIdx = dim3(place % grid.x, rows % grid.y, rows / grid.y);
+        cuda_emulator::run_cluster();
+    }
     if (!cuda_emulator::misaligned) return cudaSuccess;
     cuda_emulator::misaligned = false;
     return cudaErrorMisalignedAddress;
