@@ -191,6 +191,21 @@ def misaligned(x: Tensor) -> Tensor:
     return torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view_as(x).copy_(x)
 
 
+def test_dout_may_begin_anywhere(device: str) -> None:
+    q, k, v, dout = attention_inputs(shape(1, 2, 70, 64), BRAIN, device=device)
+    assert_close(q, k, v, misaligned(dout), Options(0.1))
+
+
+@pytest.mark.parametrize("D", [64, 256])
+def test_a_hidden_pair_whose_product_overflows_gives_no_gradient(D: int, device: str) -> None:
+    q, k, v, dout = attention_inputs(shape(1, 1, 70, D), BRAIN, device=device)
+    # Query 20 does not see key 30. The product of their rows is infinite, their weight is 0.
+    dout[:, :, 20], v[:, :, 30] = 1e25, 1e25
+    found = run(cuda, q, k, v, dout, Options(0.1, right=0))
+    for name, result in found.items():
+        assert result is not None and result.isfinite().all(), name
+
+
 def test_what_the_copy_engine_does_not_take_is_named(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, _ = attention_inputs(shape(1, 2, 40, 64), BRAIN, device=device)
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
@@ -199,6 +214,11 @@ def test_what_the_copy_engine_does_not_take_is_named(device: str, monkeypatch: p
     assert "k has others" in str(cuda.unsupported(Call("attention", given)))
     assert "q has others" in str(cuda.unsupported(Call("attention", {"q": q[..., :63:2], "k": k, "v": v})))
     assert cuda.unsupported(Call("attention", {"q": q, "k": k, "v": v})) is None
+    many = torch.zeros(70_001, dtype=torch.int32)
+    options = {"options": Options(0.1, cu_seqlens_q=many, cu_seqlens_k=many)}
+    assert "up to 65535 documents; got 70000" in str(
+        cuda.unsupported(Call("attention", {"q": q, "k": k, "v": v}, options))
+    )
     with pytest.raises(RuntimeError, match=r"attention forward on q \(1, 2, 40, 64\).*refused a tensor map"):
         cuda.forward(q, given["k"], v, Options(0.1))
 
