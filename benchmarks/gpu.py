@@ -7,7 +7,8 @@
 Needs no network. Every step is a process of its own with a time limit, so that one that hangs costs one row,
 and its outcome is written to STATE/steps.json before the next begins: interrupt it and call it again. A stage
 stops beginning steps after --budget seconds, with status 75, and goes on when called again. A change of a
-source file begins everything anew. An op whose tests failed is not timed.
+source file begins everything anew. An op whose tests failed is not timed; where only those of its CUDA C++
+did, its other backends are.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ TAIL = 6000
 
 @dataclass(frozen=True)
 class Step:
-    """One process. about: the op whose kernels it judges; empty: none alone."""
+    """One process. about: the op whose kernels it judges; empty: none alone. backend: cuda; empty: others."""
 
     stage: str
     name: str
@@ -58,6 +59,7 @@ class Step:
     limit: float
     about: str = ""
     alone: bool = True
+    backend: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,13 @@ def pytest(*arguments: str) -> tuple[str, ...]:
 
 def plan() -> Iterator[Step]:
     """Every step, in order."""
+    from lmkern.kernels.backends import backend_names
+
     install = ("-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", ".")
     yield Step("build", "install", python(*install), BUILD)
     yield Step("build", "doctor", python("-m", "benchmarks.gpu", "--doctor"), TEST)
     for name, about in gpu_tests():
-        yield Step("test", name, pytest(name), TEST, about, alone=False)
+        yield Step("test", name, pytest(name), TEST, about, alone=False, backend=backend_of(name))
     for path in sorted((ROOT / "tests" / "ops").glob("test_*.py")):
         name, about = path.relative_to(ROOT).as_posix(), op_of(path.stem.removeprefix("test_"))
         yield Step("test", name, pytest(name, "-k", "triton or cuda"), FILE, about, alone=False)
@@ -93,15 +97,20 @@ def plan() -> Iterator[Step]:
     if sanitizer := shutil.which("compute-sanitizer"):
         for name, about in gpu_tests("memory_checked"):
             command = (sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *pytest(name))
-            yield Step("test", f"compute-sanitizer {name}", command, SLOW, about, alone=False)
+            name, backend = f"compute-sanitizer {name}", backend_of(name)
+            yield Step("test", name, command, SLOW, about, alone=False, backend=backend)
     for path in sorted((ROOT / "benchmarks" / "ops").glob("bench_*.py")):
         op = path.stem.removeprefix("bench_")
+        # CUDA C++ by itself: one that hangs costs nobody else's rows.
+        rows = {"": " and not -cuda]", "cuda": " and -cuda]"} if "cuda" in backend_names(op) else {"": ""}
         for direction in DIRECTIONS:
-            command = pytest(
-                path.relative_to(ROOT).as_posix(), "-k", f"[{direction}-", "-p", "no:logging",
-                "--benchmark-enable", "--record", "--tested", "make gpu-test",
-            )  # fmt: skip
-            yield Step("bench", f"{op} {direction}", command, BENCH, op)
+            for backend, selection in rows.items():
+                command = pytest(
+                    path.relative_to(ROOT).as_posix(), "-k", f"[{direction}-{selection}", "-p", "no:logging",
+                    "--benchmark-enable", "--record", "--tested", "make gpu-test",
+                )  # fmt: skip
+                name = f"{op} {direction} {backend}".rstrip()
+                yield Step("bench", name, command, BENCH, op, backend=backend)
     yield Step("report", "pages", python("-m", "benchmarks.report"), SLOW)
 
 
@@ -116,6 +125,11 @@ def gpu_tests(marker: str = "gpu") -> list[tuple[str, str]]:
     return [
         (name, op_of(*re.split(r"[][-]", name)[1:], Path(name.partition("::")[0]).stem)) for name in names
     ]
+
+
+def backend_of(name: str) -> str:
+    """The backend that a test judges, where it is CUDA C++."""
+    return "cuda" if "cuda" in re.split(r"[^a-z0-9]", name) else ""
 
 
 def op_of(*words: str) -> str:
@@ -162,9 +176,10 @@ class Record:
     def forget_failures(self) -> None:
         self.outcomes = {name: one for name, one in self.outcomes.items() if one.status == PASSED}
 
-    def red(self, op: str, steps: Sequence[Step]) -> list[str]:
-        """The tests of an op that did not pass, or have not run."""
-        tests = [step for step in steps if step.stage == "test" and step.about == op]
+    def red(self, bench: Step, steps: Sequence[Step]) -> list[str]:
+        """The tests of what a step times that did not pass, or have not run."""
+        judges = (bench.about, ""), (bench.about, bench.backend)
+        tests = [step for step in steps if step.stage == "test" and (step.about, step.backend) in judges]
         return [
             step.name
             for step in tests
@@ -207,7 +222,7 @@ def run_stage(stage: str, steps: Sequence[Step], record: Record, deadline: float
     def one(step: Step) -> bool:
         if time.monotonic() > deadline:
             return False
-        if stage == "bench" and (red := record.red(step.about, steps)):
+        if stage == "bench" and (red := record.red(step, steps)):
             outcome = Outcome(FAILED, 0.0, f"not timed: {len(red)} tests are not green, first {red[0]}")
         else:
             outcome = run(step)

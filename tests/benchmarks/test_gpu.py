@@ -63,7 +63,12 @@ def test_the_plan_tests_every_op_before_it_times_it() -> None:
         ("test_cuda_norm", "add_norm"),
         ("test_cuda_attention", "attention"),
     ):
-        assert any(file in step.name and step.about == op for step in steps), (file, op)
+        found = [step for step in steps if file in step.name and step.about == op]
+        # A kernel that hangs costs its own half a minute.
+        assert found and all(step.backend == "cuda" and step.limit <= 30 for step in found), (file, op)
+    cuda = {op for op in op_names() if "cuda" in backend_names(op)}
+    assert {step.about for step in timed if step.backend == "cuda"} == cuda
+    assert {step.about for step in steps if step.stage == "test" and step.backend == "cuda"} == {"", *cuda}
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,6 +126,21 @@ def test_an_op_with_red_tests_is_not_timed(tmp_path: Path) -> None:
     assert record.outcomes["bench: rotary"] == Outcome(
         FAILED, 0.0, "not timed: 1 tests are not green, first of rotary"
     )
+
+
+def test_red_tests_of_cuda_leave_the_other_backends_timed(tmp_path: Path) -> None:
+    record = Record(tmp_path / "steps.json", "abc")
+    test, timed = (
+        step("a test", "pass", about="attention"),
+        step("x", "pass", stage="bench", about="attention"),
+    )
+    steps = [test, dataclasses.replace(test, name="of cuda", backend="cuda"), timed]
+    steps.append(dataclasses.replace(timed, name="x cuda", backend="cuda"))
+    record.keep(steps[0], Outcome(PASSED, 1.0, ""))
+    record.keep(steps[1], Outcome(HUNG, 30.0, ""))
+    assert gpu.run_stage("bench", steps, record, time.monotonic() + 60) == 1
+    assert record.outcomes["bench: x"].status == PASSED
+    assert record.outcomes["bench: x cuda"].output == "not timed: 1 tests are not green, first of cuda"
 
 
 # One of each op; the others differ in shapes and options.
