@@ -10,7 +10,7 @@
 // load that is not aligned, and threads that wait for each other.
 //
 // The blocks of a cluster run together, each with dynamic shared memory of its own, which begins when the
-// block does; a store to another's is seen when its thread arrives at the cluster's barrier.
+// block does.
 //
 // The blocks of a grid run one after the other, the first one first; the last one where the environment has
 // CUDA_EMULATOR_LAST_BLOCK_FIRST.
@@ -275,6 +275,7 @@ inline void run_cluster() {
         const auto copy = std::move(copies.front());
         copies.pop_front();
         copy();
+        if (!fault.empty()) throw std::logic_error("cuda_emulator: " + fault);
     }
     blockIdx = first_block;
 }
