@@ -225,3 +225,10 @@ def test_the_kernels_compile_for_hopper(tmp_path: Path) -> None:
     output = done.stdout + done.stderr
     assert "0 bytes spill stores" in output
     assert not [line for line in output.splitlines() if "C75" in line or "warning" in line]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
+def test_a_wait_that_lasts_too_long_ends_the_kernel_in_debug_builds(tmp_path: Path) -> None:
+    path = tmp_path / "verbs.ptx"
+    subprocess.run([*FOR_HOPPER, "-DLMKERN_CUDA_DEBUG", "-ptx", "-o", path], check=True, capture_output=True)
+    assert "trap;" in path.read_text() and "vprintf" in path.read_text()
