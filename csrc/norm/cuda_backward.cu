@@ -9,8 +9,8 @@
 //
 // Rows of up to 8192 elements (4096 where they are not aligned to 16 bytes) are read once, into registers: a
 // grid of p.chunks blocks goes over them, and each block leaves its sums for dweight and dbias in its slice
-// of partials. Those of up to 32 times as many (8 times where they are not aligned) are read once too, by
-// p.chunks clusters of blocks; beyond 65536 elements the sums for dweight and dbias live in shared memory.
+// of partials. Those of up to 262144 (49152 where they are not aligned) are read once too, by p.chunks
+// clusters of blocks; beyond 65536 elements the sums for dweight and dbias live in shared memory.
 // For wider rows, and where the GPU has no clusters, one grid makes dx and dresidual, reading each row twice,
 // and another the slices. The blocks that end last add the slices. Every order is fixed by the shapes and
 // p.chunks, whoever comes last: the same bits each time.
@@ -319,18 +319,20 @@ void clear_counters(const CudaNormParams& call, unsigned parts, const What& what
 template <class T, class S, int W, class What>
 bool in_clusters(const CudaNormParams& call, const What& what) {
     const NormParams& p = call.norm;
-    constexpr int64_t kNarrow = kThreads * kElements<W>;
+    // Where each element has an address of its own fewer of them leave room for the cluster's.
+    constexpr int kFew = W == 1 ? 6 : kElements<W>;
     const auto with = [&](auto kernel, const Cluster& cluster, int elements, size_t sums) {
         const dim3 block(block_for(cluster.share, elements, kThreads).x);
         clear_counters(call, cluster.size, what);
         return launch_clusters(kernel, dim3(static_cast<unsigned>(p.chunks) * cluster.size), block,
                                cluster.size, call.stream, call, what, kScratchBytes + sums * block.x);
     };
+    constexpr int64_t kShare = kThreads * kFew;
+    if (const Cluster cluster = cluster_for(p.columns, kShare, W == 1 ? kShare : 0); cluster.size > 0)
+        return with(backward_kernel<T, S, W, kFew / W, true>, cluster, kFew, 0);
     if constexpr (W > 1) {
-        if (const Cluster cluster = cluster_for(p.columns, kNarrow, 0); cluster.size > 0)
-            return with(backward_kernel<T, S, W, kElements<W> / W, true>, cluster, kElements<W>, 0);
         constexpr int kMany = 2 * kElements<W>;
-        if (const Cluster cluster = cluster_for(p.columns, 0, 2 * kNarrow); cluster.size > 0)
+        if (const Cluster cluster = cluster_for(p.columns, 0, kThreads * kMany); cluster.size > 0)
             return with(backward_kernel<T, S, W, kMany / W, true>, cluster, kMany, 2 * kMany * sizeof(float));
     }
     return false;
