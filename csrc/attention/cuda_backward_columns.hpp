@@ -20,12 +20,7 @@ __device__ void consume_by_columns(const Call& call, Shared<T, D>& shared, const
     RegisterTile<kOwnColumns> dk, dv;
     bool add = false;
 
-    ptx::mbarrier_wait(&shared.keys_full, 0, "keys_full");
-    if (p.cu_seqlens_k != nullptr && keys_left < kKeys<D>) {
-        zero_tail(shared.k, keys_left);
-        zero_tail(shared.v, keys_left);
-        ptx::bar_sync(kTail, kConsumerThreads);
-    }
+    wait_for_keys<T, D>(p, shared, keys_left);
     Ring<kQueryStages> q_ring;
     Ring<kDoutStages<D>> dout_ring;
     work.for_steps([&](int, int block) {

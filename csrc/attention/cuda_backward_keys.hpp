@@ -18,12 +18,7 @@ __device__ void consume_by_keys(const Call& call, Shared<T, D>& shared, const Wo
     RegisterTile<D> dk, dv;
     bool add = false;
 
-    ptx::mbarrier_wait(&shared.keys_full, 0, "keys_full");
-    if (p.cu_seqlens_k != nullptr && keys_left < kKeys<D>) {
-        zero_tail(shared.k, keys_left);
-        zero_tail(shared.v, keys_left);
-        ptx::bar_sync(kTail, kConsumerThreads);
-    }
+    wait_for_keys<T, D>(p, shared, keys_left);
     Ring<kQueryStages> ring;
     work.for_steps([&](int, int block) {
         const int stage = ring.stage, first_query = block * kQueries;

@@ -245,4 +245,14 @@ __device__ void zero_tail(SharedTile<T, ROWS, COLUMNS>& tile, int rows) {
     zero_rows(tile, rows, static_cast<int>(threadIdx.x) - kWarpgroup, kConsumerThreads);
 }
 
+// The consumers' first step. keys_left: of the document, from the tile's first on.
+template <class T, int D>
+__device__ void wait_for_keys(const AttentionParams& p, Shared<T, D>& shared, int keys_left) {
+    ptx::mbarrier_wait(&shared.keys_full, 0, "keys_full");
+    if (p.cu_seqlens_k == nullptr || keys_left >= kKeys<D>) return;
+    zero_tail(shared.k, keys_left);
+    zero_tail(shared.v, keys_left);
+    ptx::bar_sync(kTail, kConsumerThreads);
+}
+
 }  // namespace lmkern::cuda

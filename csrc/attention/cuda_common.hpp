@@ -32,11 +32,12 @@ void with_tile(const AttentionParams& p, const Body& body) {
     }
 }
 
-// The copy engine's view of a (B, H, N, D) tensor, in boxes of `rows` tokens and 64 columns. what() gives the
-// words for an error.
+// The copy engine's view of a (B, H, N, D) tensor, in boxes of `rows` tokens and 64 columns; of an empty one,
+// of which the driver makes no map and nothing is copied, none. what() gives the words for an error.
 template <class What>
 CUtensorMap map_of(const What& what, const void* start, const Strides& strides, int64_t batch, int64_t heads,
                    int64_t tokens, int64_t head_dim, int rows) {
+    if (tokens == 0) return {};
     try {
         return tensor_map(start, {batch, heads, tokens, head_dim}, {strides.batch, strides.head, strides.row},
                           rows);

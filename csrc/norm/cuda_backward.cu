@@ -9,11 +9,11 @@
 //
 // Rows of up to 8192 elements (4096 where they are not aligned to 16 bytes) are read once, into registers: a
 // grid of p.chunks blocks goes over them, and each block leaves its sums for dweight and dbias in its slice
-// of partials. Those of up to 32 times as many (8 times where they are not aligned) are read once too, by
-// p.chunks clusters of blocks; beyond 65536 elements the sums for dweight and dbias live in shared memory.
+// of partials. Those of up to 262144 (49152 where they are not aligned) are read once too, by p.chunks
+// clusters of blocks; beyond 65536 elements the sums for dweight and dbias live in shared memory.
 // For wider rows, and where the GPU has no clusters, one grid makes dx and dresidual, reading each row twice,
-// and another the slices. Then the slices are added. Every order is fixed by the shapes and p.chunks: no
-// atomics, the same bits each time.
+// and another the slices. The blocks that end last add the slices. Every order is fixed by the shapes and
+// p.chunks, whoever comes last: the same bits each time.
 #include "norm/cuda.hpp"
 #include "norm/cuda_common.hpp"
 #include "tile/row.hpp"
@@ -29,6 +29,9 @@ constexpr int64_t kThreads = 512;
 
 // Threads of a block that sums columns.
 constexpr int64_t kColumnThreads = 128;
+
+// Slices that one of their blocks adds: few enough for one to do, and for their sums likewise.
+constexpr int kGroup = 16;
 
 // The slice that a block leaves its sums in: (2, E), each null if nobody wants it.
 struct Slice {
@@ -135,6 +138,67 @@ private:
 // Dynamic shared memory: SumScratch, and then the sums for dweight and dbias where they live there.
 constexpr size_t kScratchBytes = (sizeof(SumScratch<2>) + 15) / 16 * 16;
 
+// Behind the slices: for each part of the columns the blocks that have come of each group, and the groups.
+__device__ __host__ inline int* counters_of(const NormParams& p) {
+    return reinterpret_cast<int*>(static_cast<float*>(p.partials) + 2 * p.chunks * p.columns);
+}
+__device__ __host__ inline int groups_of(const NormParams& p) {
+    return static_cast<int>((p.chunks + kGroup - 1) / kGroup);
+}
+
+// Whether this block comes last of `members`, and then sees what they wrote before. Every thread of the block
+// calls it. counter: 0 at first.
+__device__ inline bool comes_last(int* counter, int members) {
+    __syncthreads();
+    bool last = false;
+    if (threadIdx.x == 0 && threadIdx.y == 0) {
+        __threadfence();
+        last = atomicAdd(counter, 1) == members - 1;
+        __threadfence();
+    }
+    return __syncthreads_or(last);
+}
+
+// to[column] = sum of from[i * step + column] over i, in order; to: null if nobody wants it.
+template <int W>
+__device__ void add_slices(const float* from, int64_t step, int count, float* to, int columns) {
+    if (to == nullptr) return;
+    const int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
+    for (int column = thread * W; column < columns; column += threads * W) {
+        Pack<float, W> total{};
+#pragma unroll 8
+        for (int i = 0; i < count; ++i) {
+            const auto part = *reinterpret_cast<const Pack<float, W>*>(from + i * step + column);
+#pragma unroll
+            for (int w = 0; w < W; ++w) total.element[w] += part.element[w];
+        }
+        store_pack(to + column, total);
+    }
+}
+
+// dweight and dbias of these columns, once every block has left its slice: the last of a group adds those of
+// the group, in the first of them, and the last of these the groups'. part: of the columns, with counters of
+// its own.
+template <int W>
+__device__ void add_up(const NormParams& p, unsigned part, unsigned chunk, int first_column, int columns) {
+    if (p.dweight == nullptr && p.dbias == nullptr) return;
+    const int groups = groups_of(p), group = static_cast<int>(chunk) / kGroup;
+    int* counters = counters_of(p) + static_cast<int64_t>(part) * (groups + 1);
+    const int64_t step = 2 * p.columns;
+    const int members = min(kGroup, static_cast<int>(p.chunks) - group * kGroup);
+    if (!comes_last(counters + group, members)) return;
+    constexpr int F = W == 1 ? 1 : 4;
+    const Slice sum(p, group * kGroup, first_column), sums(p, 0, first_column);
+    add_slices<F>(sum.dweight, step, members, sum.dweight, columns);
+    add_slices<F>(sum.dbias, step, members, sum.dbias, columns);
+    if (!comes_last(counters + groups, groups)) return;
+    const auto out = [&](void* start) {
+        return start == nullptr ? nullptr : static_cast<float*>(start) + first_column;
+    };
+    add_slices<F>(sums.dweight, kGroup * step, groups, out(p.dweight), columns);
+    add_slices<F>(sums.dbias, kGroup * step, groups, out(p.dbias), columns);
+}
+
 // Grid: any number of blocks or clusters, p.chunks where V > 0; b takes rows b blockDim.y + threadIdx.y, and
 // so on in steps of the grid. Traffic: 3 R E elements, one more for each of dh and a second result, and 8 R
 // bytes; 8 E bytes a block.
@@ -209,6 +273,8 @@ __global__ void __launch_bounds__(V > 0 ? kThreads : kMaxThreads, 1) backward_ke
     const Slice slice(p, share.unit, share.first);
     dweight.finish(slice.dweight, share.columns);
     dbias.finish(slice.dbias, share.columns);
+    if constexpr (V > 0)
+        add_up<W>(p, CLUSTERED ? ptx::cluster_rank() : 0, share.unit, share.first, share.columns);
 }
 
 // Grid: (E / (W blockDim.x), p.chunks); a block takes W blockDim.x columns of the rows blockIdx.y, and so on
@@ -216,11 +282,12 @@ __global__ void __launch_bounds__(V > 0 ? kThreads : kMaxThreads, 1) backward_ke
 template <class T, class S, int W>
 __global__ void __launch_bounds__(kColumnThreads) column_sums_kernel(CudaNormParams call) {
     const NormParams& p = call.norm;
-    const int64_t column = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * W;
-    if (column >= p.columns) return;
+    const int block_columns = blockDim.x * W, first_column = blockIdx.x * block_columns;
+    const int column = first_column + threadIdx.x * W, columns = static_cast<int>(p.columns) - first_column;
+    const int64_t rows = column < p.columns ? p.rows : 0;
     Pack<float, W> dweight{}, dbias{};
 #pragma unroll 4
-    for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
+    for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {
         const auto h = to_float(load_pack<W>(static_cast<const S*>(p.h) + row * p.h_stride + column));
         const auto dy = to_float(load_pack<W>(static_cast<const T*>(p.dy) + row * p.dy_stride + column));
         const float mean = p.centred ? static_cast<const float*>(p.mean)[row] : 0.0f;
@@ -231,49 +298,41 @@ __global__ void __launch_bounds__(kColumnThreads) column_sums_kernel(CudaNormPar
             dbias.element[w] += dy.element[w];
         }
     }
-    const Slice slice(p, blockIdx.y, 0);
-    if (slice.dweight != nullptr) store_pack(slice.dweight + column, dweight);
-    if (slice.dbias != nullptr) store_pack(slice.dbias + column, dbias);
+    const Slice slice(p, blockIdx.y, column);
+    if (slice.dweight != nullptr && column < p.columns) store_pack(slice.dweight, dweight);
+    if (slice.dbias != nullptr && column < p.columns) store_pack(slice.dbias, dbias);
+    add_up<W>(p, blockIdx.x, blockIdx.y, first_column, min(block_columns, columns));
 }
 
-// Lanes that share out the slices of a column.
-constexpr int64_t kLanes = 32;
-
-// Grid: (E / 32, 2): dweight, dbias. Block: 32 columns by up to kLanes lanes; lane l adds the slices l, l +
-// lanes, and so on, and the lanes are added in order.
-__global__ void __launch_bounds__(32 * kLanes) sum_chunks_kernel(CudaNormParams call) {
-    __shared__ float lane_sums[kLanes][32];
+// Zeroes the counters of so many parts of the columns.
+template <class What>
+void clear_counters(const CudaNormParams& call, unsigned parts, const What& what) {
     const NormParams& p = call.norm;
-    float* out = static_cast<float*>(blockIdx.y == 0 ? p.dweight : p.dbias);
-    if (out == nullptr) return;
-    const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
-    const float* partials = static_cast<const float*>(p.partials) + blockIdx.y * p.columns + column;
-    float total = 0.0f;
-    if (column < p.columns)
-        for (int64_t chunk = threadIdx.y; chunk < p.chunks; chunk += blockDim.y)
-            total += partials[chunk * 2 * p.columns];
-    lane_sums[threadIdx.y][threadIdx.x] = total;
-    __syncthreads();
-    if (threadIdx.y > 0 || column >= p.columns) return;
-    for (unsigned lane = 1; lane < blockDim.y; ++lane) total += lane_sums[lane][threadIdx.x];
-    out[column] = total;
+    if (p.dweight == nullptr && p.dbias == nullptr) return;
+    const size_t counters = size_t{parts} * (groups_of(p) + 1);
+    check(cudaMemsetAsync(counters_of(p), 0, counters * sizeof(int),
+                          reinterpret_cast<cudaStream_t>(call.stream)),
+          what);
 }
 
-// dx, dresidual and the slices by clusters; false where a row is too wide for one or the GPU has none.
+// Everything by clusters; false where a row is too wide for one or the GPU has none.
 template <class T, class S, int W, class What>
 bool in_clusters(const CudaNormParams& call, const What& what) {
     const NormParams& p = call.norm;
-    constexpr int64_t kNarrow = kThreads * kElements<W>;
+    // Where each element has an address of its own fewer of them leave room for the cluster's.
+    constexpr int kFew = W == 1 ? 6 : kElements<W>;
     const auto with = [&](auto kernel, const Cluster& cluster, int elements, size_t sums) {
         const dim3 block(block_for(cluster.share, elements, kThreads).x);
+        clear_counters(call, cluster.size, what);
         return launch_clusters(kernel, dim3(static_cast<unsigned>(p.chunks) * cluster.size), block,
                                cluster.size, call.stream, call, what, kScratchBytes + sums * block.x);
     };
+    constexpr int64_t kShare = kThreads * kFew;
+    if (const Cluster cluster = cluster_for(p.columns, kShare, W == 1 ? kShare : 0); cluster.size > 0)
+        return with(backward_kernel<T, S, W, kFew / W, true>, cluster, kFew, 0);
     if constexpr (W > 1) {
-        if (const Cluster cluster = cluster_for(p.columns, kNarrow, 0); cluster.size > 0)
-            return with(backward_kernel<T, S, W, kElements<W> / W, true>, cluster, kElements<W>, 0);
         constexpr int kMany = 2 * kElements<W>;
-        if (const Cluster cluster = cluster_for(p.columns, 0, 2 * kNarrow); cluster.size > 0)
+        if (const Cluster cluster = cluster_for(p.columns, 0, kThreads * kMany); cluster.size > 0)
             return with(backward_kernel<T, S, W, kMany / W, true>, cluster, kMany, 2 * kMany * sizeof(float));
     }
     return false;
@@ -285,7 +344,6 @@ void norm_backward(const CudaNormParams& call) {
     const NormParams& p = call.norm;
     const auto what = [&] { return describe("backward", call); };
     const DeviceGuard guard(call.device, what);
-    const bool sums = p.dweight != nullptr || p.dbias != nullptr;
     const auto chunks = static_cast<unsigned>(p.chunks);
     with_types_and_packs(p, [&](auto type, auto residual_type, auto width) {
         using T = typename decltype(type)::type;
@@ -293,6 +351,7 @@ void norm_backward(const CudaNormParams& call) {
         constexpr int W = decltype(width)::value;
         const dim3 block = block_for(p.columns, kElements<W>, kThreads);
         if (p.columns <= kThreads * kElements<W>) {
+            clear_counters(call, 1, what);
             launch(backward_kernel<T, S, W, kElements<W> / W, false>, dim3(chunks), block, call.stream, call,
                    what, kScratchBytes);
             return;
@@ -303,12 +362,10 @@ void norm_backward(const CudaNormParams& call) {
             launch(backward_kernel<T, S, W, 0, false>, every_row, block, call.stream, call, what,
                    kScratchBytes);
         const dim3 grid(static_cast<unsigned>(ceil_div(p.columns, W * kColumnThreads)), chunks);
-        if (sums) launch(column_sums_kernel<T, S, W>, grid, dim3(kColumnThreads), call.stream, call, what);
+        if (p.dweight == nullptr && p.dbias == nullptr) return;
+        clear_counters(call, grid.x, what);
+        launch(column_sums_kernel<T, S, W>, grid, dim3(kColumnThreads), call.stream, call, what);
     });
-    if (!sums) return;
-    const dim3 grid(static_cast<unsigned>(ceil_div(p.columns, 32)), 2);
-    const dim3 block(32, static_cast<unsigned>(std::min(p.chunks, kLanes)));
-    launch(sum_chunks_kernel, grid, block, call.stream, call, what);
 }
 
 }  // namespace lmkern::cuda

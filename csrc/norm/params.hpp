@@ -19,7 +19,8 @@ struct NormParams {
     const void* dh;        // (R, E), rows dh_stride apart, or null: zeros
     void* dx;              // (R, E) contiguous, or null: not wanted
     void* dresidual;       // (R, E) contiguous, or null: not wanted
-    void* partials;        // (chunks, 2, E) float32 (float64): dweight and dbias of a chunk of rows
+    void* partials;        // (chunks, 2, E) float32 (float64): dweight and dbias of a chunk of rows; on a
+                           // GPU counters behind them
     void* dweight;         // (E,) float32 (float64), or null
     void* dbias;           // (E,) float32 (float64), or null
     int64_t x_stride, residual_stride, h_stride, dy_stride, dh_stride;

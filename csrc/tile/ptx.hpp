@@ -1,79 +1,20 @@
 // Hopper's instructions, one function each, named as in the PTX manual (sections 9.7.9, 9.7.13 and 9.7.15 of
-// PTX ISA 8.5). sm_90a only: the callers are compiled for nothing else. A verb of the products is in
-// wgmma.hpp.
+// PTX ISA 8.5). sm_90a only: the callers are compiled for nothing else. Barriers are in cluster.hpp, the verb
+// of the products is in wgmma.hpp.
 #pragma once
 
 #include <cuda.h>
 
 #include <cstdint>
-#include <cstdio>
 
 #include "tile/cluster.hpp"
 
 namespace lmkern::ptx {
 
-// 64 bits in shared memory: arrivals and bytes that are still awaited, and the parity of the phase.
-using Barrier = uint64_t;
 using TensorMap = CUtensorMap;
-
-__device__ inline uint32_t shared_address(const void* pointer) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// A phase ends when `arrivals` threads have arrived and the bytes they announced are there.
-__device__ inline void mbarrier_init(Barrier* barrier, uint32_t arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
-}
-
-// Makes initialised barriers known to the copy engine; __syncthreads makes them known to the block.
-__device__ inline void fence_mbarrier_init() {
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
 
 __device__ inline void mbarrier_arrive(Barrier* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
-// Arrives, and lets the phase wait for so many bytes more.
-__device__ inline void mbarrier_arrive_expect_tx(Barrier* barrier, uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-                 "r"(bytes)
-                 : "memory");
-}
-
-// In debug builds a wait of more than about a second says for what, and ends the kernel.
-class Patience {
-public:
-#ifdef LMKERN_CUDA_DEBUG
-    __device__ void end(const char* name, uint32_t value) {
-        constexpr long long kTooLong = 2'000'000'000;  // clocks
-        if (clock64() - start_ <= kTooLong) return;
-        printf("lmkern: block %u, thread %u waits for %s, %u\n", blockIdx.x, threadIdx.x, name, value);
-        __trap();
-    }
-
-private:
-    long long start_ = clock64();
-#else
-    __device__ void end(const char*, uint32_t) {}
-#endif
-};
-
-// Waits for the end of the phase of this parity: of the first phase it is 0.
-__device__ inline void mbarrier_wait(Barrier* barrier, uint32_t parity, const char* name) {
-    Patience patience;
-    while (true) {
-        uint32_t ended = 0;
-        asm volatile(
-            "{\n.reg .pred p;\n"
-            "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-            "selp.u32 %0, 1, 0, p;\n}"
-            : "=r"(ended)
-            : "r"(shared_address(barrier)), "r"(parity)
-            : "memory");
-        if (ended) return;
-        patience.end(name, parity);
-    }
 }
 
 // Copies a box of a tensor (column, row, head, batch: its first element) into shared memory; the barrier

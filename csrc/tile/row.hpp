@@ -187,8 +187,10 @@ struct Share {
 template <int K>
 struct SumScratch {
     float of_warps[K][kMaxThreads / 32];
-    // A cluster's blocks, in turns: who is still reading one sum's is not disturbed by the next.
+    // A cluster's blocks, in turns: who is still reading one sum's is not disturbed by the next, nor can the
+    // one after it come before every thread here has begun the next.
     float of_blocks[2][K][kMaxCluster];
+    ptx::Barrier arrived[2];
 };
 
 // Sums over rows, one after the other. CLUSTERED: every block of the cluster makes and uses one at the same
@@ -197,22 +199,29 @@ template <int K, bool CLUSTERED>
 class RowSum {
 public:
     __device__ explicit RowSum(SumScratch<K>& scratch) : scratch_(scratch) {
-        // A block may be written to as soon as it has begun.
-        if constexpr (CLUSTERED) ptx::cluster_sync();
+        if constexpr (!CLUSTERED) return;
+        if (threadIdx.x == 0) {
+            for (int turn = 0; turn < 2; ++turn) ptx::mbarrier_init(&scratch_.arrived[turn], 1);
+            ptx::fence_mbarrier_init();
+        }
+        // A block may be written to as soon as it has begun and its barriers are there.
+        ptx::cluster_sync();
     }
 
     // Each sum becomes that over the row, the same bits in all its threads.
     __device__ void operator()(float (&sums)[K]) {
         sum_over_threads(sums, scratch_.of_warps);
         if constexpr (!CLUSTERED) return;
-        auto& of_blocks = scratch_.of_blocks[turn_];
-        turn_ ^= 1;
+        auto& of_blocks = scratch_.of_blocks[sums_ % 2];
+        ptx::Barrier* arrived = &scratch_.arrived[sums_ % 2];
         const unsigned size = ptx::cluster_size();
+        if (threadIdx.x == 0) ptx::mbarrier_arrive_expect_tx(arrived, size * K * sizeof(float));
         if (threadIdx.x < size)
 #pragma unroll
             for (int k = 0; k < K; ++k)
-                ptx::store_in_block(&of_blocks[k][ptx::cluster_rank()], threadIdx.x, sums[k]);
-        ptx::cluster_sync();
+                ptx::st_async(&of_blocks[k][ptx::cluster_rank()], arrived, threadIdx.x, sums[k]);
+        ptx::mbarrier_wait(arrived, sums_ / 2 % 2, "the cluster's sums");
+        ++sums_;
 #pragma unroll
         for (int k = 0; k < K; ++k) {
             sums[k] = 0.0f;
@@ -222,7 +231,7 @@ public:
 
 private:
     SumScratch<K>& scratch_;
-    int turn_ = 0;
+    unsigned sums_ = 0;  // that were made
 };
 
 // The block for rows of which a thread takes so many elements: threads along a row, rows at once. At most

@@ -35,6 +35,10 @@ class Engine:
         """In how many chunks the rows of h are summed for dweight and dbias."""
         return max(1, min(_MAX_CHUNKS, h.shape[0] // _MIN_CHUNK_ROWS))
 
+    def counters(self, chunks: int, columns: int) -> int:
+        """Elements of `partials` behind the sums of the chunks."""
+        return 0
+
 
 CPU = Engine()
 
@@ -113,7 +117,7 @@ def backward(
     dweight = rstd.new_empty(columns) if needs[2] else None
     dbias = rstd.new_empty(columns) if needs[3] else None
     chunks = engine.chunks(h)
-    partials = rstd.new_empty((chunks, 2, columns))
+    partials = rstd.new_empty(chunks * 2 * columns + engine.counters(chunks, columns))
     code = DTYPE_CODES[dy.dtype]
     engine.run(
         "norm_backward",

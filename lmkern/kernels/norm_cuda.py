@@ -24,12 +24,15 @@ _MORE = struct.Struct("=2q")
 # Columns are counted in 32 bits, with room for a step of a block beyond the last.
 _MAX_WIDTH = 2**30
 
-# Chunks of rows: two blocks of up to 512 threads are resident on a processor at 64 registers a thread; fewer
-# if a chunk would have less than so many rows. A row that is wider than a block holds is shared out among 2,
-# 4 or more of them, one a processor.
-_CHUNKS_PER_PROCESSOR = 2
+# Chunks of rows: a block of up to 512 threads with up to 128 registers each fills a processor; fewer if a
+# chunk would have less than so many rows. A row that is wider than a block holds is shared out among 2, 4 or
+# more of them.
 _MIN_CHUNK_ROWS = 4
 _WIDTH_OF_BLOCK = 8192
+
+# kGroup of csrc/norm/cuda_backward.cu; the parts of the columns that have counters of their own are the
+# blocks of a cluster, or kColumnThreads columns and more.
+_GROUP, _MAX_CLUSTER, _PART_WIDTH = 16, 16, 128
 
 
 class _Engine(norm_call.Engine):
@@ -43,9 +46,11 @@ class _Engine(norm_call.Engine):
     def chunks(self, h: Tensor) -> int:
         rows, columns = h.shape
         blocks = -(-columns // _WIDTH_OF_BLOCK)
-        most = cuda_call.processors(h.device)
-        most = most // (1 << (blocks - 1).bit_length()) if blocks > 1 else _CHUNKS_PER_PROCESSOR * most
+        most = cuda_call.processors(h.device) // (1 << (blocks - 1).bit_length())
         return max(1, min(most, rows // _MIN_CHUNK_ROWS))
+
+    def counters(self, chunks: int, columns: int) -> int:
+        return max(_MAX_CLUSTER, -(-columns // _PART_WIDTH)) * (-(-chunks // _GROUP) + 1)
 
 
 forward = partial(norm_call.forward, engine=_Engine())

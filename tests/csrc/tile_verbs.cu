@@ -74,7 +74,8 @@ __global__ void add_kernel(const __grid_constant__ Call call) {
 }
 
 // out (64, N) float32 = A @ B, summed over 64. a holds A (64, 64), or its transpose where TRANSPOSE_A; b
-// holds B's transpose (N, 64), or B where TRANSPOSE_B. REGISTERS: A as a FactorTile.
+// holds B's transpose (N, 64), or B where TRANSPOSE_B, in shared memory from first_column on. REGISTERS: A as
+// a FactorTile.
 template <class T, int N, bool REGISTERS, int TRANSPOSE_A, int TRANSPOSE_B>
 __global__ void product_kernel(const __grid_constant__ Call call) {
     struct Shared {
@@ -82,12 +83,13 @@ __global__ void product_kernel(const __grid_constant__ Call call) {
         SharedTile<T, TRANSPOSE_B ? 64 : N, TRANSPOSE_B ? (N < 64 ? 64 : N) : 64> b;
     };
     Shared& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared());
-    const auto fill = [&](auto& tile, const void* from, int rows, int columns) {
+    const int first = TRANSPOSE_B ? call.first_column : 0;
+    const auto fill = [&](auto& tile, const void* from, int rows, int columns, int first) {
         for (int i = threadIdx.x; i < rows * columns; i += blockDim.x)
-            element_of(tile, i / columns, i % columns) = static_cast<const uint16_t*>(from)[i];
+            element_of(tile, i / columns, first + i % columns) = static_cast<const uint16_t*>(from)[i];
     };
-    fill(shared.a, call.a, 64, 64);
-    fill(shared.b, call.b, TRANSPOSE_B ? 64 : N, TRANSPOSE_B ? N : 64);
+    fill(shared.a, call.a, 64, 64, 0);
+    fill(shared.b, call.b, TRANSPOSE_B ? 64 : N, TRANSPOSE_B ? N : 64, first);
     ptx::fence_proxy_async();
     __syncthreads();
     RegisterTile<N> sums;
@@ -107,7 +109,7 @@ __global__ void product_kernel(const __grid_constant__ Call call) {
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 64; k += 16) {
-        const uint64_t b = TRANSPOSE_B ? shared.b.along_rows(k, 0) : shared.b.along_columns(0, k);
+        const uint64_t b = TRANSPOSE_B ? shared.b.along_rows(k, first) : shared.b.along_columns(0, k);
         const uint64_t a = TRANSPOSE_A ? shared.a.along_rows(k, 0) : shared.a.along_columns(0, k);
         if constexpr (REGISTERS)
             ptx::wgmma<TRANSPOSE_B>(sums.element, factor.part[k / 16], b, k > 0, T{});
@@ -205,6 +207,28 @@ __global__ void exp2_kernel(const __grid_constant__ Call call) {
         exp2_by_polynomial(static_cast<const float*>(call.a)[threadIdx.x]);
 }
 
+// Each block of a cluster sends its row of a (16, 16) float32 to the others: out (16, 16) is its transpose.
+__global__ void cluster_kernel(const __grid_constant__ Call call) {
+    struct Shared {
+        float from[kMaxCluster];
+        ptx::Barrier arrived;
+    };
+    Shared& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared());
+    const unsigned rank = ptx::cluster_rank(), size = ptx::cluster_size();
+    if (threadIdx.x == 0) {
+        ptx::mbarrier_init(&shared.arrived, 1);
+        ptx::fence_mbarrier_init();
+    }
+    ptx::cluster_sync();
+    if (threadIdx.x == 0) ptx::mbarrier_arrive_expect_tx(&shared.arrived, size * sizeof(float));
+    if (threadIdx.x < size)
+        ptx::st_async(&shared.from[rank], &shared.arrived, threadIdx.x,
+                      static_cast<const float*>(call.a)[rank * kMaxCluster + threadIdx.x]);
+    ptx::mbarrier_wait(&shared.arrived, 0, "arrived");
+    if (threadIdx.x < size)
+        static_cast<float*>(call.out)[rank * kMaxCluster + threadIdx.x] = shared.from[threadIdx.x];
+}
+
 template <class T, bool REGISTERS, int TRANSPOSE_A, int TRANSPOSE_B>
 auto product_of(int64_t columns) {
     if constexpr (REGISTERS && TRANSPOSE_B)
@@ -217,9 +241,9 @@ auto product_of(int64_t columns) {
 
 }  // namespace
 
-// verb: load, store, reduce, add, product, pipeline, registers, exp2, by their place. size: that of the
-// (2, 2, rows, columns) tensor that is mapped; option: of product, 1: float16, 2: A in registers, 4: A
-// transposed, 8: B transposed. Null, or what went wrong.
+// verb: load, store, reduce, add, product, pipeline, registers, exp2, cluster, by their place. size: that of
+// the (2, 2, rows, columns) tensor that is mapped; option: of product, 1: float16, 2: A in registers, 4: A
+// transposed, 8: B transposed; of cluster its blocks. Null, or what went wrong.
 extern "C" const char* run_verb(int verb, const void* a, const void* b, void* out, int64_t rows,
                                 int64_t columns, int64_t first_row, int64_t first_column, int64_t option,
                                 int64_t stream) {
@@ -257,6 +281,11 @@ extern "C" const char* run_verb(int verb, const void* a, const void* b, void* ou
             case 5: start(pipeline_kernel, 256); break;
             case 6: start(registers_kernel, 128); break;
             case 7: start(exp2_kernel, 128); break;
+            case 8:
+                if (const auto size = static_cast<unsigned>(option);
+                    !launch_clusters(cluster_kernel, dim3(size), dim3(64), size, stream, call, what, 1024))
+                    throw std::runtime_error("no room for the cluster");
+                break;
         }
     } catch (const std::exception& error) {
         said = error.what();

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.machinery
 import importlib.util
+import os
 import platform
 import shutil
 import subprocess
@@ -33,9 +35,27 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     compiler = shutil.which("g++")
     if compiler is None or platform.machine() != "x86_64" or platform.system() != "Linux":
         pytest.skip("the CUDA emulator needs g++ on x86-64 Linux")
+    # One for all processes of a run: the first compiles, the others wait.
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "emulated"
+    folder.mkdir(exist_ok=True)
+    path = folder / "_cuda.so"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            compile_emulated(compiler, path)
+    loader = importlib.machinery.ExtensionFileLoader("emulated._cuda", str(path))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def compile_emulated(compiler: str, path: Path) -> None:
     import pybind11
 
-    folder = tmp_path_factory.mktemp("emulated")
+    folder = path.parent
     objects = [folder / f"{number}.o" for number in range(len(SOURCES))]
     includes = [EMULATOR, ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
     flags = ["-std=c++17", "-O1", "-fPIC", "-mf16c", "-fvisibility=hidden", "-w", "-DLMKERN_HOPPER"]
@@ -47,14 +67,9 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(build, SOURCES, objects))
-    path = folder / "_cuda.so"
-    subprocess.run([compiler, "-shared", *objects, "-o", path], check=True)
-    loader = importlib.machinery.ExtensionFileLoader("emulated._cuda", str(path))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+    part = path.with_suffix(".part")
+    subprocess.run([compiler, "-shared", *objects, "-o", part], check=True)
+    part.replace(path)
 
 
 @pytest.fixture(

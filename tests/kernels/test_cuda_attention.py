@@ -191,6 +191,21 @@ def misaligned(x: Tensor) -> Tensor:
     return torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view_as(x).copy_(x)
 
 
+def test_dout_may_begin_anywhere(device: str) -> None:
+    q, k, v, dout = attention_inputs(shape(1, 2, 70, 64), BRAIN, device=device)
+    assert_close(q, k, v, misaligned(dout), Options(0.1))
+
+
+@pytest.mark.parametrize("D", [64, 256])
+def test_a_hidden_pair_whose_product_overflows_gives_no_gradient(D: int, device: str) -> None:
+    q, k, v, dout = attention_inputs(shape(1, 1, 70, D), BRAIN, device=device)
+    # Query 20 does not see key 30. The product of their rows is infinite, their weight is 0.
+    dout[:, :, 20], v[:, :, 30] = 1e25, 1e25
+    found = run(cuda, q, k, v, dout, Options(0.1, right=0))
+    for name, result in found.items():
+        assert result is not None and result.isfinite().all(), name
+
+
 def test_what_the_copy_engine_does_not_take_is_named(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, _ = attention_inputs(shape(1, 2, 40, 64), BRAIN, device=device)
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
@@ -199,6 +214,11 @@ def test_what_the_copy_engine_does_not_take_is_named(device: str, monkeypatch: p
     assert "k has others" in str(cuda.unsupported(Call("attention", given)))
     assert "q has others" in str(cuda.unsupported(Call("attention", {"q": q[..., :63:2], "k": k, "v": v})))
     assert cuda.unsupported(Call("attention", {"q": q, "k": k, "v": v})) is None
+    many = torch.zeros(70_001, dtype=torch.int32)
+    options = {"options": Options(0.1, cu_seqlens_q=many, cu_seqlens_k=many)}
+    assert "up to 65535 documents; got 70000" in str(
+        cuda.unsupported(Call("attention", {"q": q, "k": k, "v": v}, options))
+    )
     with pytest.raises(RuntimeError, match=r"attention forward on q \(1, 2, 40, 64\).*refused a tensor map"):
         cuda.forward(q, given["k"], v, Options(0.1))
 
@@ -210,3 +230,52 @@ def test_index_arithmetic_of_every_small_shape(tmp_path: Path) -> None:
     subprocess.run([compiler, "-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", source, "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(cuda.unavailable() is not None, reason=str(cuda.unavailable()))
+class TestOnAGpu:
+    """What there is nothing of on the CPU: streams, devices, graphs."""
+
+    SIZES, OPTIONS = shape(2, 4, 700, 64, 900, 2), Options(0.125, right=0)
+
+    def test_kernels_run_on_the_current_stream(self) -> None:
+        q, k, v, dout = attention_inputs(self.SIZES, BRAIN, device="cuda")
+        expected = run(cuda, q * 2, k, v, dout, self.OPTIONS)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # A kernel on another stream would read q before it is multiplied.
+            torch.cuda._sleep(20_000_000)
+            found = run(cuda, q.mul_(2), k, v, dout, self.OPTIONS)
+        stream.synchronize()
+        assert_same(found, expected)
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+    def test_kernels_run_on_the_device_of_q(self) -> None:
+        inputs = attention_inputs(self.SIZES, BRAIN, device="cuda:1")
+        with torch.cuda.device(0):
+            found = run(cuda, *inputs, self.OPTIONS)
+            assert torch.cuda.current_device() == 0
+        there = run(cuda, *(x.to("cuda:0") for x in inputs), self.OPTIONS)
+        assert_same(found, {name: None if x is None else x.to("cuda:1") for name, x in there.items()})
+
+    @pytest.mark.parametrize("D", [64, 128, 256])
+    def test_a_captured_graph_replays_with_other_inputs(self, D: int) -> None:
+        inputs = attention_inputs(shape(2, 4, 700, D, 900, 2), BRAIN, device="cuda")
+        run(cuda, *inputs, self.OPTIONS)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, lse = cuda.forward(*inputs[:3], self.OPTIONS)
+            gradients = cuda.backward(inputs[3], *inputs[:3], out, lse, None, self.OPTIONS, needs=ALL)
+        for factor in (1.0, 1.5, 0.5):
+            inputs[0].mul_(factor)
+            graph.replay()
+            found = dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *gradients), strict=False))
+            assert_same(found, run(cuda, *inputs, self.OPTIONS))
+
+
+def assert_same(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
+    for name, result in found.items():
+        other = expected[name]
+        assert result is not None and other is not None and torch.equal(result, other), name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from lmkern.kernels import backends, cuda_call, native, norm_call, norm_cuda
+from lmkern.kernels.attention import cuda as attention_cuda
 
 ROOT = Path(__file__).parents[2]
 ENTRIES = {f"{op}_{way}" for op in ("attention", "norm") for way in ("forward", "backward")}
@@ -74,8 +76,8 @@ def test_no_kernel_spills_and_none_uses_the_stack(built: tuple[Path, str]) -> No
 
 @needs_nvcc
 def test_the_compiler_takes_the_hopper_kernels_as_written(built: tuple[Path, str]) -> None:
-    """setmaxnreg ignored; products made one after the other; a wait put between them."""
-    assert not re.findall(r"C7508|C7510|C7517", built[1])
+    """setmaxnreg ignored; products made one after the other; a wait or a fence put between them."""
+    assert not re.findall(r"C7508|C7510|C7517|C7519", built[1])
 
 
 @needs_nvcc
@@ -99,6 +101,15 @@ def test_the_hopper_kernels_use_its_products_and_copies(built: tuple[Path, str])
         assert "LDL" not in text and "STL" not in text
     for text in backward:
         assert "UBLKRED" in text
+
+
+def test_no_launcher_waits_or_allocates() -> None:
+    """What a CUDA graph cannot capture; memory is torch's."""
+    sources = [path for path in (ROOT / "csrc").rglob("*") if "cuda" in path.name or "tile" in path.parts]
+    assert len(sources) > 10
+    forbidden = r"cuda\w*Synchronize|cudaMalloc|cudaFree\w*\(|cudaMemcpy|cudaStreamCreate|cudaStreamLegacy"
+    for path in filter(Path.is_file, sources):
+        assert not re.findall(forbidden, path.read_text(encoding="utf-8")), path
 
 
 @needs_nvcc
@@ -258,6 +269,33 @@ def test_kernel_that_has_not_been_run_is_taken_by_name_only(monkeypatch: pytest.
     assert norm_cuda.unsupported(call("cuda")) is None
     monkeypatch.setattr(norm_cuda, "RUN_ON_HARDWARE", "a GPU")
     assert norm_cuda.unsupported(call(None)) is None
+
+
+WITH_CUDA = [op for op in backends.op_names() if "cuda" in backends.backend_names(op)]
+
+
+@pytest.mark.usefixtures("with_gpu")
+@pytest.mark.parametrize("op", WITH_CUDA)
+def test_triton_is_chosen_until_the_kernel_has_been_run(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, triton = backends.load(op, "cuda"), backends.load(op, "triton")
+    home = attention_cuda if op == "attention" else norm_cuda
+    monkeypatch.setattr(triton, "unsupported", lambda call: None)
+    monkeypatch.setattr(home, "RUN_ON_HARDWARE", None)
+    monkeypatch.setattr(attention_cuda, "unavailable", lambda: None)
+    unknown = backends.Call(op, dict.fromkeys(("q", "k", "x")))
+    assert backends.select(unknown) is triton
+    (row,) = (row for row in backends.explain(unknown) if row.backend == "cuda")
+    assert "has not been run on a GPU yet" in row.reason
+    assert "has not been run on a GPU yet" in module.NOTE or home.RUN_ON_HARDWARE
+    monkeypatch.setattr(home, "RUN_ON_HARDWARE", "a GPU")
+    assert backends.select(unknown) is module
+
+
+def test_a_kernel_is_said_to_have_run_only_beside_a_result() -> None:
+    results = [json.loads(path.read_text()) for path in (ROOT / "benchmarks/results").glob("*.json")]
+    timed = {row["op"] for result in results for row in result["rows"] if row["backend"] == "cuda"}
+    for home, ops in ((attention_cuda, {"attention"}), (norm_cuda, {*WITH_CUDA} - {"attention"})):
+        assert home.RUN_ON_HARDWARE is None or ops <= timed
 
 
 @pytest.mark.usefixtures("with_gpu")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import lmkern
-from lmkern.kernels import backends, cuda_call, philox
+from lmkern.kernels import backends, cuda_call, norm_cuda, philox
 from lmkern.kernels.add_norm import Options
 from lmkern.testing import (
     LAYER_NORM_SHAPES,
@@ -159,7 +159,8 @@ def test_every_result_matches_float64(case: Case, shapes: tuple[LayerNormShape, 
         assert_close(case, inputs_of(case, shape, device))
 
 
-# Rows that clusters of 2, 4, 8, 8 with their sums in shared memory, and 16 blocks hold; one that none does.
+# Rows that clusters of 2, 4, 8, 8 with their sums in shared memory, and 16 blocks hold; rows off the 16-byte
+# grid that 16 hold, and that none does.
 WIDE = (
     (Case("layer_norm"), 8, 8_200),
     (Case("add_norm", HALF, dropout_p=0.3), 8, 16_400),
@@ -167,6 +168,7 @@ WIDE = (
     (Case("add_norm", BRAIN, residual=SINGLE, dropout_p=0.3), 8, 65_544),
     (Case("rms_norm", BRAIN, offset=1.0), 1, 131_080),
     (Case("layer_norm"), 1, 262_144),
+    (Case("layer_norm", HALF, parameters=SINGLE), 1, 30_001),
     (Case("rms_norm"), 1, 66_001),
 )
 
@@ -286,6 +288,26 @@ def test_variance_survives_a_mean_far_from_zero(E: int, device: str) -> None:
     assert_close(case, replace(inputs_of(case, LayerNormShape(5, E), device), x=x))
 
 
+# More chunks than a group of them has: of a block, of a cluster, and of a part of the columns.
+@pytest.mark.parametrize(("R", "E", "clusters"), [(37, 40, True), (17, 8200, True), (18, 8200, False)])
+def test_sums_are_the_same_whichever_block_ends_last(
+    R: int, E: int, clusters: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "cuda":
+        pytest.skip("only the emulator can be told an order")
+    monkeypatch.setattr(cuda_call, "processors", lambda device: 37)
+    monkeypatch.setattr(norm_cuda, "_MIN_CHUNK_ROWS", 1)
+    if not clusters:
+        monkeypatch.setenv("CUDA_EMULATOR_NO_CLUSTERS", "1")
+    case = Case("layer_norm", BRAIN, parameters=SINGLE)
+    given = inputs_of(case, LayerNormShape(R, E), device)
+    assert_close(case, given)
+    found = run("cuda", case, given)
+    monkeypatch.setenv("CUDA_EMULATOR_LAST_BLOCK_FIRST", "1")
+    for name, result in run("cuda", case, given).items():
+        assert torch.equal(result, found[name]), name
+
+
 @pytest.mark.parametrize("shape", [(40, 40), (64, 768), (8, 9001), (8, 9000)], ids=str)
 def test_repeats_are_bit_equal(shape: tuple[int, int], device: str) -> None:
     R, E = shape
@@ -341,6 +363,23 @@ class TestOnAGpu:
         seed.fill_(2)
         graph.replay()
         assert torch.equal(y, kernels.forward(*arguments)[0])
+
+    @pytest.mark.parametrize("E", [768, 8200])
+    def test_a_captured_backward_replays_with_the_same_bits(self, E: int) -> None:
+        given = inputs_of(self.CASE, LayerNormShape(600, E), "cuda")
+        kernels = backends.load("add_norm", "cuda")
+        options = Options(True, EPS, 0.0, 0.3, torch.tensor(1, device="cuda"))
+        _, h, mean, rstd = kernels.forward(given.x, given.residual, given.weight, given.bias, options)
+        arguments = given.dy, given.dh, h, given.weight, mean, rstd, options
+        expected = kernels.backward(*arguments, needs=(True,) * 4)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = kernels.backward(*arguments, needs=(True,) * 4)
+        for _ in range(3):
+            for result in found:
+                result.fill_(torch.nan)
+            graph.replay()
+            assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
     def test_ops_reach_the_kernels_by_name(self) -> None:
         x, weight, bias, dy = layer_norm_inputs(LayerNormShape(12, 96), device="cuda")

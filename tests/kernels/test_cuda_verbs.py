@@ -23,7 +23,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 EMULATOR, SOURCE = ROOT / "tests/csrc/cuda_emulator", ROOT / "tests/csrc/tile_verbs.cu"
-VERBS = ("load", "store", "reduce", "add", "product", "pipeline", "registers", "exp2")
+VERBS = ("load", "store", "reduce", "add", "product", "pipeline", "registers", "exp2", "cluster")
 BRAIN, HALF, SINGLE = torch.bfloat16, torch.float16, torch.float32
 FOR_HOPPER = (
     "nvcc", "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a",
@@ -175,6 +175,22 @@ def test_product(
     np.testing.assert_array_equal(as_numpy(out), as_numpy(a) @ as_numpy(b))
 
 
+def test_product_with_the_second_half_of_a_chunk(run: Run) -> None:
+    a, b = integers(64, 64), integers(64, 32, seed=1)
+    out = torch.full((64, 32), torch.nan, dtype=SINGLE)
+    run("product", a, b, out, 0, 32, first=(0, 32), option=8)
+    np.testing.assert_array_equal(as_numpy(out), as_numpy(a) @ as_numpy(b))
+
+
+@pytest.mark.parametrize("size", [2, 8, 16])
+def test_blocks_of_a_cluster_send_to_each_other(size: int, run: Run) -> None:
+    a, out = integers(16, 16, dtype=SINGLE), torch.full((16, 16), torch.nan, dtype=SINGLE)
+    run("cluster", a, None, out, option=size)
+    expected = np.full((16, 16), np.nan)
+    expected[:size, :size] = as_numpy(a).T[:size, :size]
+    np.testing.assert_array_equal(as_numpy(out), expected)
+
+
 def test_a_ring_of_barriers_between_warpgroups_of_unequal_registers(run: Run) -> None:
     x = integers(2, 2, 5 * 64, 128)
     out = torch.full((128,), torch.nan)
@@ -209,3 +225,10 @@ def test_the_kernels_compile_for_hopper(tmp_path: Path) -> None:
     output = done.stdout + done.stderr
     assert "0 bytes spill stores" in output
     assert not [line for line in output.splitlines() if "C75" in line or "warning" in line]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
+def test_a_wait_that_lasts_too_long_ends_the_kernel_in_debug_builds(tmp_path: Path) -> None:
+    path = tmp_path / "verbs.ptx"
+    subprocess.run([*FOR_HOPPER, "-DLMKERN_CUDA_DEBUG", "-ptx", "-o", path], check=True, capture_output=True)
+    assert "trap;" in path.read_text() and "vprintf" in path.read_text()

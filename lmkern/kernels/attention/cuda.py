@@ -70,6 +70,8 @@ def _not_taken(options: Options) -> str | None:
         "sinks": options.sinks,
         "a softmax_scale that is not positive": None if options.softmax_scale > 0 else True,
     }
+    if options.cu_seqlens_q is not None and options.cu_seqlens_q.numel() - 1 > _MAX_GRID:
+        return f"takes up to {_MAX_GRID} documents; got {options.cu_seqlens_q.numel() - 1}"
     given = [name for name, value in features.items() if value is not None]
     return f"does not take {' and '.join(given)}" if given else None
 
@@ -120,7 +122,8 @@ def backward(
         turns = torch.zeros(blocks, dtype=torch.int32, device=q.device)
     tensors = {
         "q": q, "k": k, "v": v, "out": out, "lse": lse,
-        "dout": dout if _copyable(dout) else dout.contiguous(),
+        # Contiguous is not enough: it may begin anywhere.
+        "dout": dout if _copyable(dout) else dout.clone(memory_format=torch.contiguous_format),
         "dlse": None if dlse is None else dlse.contiguous(), "dq": dq, "dk": dk, "dv": dv,
     }  # fmt: skip
     cuda_call.module().attention_backward(pack(tensors, options) + _more(q, delta, dq_sum, turns))

@@ -1,15 +1,19 @@
 // Enough of CUDA to run the project's kernels on the CPU, for tests: this folder comes before CUDA's own
 // headers and before csrc/.
 //
-// A thread of a block is a fiber. The warps run one after the other, each as far as it gets, in ascending
-// order in one block and in descending order in the next, and so do the blocks of a cluster, so that a barrier that is missing is seen in the
-// result; within a warp, shuffles are barriers. What is asynchronous (tile/ptx.hpp, tile/wgmma.hpp) happens
-// as late as it may: a copy when no thread can go on, a product when it is waited for. Refused: a warp of
-// which some threads wait at a shuffle or barrier and others do not, a load that is not aligned, and threads
-// that wait for each other.
+// A thread of a block is a fiber. Four ways to run the warps take turns from block to block, so that a
+// barrier that is missing is seen in the result: in ascending or in descending order, as the blocks of a
+// cluster too; and either one after the other, each as far as it gets, or each only when none before it can
+// go on, so that the last ones starve. Within a warp, shuffles are barriers. What is asynchronous
+// (tile/ptx.hpp, tile/wgmma.hpp) happens as late as it may: a copy when no thread can go on, a product when
+// it is waited for. Refused: a warp of which some threads wait at a shuffle or barrier and others do not, a
+// load that is not aligned, and threads that wait for each other.
 //
 // The blocks of a cluster run together, each with dynamic shared memory of its own, which begins when the
-// block does; a store to another's is seen when its thread arrives at the cluster's barrier.
+// block does.
+//
+// The blocks of a grid run one after the other, the first one first; the last one where the environment has
+// CUDA_EMULATOR_LAST_BLOCK_FIRST.
 //
 // Not here: device memory, streams, anything else between blocks, the rounding of fast mathematics.
 #pragma once
@@ -32,6 +36,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __launch_bounds__(...)
 #define __grid_constant__
 // One block runs at a time, or several of a cluster, which have dynamic shared memory alone.
@@ -63,6 +68,7 @@ struct Fiber {
     dim3 thread;
     unsigned rank;  // of its block in the cluster
     State state;
+    bool aside;
     unsigned offered;
     std::function<bool()> condition;
     std::string waits_for;
@@ -74,7 +80,7 @@ constexpr size_t kStackBytes = 64 * 1024, kSharedBytes = 227 * 1024;
 // A block of the cluster that runs. Dynamic shared memory is NaN when its first thread begins.
 struct Block {
     dim3 index;
-    bool begun;
+    bool begun, any;
     alignas(1024) unsigned char shared[(kSharedBytes + 1023) / 1024 * 1024];
 };
 
@@ -87,14 +93,14 @@ T* reserve(size_t count) {
 }
 
 inline std::vector<Fiber> fibers(kMaxThreads);
-inline char* const stacks = reserve<char>(kMaxCluster* kMaxThreads* kStackBytes);
+inline char* const stacks = reserve<char>(kMaxCluster * kMaxThreads * kStackBytes);
 inline Block* const blocks = reserve<Block>(kMaxCluster);
 inline unsigned cluster_blocks = 1, cluster_arrived = 0, cluster_passed = 0;
 // Of the block whose thread runs.
 inline unsigned char* shared_memory = blocks[0].shared;
 inline ucontext_t scheduler;
 inline unsigned current = 0;
-inline bool descending = false;
+inline bool descending = false, starving = false;
 inline bool misaligned = false;
 // What a thread did that no GPU would have forgiven.
 inline std::string fault;
@@ -124,11 +130,30 @@ inline void wait_until(std::function<bool()> condition, const std::string& name)
     wait_in(State::polling);
 }
 
-// Lets every other warp go as far as it gets.
-inline unsigned round_of_warps = 0;
+// Lets every other warp go as far as it gets; in a block whose last warps starve, until no thread can go on
+// but those that have stepped aside, of which the first warp may then.
+inline unsigned round_of_warps = 0, steps_aside = 0, allowed_warp = 0, allowed_steps = 0;
 inline void step_aside() {
-    const unsigned now = round_of_warps;
-    wait_until([=] { return round_of_warps != now; }, "nothing");
+    if (!starving) {
+        const unsigned now = round_of_warps;
+        return wait_until([=] { return round_of_warps != now; }, "nothing");
+    }
+    const unsigned step = ++steps_aside, here = current;
+    fibers[here].aside = true;
+    wait_until([=] { return allowed_warp == here / kWarp && step <= allowed_steps; }, "nothing");
+    fibers[here].aside = false;
+}
+
+// Whether there was a thread that had stepped aside.
+inline bool let_one_go_on(unsigned threads) {
+    for (unsigned turn = 0; turn < threads; ++turn) {
+        const unsigned thread = descending ? threads - 1 - turn : turn;
+        if (!fibers[thread].aside) continue;
+        allowed_warp = thread / kWarp;
+        allowed_steps = steps_aside;
+        return true;
+    }
+    return false;
 }
 
 inline void start_fiber() {
@@ -192,6 +217,7 @@ inline bool run_block(unsigned rank) {
             const unsigned first = begin + (descending ? warps - 1 - turn : turn) * kWarp;
             moved |= run_warp(first, std::min(first + kWarp, end));
             if (!fault.empty()) throw std::logic_error("cuda_emulator: " + fault);
+            if (moved && starving) break;
         }
         unsigned at_barrier = 0, done = 0;
         for (unsigned i = begin; i < end; ++i) {
@@ -226,12 +252,14 @@ inline void run_cluster() {
             dim3(thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / (blockDim.x * blockDim.y));
         fiber.rank = i / own;
         fiber.state = State::ready;
+        fiber.aside = false;
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = stacks + i * kStackBytes;
         fiber.context.uc_stack.ss_size = kStackBytes;
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, start_fiber, 0);
     }
+    if (descending) starving = !starving;
     descending = !descending;
     const auto done = [](const Fiber& fiber) { return fiber.state == State::done; };
     while (true) {
@@ -240,10 +268,14 @@ inline void run_cluster() {
             moved |= run_block(descending ? cluster_blocks - 1 - turn : turn);
         if (std::all_of(fibers.begin(), fibers.begin() + threads, done) && copies.empty()) break;
         if (moved) continue;
-        if (copies.empty()) throw std::logic_error(deadlock());
+        if (copies.empty()) {
+            if (let_one_go_on(threads)) continue;
+            throw std::logic_error(deadlock());
+        }
         const auto copy = std::move(copies.front());
         copies.pop_front();
         copy();
+        if (!fault.empty()) throw std::logic_error("cuda_emulator: " + fault);
     }
     blockIdx = first_block;
 }
@@ -252,6 +284,24 @@ inline void run_cluster() {
 
 inline void __syncthreads() {
     cuda_emulator::wait_in(cuda_emulator::State::at_barrier);
+}
+
+inline int __syncthreads_or(int value) {
+    bool& any = cuda_emulator::blocks[cuda_emulator::fibers[cuda_emulator::current].rank].any;
+    __syncthreads();
+    any = false;
+    __syncthreads();
+    any |= value != 0;
+    __syncthreads();
+    return any;
+}
+
+inline void __threadfence() {}
+
+inline int atomicAdd(int* to, int value) {
+    const int before = *to;
+    *to += value;
+    return before;
 }
 
 // Every lane of the warp offers a word; use(words of the 32 lanes) is the lane's result.
@@ -355,6 +405,9 @@ inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int byte
 inline cudaError_t cudaSetDevice(int) {
     return cudaSuccess;
 }
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+    return std::memset(to, value, bytes), cudaSuccess;
+}
 inline cudaError_t cudaDriverGetVersion(int* version) {
     return *version = CUDART_VERSION, cudaSuccess;
 }
@@ -387,9 +440,13 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     cuda_emulator::cluster_blocks = cluster;
     gridDim = grid;
     blockDim = block;
-    for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
-        for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-            for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x += cluster) cuda_emulator::run_cluster();
+    const uint64_t clusters = uint64_t(grid.x / cluster) * grid.y * grid.z;
+    const bool backwards = std::getenv("CUDA_EMULATOR_LAST_BLOCK_FIRST") != nullptr;
+    for (uint64_t i = 0; i < clusters; ++i) {
+        const uint64_t place = (backwards ? clusters - 1 - i : i) * cluster, rows = place / grid.x;
+        blockIdx = dim3(place % grid.x, rows % grid.y, rows / grid.y);
+        cuda_emulator::run_cluster();
+    }
     if (!cuda_emulator::misaligned) return cudaSuccess;
     cuda_emulator::misaligned = false;
     return cudaErrorMisalignedAddress;

@@ -3,27 +3,6 @@
 
 #include <cuda_runtime.h>
 
-namespace cuda_emulator {
-
-// A store to another block's shared memory that has been started.
-struct RemoteStore {
-    unsigned rank;
-    float* to;
-    float value;
-};
-inline std::vector<std::vector<RemoteStore>> remote_stores(kMaxCluster* kMaxThreads);
-
-inline void make(const RemoteStore& store) {
-    if (!blocks[store.rank].begun) fault = "a store to a block that has not begun";
-    const unsigned own = blockDim.x * blockDim.y * blockDim.z;
-    const Fiber* first = &fibers[store.rank * own];
-    if (std::all_of(first, first + own, [](const Fiber& fiber) { return fiber.state == State::done; }))
-        fault = "a store to a block that has ended";
-    *store.to = store.value;
-}
-
-}  // namespace cuda_emulator
-
 namespace lmkern {
 
 constexpr int kMaxCluster = cuda_emulator::kMaxCluster;
@@ -43,20 +22,59 @@ inline unsigned cluster_size() {
     return cuda_emulator::cluster_blocks;
 }
 
-inline void store_in_block(float* to, unsigned rank, float value) {
+struct Barrier {
+    int arrivals, pending;
+    int64_t bytes;
+    uint32_t parity;
+
+    void settle() {
+        if (pending != 0 || bytes != 0) return;
+        pending = arrivals;
+        parity ^= 1;
+    }
+};
+
+inline uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - cuda_emulator::shared_memory);
+}
+
+inline void mbarrier_init(Barrier* barrier, uint32_t arrivals) {
+    *barrier = {static_cast<int>(arrivals), static_cast<int>(arrivals), 0, 0};
+}
+inline void fence_mbarrier_init() {}
+inline void arrive(Barrier* barrier) {
+    --barrier->pending;
+    barrier->settle();
+}
+inline void mbarrier_arrive_expect_tx(Barrier* barrier, uint32_t bytes) {
+    barrier->bytes += bytes;
+    arrive(barrier);
+}
+inline void mbarrier_wait(Barrier* barrier, uint32_t parity, const char* name) {
+    cuda_emulator::wait_until([=] { return barrier->parity != parity; }, name);
+}
+
+inline void st_async(float* to, Barrier* barrier, unsigned rank, float value) {
     using namespace cuda_emulator;
-    const auto offset = reinterpret_cast<unsigned char*>(to) - shared_memory;
-    const RemoteStore store{rank, reinterpret_cast<float*>(blocks[rank].shared + offset), value};
-    if (descending)
-        make(store);
-    else
-        remote_stores[current].push_back(store);
+    Block& block = blocks[rank];
+    if (!block.begun) fault = "a store to a block that has not begun";
+    const auto there = [&](auto* here) {
+        const auto offset = reinterpret_cast<unsigned char*>(here) - shared_memory;
+        return reinterpret_cast<decltype(here)>(block.shared + offset);
+    };
+    start_copy([=, to = there(to), barrier = there(barrier)] {
+        const unsigned own = blockDim.x * blockDim.y * blockDim.z;
+        const Fiber* first = &fibers[rank * own];
+        if (std::all_of(first, first + own, [](const Fiber& fiber) { return fiber.state == State::done; }))
+            fault = "a store to a block that has ended";
+        *to = value;
+        barrier->bytes -= sizeof value;
+        barrier->settle();
+    });
 }
 
 inline void cluster_sync() {
     using namespace cuda_emulator;
-    for (const RemoteStore& store : remote_stores[current]) make(store);
-    remote_stores[current].clear();
     const unsigned before = cluster_passed;
     if (++cluster_arrived == cluster_blocks * blockDim.x * blockDim.y * blockDim.z) {
         cluster_arrived = 0;

@@ -31,47 +31,16 @@ inline const bool registered = [] {
 
 namespace lmkern::ptx {
 
-struct Barrier {
-    int arrivals, pending;
-    int64_t bytes;
-    uint32_t parity;
-
-    void settle() {
-        if (pending != 0 || bytes != 0) return;
-        pending = arrivals;
-        parity ^= 1;
-    }
-};
-
 struct TensorMap {
     const unsigned char* start;
     int64_t sizes[4], strides[3];  // batch, head, row, column; bytes
     int rows;
 };
 
-inline uint32_t shared_address(const void* pointer) {
-    return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - cuda_emulator::shared_memory);
-}
-
-inline void mbarrier_init(Barrier* barrier, uint32_t arrivals) {
-    *barrier = {static_cast<int>(arrivals), static_cast<int>(arrivals), 0, 0};
-}
-inline void fence_mbarrier_init() {}
-inline void arrive(Barrier* barrier) {
-    --barrier->pending;
-    barrier->settle();
-}
 inline void mbarrier_arrive(Barrier* barrier) {
     arrive(barrier);
     // Who waited may be faster than who arrived.
     cuda_emulator::step_aside();
-}
-inline void mbarrier_arrive_expect_tx(Barrier* barrier, uint32_t bytes) {
-    barrier->bytes += bytes;
-    arrive(barrier);
-}
-inline void mbarrier_wait(Barrier* barrier, uint32_t parity, const char* name) {
-    cuda_emulator::wait_until([=] { return barrier->parity != parity; }, name);
 }
 
 // The address that the 128-byte swizzle gives to one.
