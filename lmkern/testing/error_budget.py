@@ -15,6 +15,7 @@ GPU kernels, which have run on no GPU yet, have a unit in the last place beside 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,9 +131,15 @@ def verdicts(draw: Draw, units_beside: float = 0.0) -> list[str]:
 
 
 def mean_verdicts(
-    shapes: Sequence[Draw], of_many_elements: float = GEOMETRIC_MEAN_OF_MANY_ELEMENTS
+    shapes: Sequence[Draw], units_beside: float, of_many_elements: float = GEOMETRIC_MEAN_OF_MANY_ELEMENTS
 ) -> list[str]:
-    """Why a kernel is worse than torch over many shapes, in words: none if it is not."""
+    """Why a kernel is worse than torch over many shapes, in words: none if it is not.
+
+    Of kernels that may have units beside, which run in an interpreter on a sample, only results of many
+    elements count.
+    """
+    if units_beside:
+        shapes = [functools.partial(_of_many_elements, draw) for draw in shapes]
     found = []
     for name in {name: None for draw in shapes for name in draw(0)}:
         draws = [draw for draw in shapes if name in draw(0)]
@@ -140,6 +147,10 @@ def mean_verdicts(
             judged = [_judged(draw, name) for draw in draws]
             found.append(mean_over_budget(name, judged, of_many_elements))
     return [verdict for verdict in found if verdict is not None]
+
+
+def _of_many_elements(draw: Draw, seed: int) -> dict[str, Errors]:
+    return {name: errors for name, errors in draw(seed).items() if errors.elements >= ENOUGH_ELEMENTS}
 
 
 def _judged(draw: Draw, name: str) -> Errors:

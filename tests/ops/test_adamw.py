@@ -117,7 +117,7 @@ def test_errors_are_within_torchs(target: Target, dtype: torch.dtype, grad_dtype
     }
     found = {size: verdicts(draw, target.units_beside) for size, draw in draws.items()}
     assert not any(found.values()), found
-    assert not (means := mean_verdicts(list(draws.values()))), means
+    assert not (means := mean_verdicts(list(draws.values()), target.units_beside)), means
 
 
 def test_reference_is_torchs_adamw() -> None:

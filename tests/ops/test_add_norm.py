@@ -141,7 +141,8 @@ def test_errors_over_all_shapes_are_at_most_torchs(
     target: Target, dtypes: tuple[torch.dtype, ...], norm: str
 ) -> None:
     shapes = target.some(SHAPES, 3)
-    found = mean_verdicts([functools.partial(errors, target, dtypes, norm, shape) for shape in shapes])
+    draws = [functools.partial(errors, target, dtypes, norm, shape) for shape in shapes]
+    found = mean_verdicts(draws, target.units_beside)
     assert not found, "\n".join(found)
 
 

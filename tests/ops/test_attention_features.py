@@ -103,7 +103,7 @@ def test_errors_over_all_features_are_about_torchs(target: Target, dtype: torch.
         for _, _, features in cases([target], (dtype,), ATTENTION_FEATURES)
         for shape in SHAPES
     ]
-    assert not (found := mean_verdicts(draws, GEOMETRIC_MEAN)), "\n".join(found)
+    assert not (found := mean_verdicts(draws, target.units_beside, GEOMETRIC_MEAN)), "\n".join(found)
 
 
 def feature_values(draw: st.DrawFn) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def test_errors_over_all_features_are_about_torchs(target: Target, dtype: torch.
         for features in FEATURES
         for causal in (False, True)
     ]
-    assert not (found := mean_verdicts(draws, GEOMETRIC_MEAN)), "\n".join(found)
+    assert not (found := mean_verdicts(draws, target.units_beside, GEOMETRIC_MEAN)), "\n".join(found)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -136,7 +136,7 @@ def test_errors_over_all_shapes_are_at_most_torchs(target: Target, dtype: torch.
     for everything in (False, True):
         shapes = target.some(SHAPES, 3)
         draws = [functools.partial(errors, target, dtype, shape, everything) for shape in shapes]
-        assert not (found := mean_verdicts(draws)), "\n".join(found)
+        assert not (found := mean_verdicts(draws, target.units_beside)), "\n".join(found)
 
 
 @pytest.mark.parametrize("everything", [False, True], ids=["plain", "options"])

@@ -124,7 +124,7 @@ def test_errors_over_all_shapes_are_at_most_torchs(target: Target, dtype: torch.
         for shape in shapes(target)
         for options in OPTIONS
     ]
-    assert not (found := mean_verdicts(draws)), "\n".join(found)
+    assert not (found := mean_verdicts(draws, target.units_beside)), "\n".join(found)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3, 1.0])

@@ -72,7 +72,7 @@ def test_rows_are_exact_and_errors_of_their_sums_within_torchs(target: Target, d
     draws = {shape: functools.partial(draw, shape) for shape in target.some(SHAPES, 2)}
     found = {shape: verdicts(of_seed, target.units_beside) for shape, of_seed in draws.items()}
     assert not any(found.values()), found
-    assert not (means := mean_verdicts(list(draws.values()))), means
+    assert not (means := mean_verdicts(list(draws.values()), target.units_beside)), means
 
 
 @pytest.mark.parametrize("padding_idx", [0, 2, -1])

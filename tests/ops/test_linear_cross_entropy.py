@@ -143,7 +143,7 @@ def test_errors_over_all_shapes_are_at_most_torchs(target: Target, dtype: torch.
         for shape in shapes(target)
         for options in OPTIONS
     ]
-    assert not (found := mean_verdicts(draws)), "\n".join(found)
+    assert not (found := mean_verdicts(draws, target.units_beside)), "\n".join(found)
 
 
 @pytest.mark.parametrize(("target", "dtype"), pairs(KERNELS), ids=ids)

@@ -108,7 +108,7 @@ def test_errors_are_within_torchs(target: Target, interleaved: bool, dtype: torc
     }
     found = {shape: verdicts(draw, target.units_beside) for shape, draw in draws.items()}
     assert not any(found.values()), found
-    assert not (means := mean_verdicts(list(draws.values()))), means
+    assert not (means := mean_verdicts(list(draws.values()), target.units_beside)), means
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -114,8 +114,8 @@ def test_geometric_mean_over_few_elements_may_be_a_twentieth_more() -> None:
 
 def test_means_over_the_budget_are_judged_on_more_draws() -> None:
     bad, good = Errors(0, 0, 3.0, 1.0, 1.0, elements=512), Errors(0, 0, 1.0, 1.5, 1.0, elements=512)
-    assert mean_verdicts([of_seeds(good), of_seeds(bad, good)]) == []
-    assert len(mean_verdicts([of_seeds(good), of_seeds(bad)])) == 1
+    assert mean_verdicts([of_seeds(good), of_seeds(bad, good)], 0.0) == []
+    assert len(mean_verdicts([of_seeds(good), of_seeds(bad)], 0.0)) == 1
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
