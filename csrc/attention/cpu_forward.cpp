@@ -20,6 +20,8 @@ constexpr int64_t kPackedBytes = int64_t{8} << 20;
 // queries.
 constexpr int64_t kCachedBytes = int64_t{1} << 20;
 
+constexpr int64_t kFewKeys = 128;
+
 // Blocks of kQueries queries that are worked on together; more where the keys are packed in parts.
 constexpr int64_t kBlocksTogether = 8, kBlocksTogetherInParts = 32;
 
@@ -30,6 +32,8 @@ class Forward {
     using Operand = typename E::Operand;
     using Exp = Exponential<T>;
     static constexpr int64_t lanes = kLanes<C>;
+    // Whether weights are rounded before they meet the values.
+    static constexpr bool kRounds = sizeof(Operand) < sizeof(C);
     static constexpr C infinity = std::numeric_limits<C>::infinity();
     // Operands of blocks that lie a power of two apart would fight for the same cache lines.
     static constexpr int64_t kScoreStride = E::kKeys + 64 / static_cast<int64_t>(sizeof(C));
@@ -50,17 +54,18 @@ public:
             std::min(blocks * E::kQueries, round_up(task.end_query - task.first_query, E::kQueries));
         const int64_t keys = round_up(std::min(keys_at_once_, s_.n_k), E::kKeys);
         Workspace& workspace = Workspace::of_this_thread();
-        workspace.reserve(
-            sizeof(Operand) * (rows_together_ * width_ + E::right_transposed_size(keys, D_) +
-                               E::right_rows_size(keys, D_) + E::kQueries * kWeightStride) +
-            sizeof(C) * (rows_together_ * (width_ + lanes + 2) + E::kQueries * (kScoreStride + lanes + 1)) +
-            sizeof(uint16_t) * (E::kKeys + Dropout<C>::kChunk));
+        workspace.reserve(sizeof(Operand) * (rows_together_ * width_ + E::right_transposed_size(keys, D_) +
+                                             E::right_rows_size(keys, D_) + E::kQueries * kWeightStride) +
+                          sizeof(C) * (rows_together_ * (width_ + 2 * lanes + 2) +
+                                       E::kQueries * (kScoreStride + lanes + 1)) +
+                          sizeof(uint16_t) * (E::kKeys + Dropout<C>::kChunk));
         q_ = workspace.take<Operand>(rows_together_ * width_);
         k_ = workspace.take<Operand>(E::right_transposed_size(keys, D_));
         v_ = workspace.take<Operand>(E::right_rows_size(keys, D_));
         weights_ = workspace.take<Operand>(E::kQueries * kWeightStride);
         acc_ = workspace.take<C>(rows_together_ * width_);
         row_sum_ = workspace.take<C>(rows_together_ * lanes);
+        rounded_sum_ = workspace.take<C>(rows_together_ * lanes);
         row_max_ = workspace.take<C>(rows_together_);
         correction_ = workspace.take<C>(rows_together_);
         scores_ = {workspace.take<C>(E::kQueries * kScoreStride), kScoreStride};
@@ -83,6 +88,7 @@ private:
         int64_t row, first_query, queries;
         C largest_square;
         bool bounded, begun;
+        bool rounds;  // out is divided by the sum of the rounded weights
     };
 
     void rows(int64_t head, int64_t first_query, int64_t queries) {
@@ -95,7 +101,7 @@ private:
             const int64_t n = std::min(E::kQueries, queries - row);
             const auto facts = E::pack_left({q.row(row), q.row_stride, q.column_stride}, n, D_,
                                             round_up(n, E::kRowStep), q_ + row * width_);
-            blocks[count] = {row, first_query + row, n, facts.largest_square, false, false};
+            blocks[count] = {row, first_query + row, n, facts.largest_square, false, false, false};
             start(head, blocks[count]);
         }
         const Band& band = score_rows.band();
@@ -105,8 +111,10 @@ private:
              packed += keys_at_once_) {
             pack_keys(packed);
             const bool boundable = !in_parts_ && !score_rows.adjusts() && p_.sinks == nullptr && bounds_;
-            for (int64_t b = 0; b < count; ++b)
+            for (int64_t b = 0; b < count; ++b) {
                 blocks[b].bounded = boundable && bound(blocks[b].largest_square);
+                blocks[b].rounds = blocks[b].bounded && few_keys(band, blocks[b]);
+            }
             const int64_t end_packed = std::min(end, packed + keys_at_once_);
             const int64_t bytes = static_cast<int64_t>(sizeof(Operand)) * 2 * width_ * (end_packed - packed);
             const int64_t together = bytes <= kCachedBytes ? keys_at_once_ : E::kKeys;
@@ -125,9 +133,17 @@ private:
         return largest <= kBound;
     }
 
+    // Of few keys one may have nearly all of the weight. Without a maximum, whose weight would be 1, that
+    // weight is rounded; the error goes where the rounded weights are what out is divided by. Of many keys
+    // the errors cancel.
+    bool few_keys(const Band& band, const QueryBlock& b) const {
+        return kRounds && p_.dropout_threshold == 0 &&
+               band.end(b.first_query + b.queries - 1) - band.begin(b.first_query) <= kFewKeys;
+    }
+
     void start(int64_t head, const QueryBlock& b) {
         const C sink = p_.sinks == nullptr ? -infinity : static_cast<const C*>(p_.sinks)[head] * Exp::unit;
-        std::fill_n(row_sum_ + b.row * lanes, E::kQueries * lanes, C(0));
+        for (C* sums : {row_sum_, rounded_sum_}) std::fill_n(sums + b.row * lanes, E::kQueries * lanes, C(0));
         for (int64_t i = b.row; i < b.row + E::kQueries; ++i) {
             row_max_[i] = sink;
             row_sum_[i * lanes] = p_.sinks == nullptr ? C(0) : C(1);
@@ -204,14 +220,16 @@ private:
         score_rows.outside_band(scores_, at, -infinity);
         if (!b.bounded) bring_up_to_date(b, keys, factor);
         const bool drops = p_.dropout_threshold > 0;
-        if (b.bounded && drops)
-            weights<true, true>(b, at, factor, dropout, out);
+        if (b.rounds)
+            weights<true, false, kRounds>(b, at, factor, dropout, out);
+        else if (b.bounded && drops)
+            weights<true, true, false>(b, at, factor, dropout, out);
         else if (b.bounded)
-            weights<true, false>(b, at, factor, dropout, out);
+            weights<true, false, false>(b, at, factor, dropout, out);
         else if (drops)
-            weights<false, true>(b, at, factor, dropout, out);
+            weights<false, true, false>(b, at, factor, dropout, out);
         else
-            weights<false, false>(b, at, factor, dropout, out);
+            weights<false, false, false>(b, at, factor, dropout, out);
     }
 
     void scale_rows(C factor, int64_t queries, int64_t keys) {
@@ -255,7 +273,7 @@ private:
         }
     }
 
-    template <bool bounded, bool drops>
+    template <bool bounded, bool drops, bool rounds>
     void weights(const QueryBlock& b, const BlockPlace& at, C factor, const Dropout<C>& dropout,
                  Operand* weights) {
         const int64_t keys = at.keys, key_bytes = width_ * static_cast<int64_t>(sizeof(Operand));
@@ -270,7 +288,8 @@ private:
             Operand* out = weights + i * kWeightStride;
             C* sums = row_sum_ + (b.row + i) * lanes;
             const Vector<C> reference = broadcast(bounded ? C(0) : reference_[i]);
-            Vector<C> even = load(sums), odd{};
+            C* rounded_sums = rounded_sum_ + (b.row + i) * lanes;
+            Vector<C> even = load(sums), odd{}, rounded = load(rounded_sums);
             if (drops) dropout.draw(b.first_query + i, at.first_key, keys, bits_);
             for (int64_t j = 0; j < keys; j += 2 * lanes) {
                 Vector<C> x = load(row + j) * factor, y = load(row + j + lanes) * factor;
@@ -287,8 +306,10 @@ private:
                     y = dropout.keep(y, bits_ + j + lanes);
                 }
                 E::put_left(out + j, x, y);
+                if constexpr (rounds) rounded = E::plus_left(rounded, out + j);
             }
             store(sums, even + odd);
+            if constexpr (rounds) store(rounded_sums, rounded);
             for (int64_t line = 0; line < lines; ++line) {
                 __builtin_prefetch(ahead_k + (i * lines + line) * 64);
                 __builtin_prefetch(ahead_v + (i * lines + line) * 64);
@@ -307,7 +328,11 @@ private:
             const Vector<C> total =
                 across_rows(row_sum_ + (b.row + i) * lanes, [](auto x, auto y) { return x + y; });
             const Vector<C> reference = b.bounded ? Vector<C>{} : load(row_max_ + b.row + i);
-            store(correction_ + i, total == 0 ? Vector<C>{} : scale / total);
+            Vector<C> divisor = total;
+            if (b.rounds)
+                divisor =
+                    across_rows(rounded_sum_ + (b.row + i) * lanes, [](auto x, auto y) { return x + y; });
+            store(correction_ + i, total == 0 ? Vector<C>{} : scale / divisor);
             const Vector<C> row_lse =
                 total == 0 ? broadcast(-infinity) : reference * Exp::natural + log<C>(total);
             const int64_t n = std::min(lanes, b.queries - i);
@@ -333,7 +358,7 @@ private:
     bool bounds_ = false, values_finite_ = true;
     C k_square_ = 0;
     Operand *q_, *k_, *v_, *weights_;
-    C *acc_, *row_sum_, *row_max_, *correction_;
+    C *acc_, *row_sum_, *rounded_sum_, *row_max_, *correction_;
     Block<C> scores_;
     C *block_max_, *reference_;
     uint16_t* bits_;

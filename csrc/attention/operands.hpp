@@ -336,6 +336,12 @@ struct AmxEngine {
     static void put_left(bfloat16* place, Vector<float> a, Vector<float> b) {
         _mm512_store_si512(place, rounded(a, b));
     }
+    // Plus the 32 elements that lie there.
+    static Vector<float> plus_left(Vector<float> sums, const bfloat16* place) {
+        const __m512i ones = _mm512_set1_epi16(0x3f80);
+        return bit_cast<Vector<float>>(
+            _mm512_dpbf16_ps(bit_cast<__m512>(sums), (__m512bh)_mm512_load_si512(place), (__m512bh)ones));
+    }
     static void put_right(bfloat16* block, int64_t stride, int64_t row, int64_t column,
                           const Vector<float> v[4]) {
         const __m512i even = rounded(v[0], v[1]), odd = rounded(v[2], v[3]);

@@ -35,10 +35,6 @@ constexpr int64_t kWidthStep = 16;
 template <class C>
 constexpr C kInfinity = std::numeric_limits<C>::infinity();
 
-// Of e^r's polynomial: 16-bit results need no more than 2e-6.
-template <class T>
-constexpr int kDegree = sizeof(T) == 2 ? 5 : ExpConstants<Compute<T>>::degree;
-
 // The sequence of one batch element, as its queries see it.
 struct CachedKeys {
     int64_t length;
@@ -171,7 +167,7 @@ Vector<C> tanh(Vector<C> x) {
 
 // Turns one row of scores into weights e^(score - max); places up to a whole vector get 0. position: of the
 // query; keys: of the row, from first_key on.
-template <class T, class C = Compute<T>>
+template <class C>
 void softmax_row(const CachedAttentionParams& p, C* scores, int64_t first_key, int64_t keys, int64_t position,
                  C slope, C& row_max, C& row_sum) {
     constexpr int64_t lanes = kLanes<C>;
@@ -203,7 +199,7 @@ void softmax_row(const CachedAttentionParams& p, C* scores, int64_t first_key, i
     const C reference = row_max == -kInfinity<C> ? C(0) : row_max;
     Vector<C> total{};
     for (int64_t j = 0; j < keys; j += lanes) {
-        const Vector<C> weight = exp<C, kDegree<T>>(load(scores + j) - reference);
+        const Vector<C> weight = exp<C>(load(scores + j) - reference);
         total += weight;
         store(scores + j, weight);
     }
@@ -256,7 +252,7 @@ void forward_split(const CachedAttentionParams& p, int64_t batch, int64_t head_k
             const int64_t position = sequence.first_position + (first + row) % p.n_q;
             const C slope =
                 p.alibi_slopes == nullptr ? C(0) : static_cast<const C*>(p.alibi_slopes)[head_of_row(row)];
-            softmax_row<T>(p, scores.data + row * scores.stride, begin, keys, position, slope,
+            softmax_row<C>(p, scores.data + row * scores.stride, begin, keys, position, slope,
                            partial.row_max[first + row], partial.row_sum[first + row]);
         }
         const Block<C> acc{partial.acc.data + first * partial.acc.stride, partial.acc.stride};

@@ -114,15 +114,23 @@ void backward_rows(const NormParams& p, int64_t first, const Scratch<Compute<T>>
     });
 }
 
-// out[e] = the sum over chunks of partials[chunk][which][e]: chunk after chunk, as they lie in memory, while
-// out stays in the first cache.
+// Chunks whose sums are added before they join the others: sums of sums have smaller errors than long ones.
+constexpr int64_t kChunksTogether = 8;
+
+// out[e] = the sum over chunks of partials[chunk][which][e]: some chunks after the others, as they lie in
+// memory, while out stays in the first cache.
 template <class C>
 void sum_chunks(const NormParams& p, int64_t which, void* out) {
     C* total = static_cast<C*>(out);
     std::fill_n(total, p.columns, C(0));
-    for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
-        const C* partial = static_cast<const C*>(p.partials) + (2 * chunk + which) * p.columns;
-        for_row<C>(p.columns, [&](auto at) { at.store(total, at(total) + at(partial)); });
+    for (int64_t first = 0; first < p.chunks; first += kChunksTogether) {
+        const int64_t chunks = std::min(kChunksTogether, p.chunks - first);
+        const C* partial = static_cast<const C*>(p.partials) + (2 * first + which) * p.columns;
+        for_row<C>(p.columns, [&](auto at) {
+            Vector<C> sum = at(partial);
+            for (int64_t chunk = 1; chunk < chunks; ++chunk) sum += at(partial + 2 * chunk * p.columns);
+            at.store(total, at(total) + sum);
+        });
     }
 }
 

@@ -12,6 +12,7 @@ and `lmkern/kernels/<op>/__init__.py` lists them in BACKENDS, fastest first. The
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,13 @@ from types import ModuleType
 from typing import Any
 
 from torch import Tensor
+
+from lmkern.kernels import native
+
+# A forked child must not start threads of a pool that stayed in its parent. The CPU modules notice forks once
+# they are loaded; that the parent has called none of them does not mean that torch's pool has not run.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=native.cpu_modules)
 
 
 class UnsupportedBackend(RuntimeError):

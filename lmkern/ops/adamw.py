@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -72,6 +74,7 @@ def _step(
     backend: str | None,
 ) -> None:
     kernel = backends.select(backends.Call("adamw", {"param": param, "grad": grad}, {}, backend))
+    _check_apart(param=param, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, copy=copy)
     if grad.stride() != param.stride():
         grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
     kernel.step(
@@ -112,6 +115,18 @@ def _(
     backend: str | None,
 ) -> None:
     return None
+
+
+def _check_apart(**written: Tensor | None) -> None:
+    """ValueError where two tensors that are written share memory."""
+    extents = sorted(
+        (x.data_ptr(), x.data_ptr() + x.numel() * x.element_size(), name)
+        for name, x in written.items()
+        if x is not None and x.numel()
+    )
+    for (_, end, one), (begin, _, other) in pairwise(extents):
+        if begin < end:
+            raise ValueError(f"adamw_: {one} and {other} must not share memory; both are written")
 
 
 def _check(

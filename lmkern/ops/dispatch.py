@@ -84,6 +84,16 @@ def dense(x: Tensor) -> bool:
     return True
 
 
+def overlaps_itself(x: Tensor) -> bool:
+    """Whether two elements of x may lie in one place: its dimensions do not nest."""
+    reach = 0
+    for stride, size in sorted((d, n) for d, n in zip(x.stride(), x.shape, strict=True) if n > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
 def as_tensors(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     """What a registered op returns, which is tensors only: an empty one for a gradient nobody asked for."""
     return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)

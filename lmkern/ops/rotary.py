@@ -10,7 +10,7 @@ from torch import Tensor
 from lmkern.kernels import backends
 from lmkern.kernels.checked import checked
 from lmkern.kernels.rotary.layout import empty_like
-from lmkern.ops.dispatch import check_dtype, direct, wants_gradient
+from lmkern.ops.dispatch import check_dtype, direct, overlaps_itself, wants_gradient
 
 
 def rotary(
@@ -200,5 +200,5 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor, offset: int, positions: Tensor |
             f"rotary: positions come without an offset, on x's device {x.device}; "
             f"got offset {offset}, {positions.device}"
         )
-    if inplace and any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+    if inplace and overlaps_itself(x):
         raise ValueError(f"rotary: in place, x must not overlap itself; got strides {x.stride()}")

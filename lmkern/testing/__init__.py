@@ -1,13 +1,13 @@
 """Input factories, shape lists and error budgets, shared by tests and benchmarks only."""
 
 from lmkern.testing.error_budget import (
-    GEOMETRIC_MEAN_BESIDE_WEIGHTS,
+    GEOMETRIC_MEAN,
     Errors,
-    geometric_mean,
-    mean_over_budget,
+    mean_verdicts,
     measure,
     over_budget,
     pooled,
+    verdicts,
 )
 from lmkern.testing.inputs import (
     LAYOUTS,
@@ -54,7 +54,7 @@ __all__ = [
     "ATTENTION_SHAPES",
     "CROSS_ENTROPY_BENCHMARK_SHAPES",
     "CROSS_ENTROPY_SHAPES",
-    "GEOMETRIC_MEAN_BESIDE_WEIGHTS",
+    "GEOMETRIC_MEAN",
     "LAYER_NORM_BENCHMARK_SHAPES",
     "LAYER_NORM_SHAPES",
     "LAYOUTS",
@@ -74,12 +74,11 @@ __all__ = [
     "attention_results",
     "cross_entropy_inputs",
     "exact_attention",
-    "geometric_mean",
     "layer_norm_inputs",
     "layer_norm_results",
     "leaves",
     "linear_cross_entropy_inputs",
-    "mean_over_budget",
+    "mean_verdicts",
     "measure",
     "our_attention",
     "over_budget",
@@ -89,4 +88,5 @@ __all__ = [
     "targets",
     "torchs_attention",
     "torchs_formula",
+    "verdicts",
 ]

@@ -215,6 +215,27 @@ def activation(x: Tensor, bias: Tensor, dy: Tensor, function: str, *, gated: boo
     return {"y": f * value, "dx": dx, "dbias": dx.sum(0)}
 
 
+def adamw(
+    param: Tensor,
+    grads: list[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> Array:
+    """The parameter after a step with each gradient, the moments being zero before."""
+    x, (b1, b2) = long_double(param), (np.longdouble(beta1), np.longdouble(beta2))
+    mean, square = np.zeros_like(x), np.zeros_like(x)
+    for step, grad in enumerate(map(long_double, grads), start=1):
+        mean, square = b1 * mean + (1 - b1) * grad, b2 * square + (1 - b2) * grad**2
+        size = np.sqrt(square / (1 - b2**step)) + np.longdouble(eps)
+        rate = np.longdouble(lr)
+        x = x * (1 - rate * np.longdouble(weight_decay)) - rate * mean / (1 - b1**step) / size
+    return np.asarray(x)
+
+
 def _gelu(x: Array) -> tuple[Array, Array]:
     # P(X <= x) = 1 / 2 + density (x + x^3 / 3 + x^5 / (3 5) + ...), whose terms have one sign.
     density = np.exp(-x * x / 2) / np.sqrt(2 * np.longdouble(np.pi))

@@ -38,6 +38,11 @@ class Target:
         """Where its tensors lie."""
         return "cuda" if self.backend in ("cuda", "triton") and not self.interpreted else "cpu"
 
+    @property
+    def units_beside(self) -> float:
+        """Units in the last place that an error may have beside twice torch's (error_budget.py)."""
+        return 0.0 if self.backend == "cpu" else 1.0
+
     def some(self, items: Iterable[Item], step: int) -> list[Item]:
         """The items; on the interpreter, which is slow, every step-th of them."""
         return list(items)[:: step if self.interpreted else 1]

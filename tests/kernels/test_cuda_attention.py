@@ -64,7 +64,7 @@ def assert_close(
         unseen = wanted == -torch.inf
         assert torch.equal(result == -torch.inf, unseen), name
         kept = [x.masked_fill(unseen, 0.0) for x in (result, other, wanted)]
-        assert not (reason := over_budget(name, measure(*kept))), reason
+        assert not (reason := over_budget(name, measure(*kept), 1.0)), reason
 
 
 def shape(

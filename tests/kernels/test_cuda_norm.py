@@ -136,7 +136,7 @@ def errors(case: Case, given: Inputs) -> dict[str, Errors]:
 
 def assert_close(case: Case, given: Inputs) -> None:
     for name, one in errors(case, given).items():
-        assert not (reason := over_budget(name, one)), reason
+        assert not (reason := over_budget(name, one, 1.0)), reason
 
 
 CASES = (

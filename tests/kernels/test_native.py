@@ -258,12 +258,16 @@ def test_forked_child_computes_and_does_not_hang() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_forked_child_may_be_the_first_to_call_a_module() -> None:
-    # Each dtype may have a module of its own: the parent's pool has run, but not in the child's.
+@pytest.mark.parametrize(
+    "before",
+    # Each dtype may have a module of its own: the parent's pool has run, but not in the child's. Or in none.
+    ["lmkern.rms_norm(x.bfloat16(), (64,), backend='cpu')", "torch.ones(1 << 20).exp()"],
+)
+def test_forked_child_may_be_the_first_to_call_a_module(before: str) -> None:
     code = (
         "import os, signal, torch, lmkern\n"
         "torch.set_num_threads(2); x = torch.ones(512, 64)\n"
-        "lmkern.rms_norm(x.bfloat16(), (64,), backend='cpu')\n"
+        f"{before}\n"
         "child = os.fork()\n"
         "if child == 0:\n"
         f"    signal.alarm({PATIENCE})\n"

@@ -15,12 +15,12 @@ from lmkern.testing import (
     Errors,
     Target,
     leaves,
-    mean_over_budget,
+    mean_verdicts,
     measure,
-    over_budget,
     poisoned_memory,
     seeded_randn,
     targets,
+    verdicts,
 )
 from lmkern.testing import exact as long_double
 
@@ -47,9 +47,15 @@ def ids(value: object) -> str:
 
 
 def inputs(
-    rows: int, columns: int, gated: bool, dtype: torch.dtype = torch.float32, *, spread: float = 2.0
+    rows: int,
+    columns: int,
+    gated: bool,
+    dtype: torch.dtype = torch.float32,
+    *,
+    spread: float = 2.0,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    randn = seeded_randn(0, dtype)
+    randn = seeded_randn(seed, dtype)
     width = 2 * columns if gated else columns
     return randn(rows, width) * spread, randn(width), randn(rows, columns)
 
@@ -78,9 +84,9 @@ def torchs(function: str, gated: bool) -> Callable[[Tensor, Tensor], Tensor]:
 
 @functools.cache
 def errors(
-    target: Target, function: str, gated: bool, dtype: torch.dtype, shape: tuple[int, int]
+    target: Target, function: str, gated: bool, dtype: torch.dtype, shape: tuple[int, int], seed: int = 0
 ) -> dict[str, Errors]:
-    arguments = inputs(*shape, gated, dtype)
+    arguments = inputs(*shape, gated, dtype, seed=seed)
     with poisoned_memory(), target.active():
         mine = results(ours(function, gated, target.backend), *arguments)
     theirs = results(torchs(function, gated), *arguments)
@@ -95,14 +101,13 @@ def errors(
     ids=ids,
 )
 def test_errors_are_within_torchs(target: Target, function: str, gated: bool, dtype: torch.dtype) -> None:
-    measured = {shape: errors(target, function, gated, dtype, shape) for shape in target.some(SHAPES, 3)}
-    verdicts = [
-        over_budget(f"{name} {shape}", error)
-        for shape, every in measured.items()
-        for name, error in every.items()
-    ]
-    verdicts += [mean_over_budget(name, [every[name] for every in measured.values()]) for name in RESULTS]
-    assert not any(verdicts), "\n".join(filter(None, verdicts))
+    draws = {
+        shape: functools.partial(errors, target, function, gated, dtype, shape)
+        for shape in target.some(SHAPES, 3)
+    }
+    found = {shape: verdicts(draw, target.units_beside) for shape, draw in draws.items()}
+    assert not any(found.values()), found
+    assert not (means := mean_verdicts(list(draws.values()), target.units_beside)), means
 
 
 @pytest.mark.parametrize(("function", "gated"), FORMS)

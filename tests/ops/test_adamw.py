@@ -10,12 +10,13 @@ import lmkern
 from lmkern.testing import (
     Errors,
     Target,
-    mean_over_budget,
+    mean_verdicts,
     measure,
-    over_budget,
     seeded_randn,
     targets,
+    verdicts,
 )
+from lmkern.testing import exact as long_double
 
 TARGETS = targets("adamw")
 IN_FLOAT32 = [target for target in TARGETS if target.takes(torch.float32)]
@@ -45,10 +46,13 @@ def moments(param: Tensor) -> torch.dtype:
 
 
 def problem(
-    shape: tuple[int, ...], dtype: torch.dtype = torch.float32, grad_dtype: torch.dtype | None = None
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    grad_dtype: torch.dtype | None = None,
+    seed: int = 0,
 ) -> tuple[Tensor, list[Tensor]]:
     """A parameter and its gradients over STEPS steps."""
-    randn = seeded_randn(0, torch.float32)
+    randn = seeded_randn(seed, torch.float32)
     param = randn(*shape).to(dtype)
     return param, [(randn(*shape) * 3).to(grad_dtype or dtype) for _ in range(STEPS)]
 
@@ -92,13 +96,14 @@ def torchs(param: Tensor, grads: list[Tensor]) -> State:
 
 
 @functools.cache
-def errors(target: Target, dtype: torch.dtype, grad_dtype: torch.dtype, size: int) -> Errors:
-    param, grads = problem((size,), dtype, grad_dtype)
+def errors(
+    target: Target, dtype: torch.dtype, grad_dtype: torch.dtype, size: int, seed: int = 0
+) -> dict[str, Errors]:
+    param, grads = problem((size,), dtype, grad_dtype, seed)
     with target.active():
         mine = train(param, grads, backend=target.backend)
     theirs = torchs(param, grads)
-    exact = train(param.double(), [grad.double() for grad in grads], backend="reference")
-    return measure(mine["param"], theirs["param"], exact["param"])
+    return {"param": measure(mine["param"], theirs["param"], long_double.adamw(param, grads, **OPTIONS))}
 
 
 @pytest.mark.parametrize(
@@ -107,10 +112,12 @@ def errors(target: Target, dtype: torch.dtype, grad_dtype: torch.dtype, size: in
     ids=ids,
 )
 def test_errors_are_within_torchs(target: Target, dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
-    sizes = target.some(SIZES, 2)
-    measured = [errors(target, dtype, grad_dtype, size) for size in sizes]
-    verdicts = [over_budget(str(size), error) for size, error in zip(sizes, measured, strict=True)]
-    assert not any([*verdicts, mean_over_budget("param", measured)]), verdicts
+    draws = {
+        size: functools.partial(errors, target, dtype, grad_dtype, size) for size in target.some(SIZES, 2)
+    }
+    found = {size: verdicts(draw, target.units_beside) for size, draw in draws.items()}
+    assert not any(found.values()), found
+    assert not (means := mean_verdicts(list(draws.values()), target.units_beside)), means
 
 
 def test_reference_is_torchs_adamw() -> None:
@@ -223,6 +230,25 @@ def test_opcheck_and_compilation(target: Target) -> None:
         torch.compile(call, fullgraph=True, backend="aot_eager")(param, *state, copy)
     for tensor, name in zip((param, *state, copy), ("param", "exp_avg", "exp_avg_sq", "copy"), strict=True):
         assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("first", ["param", "exp_avg", "exp_avg_sq", "copy"])
+@pytest.mark.parametrize("second", ["exp_avg", "exp_avg_sq", "copy"])
+def test_tensors_that_are_written_may_not_share_memory(first: str, second: str) -> None:
+    memory = torch.ones(12)
+    written = {"param": torch.zeros(4), "exp_avg": torch.zeros(4), "exp_avg_sq": torch.zeros(4)}
+    written["copy"] = torch.zeros(4, dtype=torch.bfloat16)
+    for name, offset in ((first, 0), (second, 1)):
+        written[name] = memory[offset : offset + 4]
+        if name == "copy":
+            written[name] = memory.view(torch.bfloat16)[2 * offset : 2 * offset + 4]
+    if first == second:
+        lmkern.adamw_(grad=torch.ones(4), step=1, **written, **OPTIONS)
+        return
+    message = rf"adamw_: {first} and {second} must not share memory"
+    with pytest.raises(ValueError, match=message):
+        lmkern.adamw_(grad=torch.ones(4), step=1, **written, **OPTIONS)
+    assert (memory == 1).all()
 
 
 @pytest.mark.parametrize(

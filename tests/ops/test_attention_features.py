@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lmkern.testing import (
     ATTENTION_FEATURES,
-    GEOMETRIC_MEAN_BESIDE_WEIGHTS,
+    GEOMETRIC_MEAN,
     AttentionFeatures,
     AttentionShape,
     Errors,
@@ -21,11 +21,11 @@ from lmkern.testing import (
     attention_options,
     attention_results,
     leaves,
-    mean_over_budget,
+    mean_verdicts,
     our_attention,
-    over_budget,
     poisoned_memory,
     targets,
+    verdicts,
 )
 from lmkern.testing import exact as long_double
 
@@ -60,19 +60,19 @@ def ids(value: object) -> str:
 
 
 def run(
-    target: Target, shape: AttentionShape, features: AttentionFeatures, dtype: torch.dtype
+    target: Target, shape: AttentionShape, features: AttentionFeatures, dtype: torch.dtype, seed: int = 0
 ) -> dict[str, Tensor]:
-    inputs = attention_inputs(shape, dtype, device=target.device)
-    options = attention_options(shape, features, dtype, device=target.device)
+    inputs = attention_inputs(shape, dtype, device=target.device, seed=seed)
+    options = attention_options(shape, features, dtype, device=target.device, seed=seed)
     with poisoned_memory(), target.active():
         return attention_results(our_attention(shape, target.backend), *inputs, options=options)
 
 
 @functools.cache
 def errors(
-    target: Target, shape: AttentionShape, features: AttentionFeatures, dtype: torch.dtype
+    target: Target, shape: AttentionShape, features: AttentionFeatures, dtype: torch.dtype, seed: int = 0
 ) -> dict[str, Errors]:
-    return attention_errors(run(target, shape, features, dtype), shape, features, dtype)
+    return attention_errors(run(target, shape, features, dtype, seed), shape, features, dtype, seed)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -87,8 +87,8 @@ def errors(
 def test_errors_are_at_most_twice_torchs(
     target: Target, dtype: torch.dtype, features: AttentionFeatures, shape: AttentionShape
 ) -> None:
-    verdicts = [over_budget(name, error) for name, error in errors(target, shape, features, dtype).items()]
-    assert not any(verdicts), "\n".join(filter(None, verdicts))
+    found = verdicts(functools.partial(errors, target, shape, features, dtype), target.units_beside)
+    assert not found, "\n".join(found)
 
 
 # A sample of the features, which is what the interpreter is given, is no mean.
@@ -98,13 +98,12 @@ def test_errors_are_at_most_twice_torchs(
     ids=ids,
 )
 def test_errors_over_all_features_are_about_torchs(target: Target, dtype: torch.dtype) -> None:
-    every: dict[str, list[Errors]] = {}
-    for _, _, features in cases([target], (dtype,), ATTENTION_FEATURES):
-        for shape in SHAPES:
-            for name, error in errors(target, shape, features, dtype).items():
-                every.setdefault(name, []).append(error)
-    verdicts = [mean_over_budget(n, measured, GEOMETRIC_MEAN_BESIDE_WEIGHTS) for n, measured in every.items()]
-    assert not any(verdicts), "\n".join(filter(None, verdicts))
+    draws = [
+        functools.partial(errors, target, shape, features, dtype)
+        for _, _, features in cases([target], (dtype,), ATTENTION_FEATURES)
+        for shape in SHAPES
+    ]
+    assert not (found := mean_verdicts(draws, target.units_beside, GEOMETRIC_MEAN)), "\n".join(found)
 
 
 def feature_values(draw: st.DrawFn) -> dict[str, Any]:

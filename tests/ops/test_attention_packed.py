@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lmkern
 from lmkern.testing import (
-    GEOMETRIC_MEAN_BESIDE_WEIGHTS,
+    GEOMETRIC_MEAN,
     AttentionFeatures,
     AttentionShape,
     Errors,
@@ -21,18 +21,15 @@ from lmkern.testing import (
     attention_inputs,
     attention_options,
     attention_results,
-    mean_over_budget,
+    mean_verdicts,
     our_attention,
-    over_budget,
     poisoned_memory,
-    pooled,
     targets,
+    verdicts,
 )
 from lmkern.testing import exact as long_double
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Of one draw the largest error is a row's luck.
-DRAWS = 3
 # (N_q, N_k): shorter than a block, a block, longer; of one length and of two; empty on either side and both.
 DOCUMENTS = ((5, 5), (0, 0), (64, 64), (33, 90), (1, 30), (0, 4), (100, 100), (7, 0), (90, 40), (0, 0))
 
@@ -84,18 +81,14 @@ def alone(
 
 @functools.cache
 def errors(
-    target: Target, features: AttentionFeatures, dtype: torch.dtype, causal: bool
-) -> list[dict[str, Errors]]:
-    """By the names of the results, of each draw of the inputs."""
+    target: Target, features: AttentionFeatures, dtype: torch.dtype, causal: bool, seed: int = 0
+) -> dict[str, Errors]:
     shape = shape_of(DOCUMENTS, causal=causal)
-    draws = []
-    for seed in range(DRAWS if dtype == torch.float32 else 1):
-        inputs = attention_inputs(shape, dtype, device=target.device, seed=seed)
-        options = attention_options(shape, features, dtype, device=target.device, seed=seed)
-        with poisoned_memory(), target.active():
-            ours = attention_results(our_attention(shape, target.backend), *inputs, options=options)
-        draws.append(attention_errors(ours, shape, features, dtype, seed))
-    return draws
+    inputs = attention_inputs(shape, dtype, device=target.device, seed=seed)
+    options = attention_options(shape, features, dtype, device=target.device, seed=seed)
+    with poisoned_memory(), target.active():
+        ours = attention_results(our_attention(shape, target.backend), *inputs, options=options)
+    return attention_errors(ours, shape, features, dtype, seed)
 
 
 # Dropout apart: alone, a document is sequence 0 and has another mask.
@@ -117,9 +110,8 @@ WITHOUT_DROPOUT = [features for features in FEATURES if not features.dropout_p]
 def test_errors_are_at_most_twice_torchs(
     target: Target, features: AttentionFeatures, dtype: torch.dtype, causal: bool
 ) -> None:
-    draws = errors(target, features, dtype, causal)
-    verdicts = [over_budget(name, pooled([draw[name] for draw in draws])) for name in draws[0]]
-    assert not any(verdicts), "\n".join(filter(None, verdicts))
+    found = verdicts(functools.partial(errors, target, features, dtype, causal), target.units_beside)
+    assert not found, "\n".join(found)
 
 
 # A sample of the features, which is what the interpreter is given, is no mean.
@@ -129,15 +121,12 @@ def test_errors_are_at_most_twice_torchs(
     ids=str,
 )
 def test_errors_over_all_features_are_about_torchs(target: Target, dtype: torch.dtype) -> None:
-    every: dict[str, list[Errors]] = {}
-    for features in FEATURES:
-        for draw in [*errors(target, features, dtype, False), *errors(target, features, dtype, True)]:
-            for name, error in draw.items():
-                every.setdefault(name, []).append(error)
-    verdicts = [
-        mean_over_budget(name, errors, GEOMETRIC_MEAN_BESIDE_WEIGHTS) for name, errors in every.items()
+    draws = [
+        functools.partial(errors, target, features, dtype, causal)
+        for features in FEATURES
+        for causal in (False, True)
     ]
-    assert not any(verdicts), "\n".join(filter(None, verdicts))
+    assert not (found := mean_verdicts(draws, target.units_beside, GEOMETRIC_MEAN)), "\n".join(found)
 
 
 @pytest.mark.parametrize("causal", [False, True])

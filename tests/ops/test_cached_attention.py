@@ -14,12 +14,12 @@ import lmkern
 from lmkern.testing import (
     Errors,
     Target,
-    mean_over_budget,
+    mean_verdicts,
     measure,
-    over_budget,
     poisoned_memory,
     seeded_randn,
     targets,
+    verdicts,
 )
 
 TARGETS = targets("cached_attention")
@@ -100,16 +100,17 @@ def exact(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tens
 
 
 @functools.cache
-def errors(target: Target, dtype: torch.dtype, shape: Shape, everything: bool) -> tuple[Errors, Errors]:
-    """Of out and lse; the measure is the reference in the same dtype, torch's own operations."""
-    q, k, v, lengths = cached_inputs(shape, dtype)
+def errors(
+    target: Target, dtype: torch.dtype, shape: Shape, everything: bool, seed: int = 0
+) -> dict[str, Errors]:
+    """The measure is the reference in the same dtype, torch's own operations."""
+    q, k, v, lengths = cached_inputs(shape, dtype, seed)
     options = {"lengths": lengths} | (options_of(shape) if everything else {})
     with poisoned_memory(), target.active():
         mine = lmkern.cached_attention(q, k, v, **options, return_lse=True, backend=target.backend)
     theirs = lmkern.cached_attention(q, k, v, **options, return_lse=True, backend="reference")
     true = exact(q, k, v, **options)
-    out, lse = (measure(m, t, e) for m, t, e in zip(mine, theirs, true, strict=True))
-    return out, lse
+    return {n: measure(*each) for n, *each in zip(("out", "lse"), mine, theirs, true, strict=True)}
 
 
 def ids(value: object) -> str:
@@ -124,9 +125,8 @@ def ids(value: object) -> str:
 def test_errors_are_at_most_twice_torchs(
     target: Target, dtype: torch.dtype, shape: Shape, everything: bool
 ) -> None:
-    measured = errors(target, dtype, shape, everything)
-    verdicts = [over_budget(*named) for named in zip(("out", "lse"), measured, strict=True)]
-    assert not any(verdicts), "\n".join(filter(None, verdicts))
+    found = verdicts(functools.partial(errors, target, dtype, shape, everything), target.units_beside)
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize(
@@ -134,10 +134,9 @@ def test_errors_are_at_most_twice_torchs(
 )
 def test_errors_over_all_shapes_are_at_most_torchs(target: Target, dtype: torch.dtype) -> None:
     for everything in (False, True):
-        measured = [errors(target, dtype, shape, everything) for shape in target.some(SHAPES, 3)]
-        out, lse = zip(*measured, strict=True)
-        verdicts = [mean_over_budget("out", out), mean_over_budget("lse", lse)]
-        assert not any(verdicts), verdicts
+        shapes = target.some(SHAPES, 3)
+        draws = [functools.partial(errors, target, dtype, shape, everything) for shape in shapes]
+        assert not (found := mean_verdicts(draws, target.units_beside)), "\n".join(found)
 
 
 @pytest.mark.parametrize("everything", [False, True], ids=["plain", "options"])

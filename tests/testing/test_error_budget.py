@@ -6,12 +6,17 @@ import pytest
 import torch
 
 from lmkern.testing.error_budget import (
+    DRAWS,
+    MOST_DRAWS,
+    Draw,
     Errors,
     geometric_mean,
     mean_over_budget,
+    mean_verdicts,
     measure,
     over_budget,
     unit_in_last_place,
+    verdicts,
 )
 
 
@@ -35,32 +40,82 @@ def test_errors_are_counted_in_units_of_the_largest_element() -> None:
     assert errors.ratio == pytest.approx(3.0)
 
 
-def test_twice_torchs_error_and_one_unit_is_the_limit() -> None:
-    assert over_budget("dq", Errors(5.0, 2.0, 0.0, 0.0, 1e-7)) is None
-    verdict = over_budget("dq", Errors(5.1, 2.0, 0.0, 0.0, 1e-7))
-    assert verdict == (
-        "dq: the largest error is 5.1 units in the last place (1.00e-07); torch's is 2, which allows 5"
+def test_twice_torchs_error_is_the_limit() -> None:
+    assert over_budget("dq", Errors(4.0, 2.0, 2.0, 1.0, 1e-7)) is None
+    assert over_budget("dq", Errors(4.1, 2.0, 2.0, 1.0, 1e-7)) == (
+        "dq: the largest error is 4.1 units in the last place (1.00e-07); torch's is 2, which allows 4"
     )
+    assert over_budget("dq", Errors(4.0, 2.0, 2.1, 1.0, 1e-7)) == (
+        "dq: the typical error is 2.1 units in the last place (1.00e-07); torch's is 1, which allows 2"
+    )
+    assert over_budget("dq", Errors(5.0, 2.0, 3.0, 1.0, 1e-7), 1.0) is None
+    assert over_budget("dq", Errors(5.1, 2.0, 3.0, 1.0, 1e-7), 1.0) is not None
 
 
 def test_half_a_unit_is_allowed_to_everyone() -> None:
-    assert over_budget("out", Errors(2.0, 0.0, 0.0, 0.0, 1e-7)) is None
-    assert over_budget("out", Errors(2.1, 0.0, 0.0, 0.0, 1e-7)) is not None
+    assert over_budget("out", Errors(1.0, 0.0, 1.0, 0.0, 1e-7)) is None
+    assert over_budget("out", Errors(1.1, 0.0, 0.0, 0.0, 1e-7)) is not None
+    assert over_budget("out", Errors(0.0, 0.0, 1.1, 0.0, 1e-7)) is not None
     assert Errors(0.0, 0.0, 0.4, 0.1, 1.0).ratio == 1.0
 
 
-def test_geometric_mean_may_be_one() -> None:
+def of_seeds(*errors: Errors, seeds: list[int] | None = None) -> Draw:
+    """The errors of a result by the seed, the last ones for all further seeds."""
+
+    def draw(seed: int) -> dict[str, Errors]:
+        if seeds is not None:
+            seeds.append(seed)
+        return {"dq": errors[min(seed, len(errors) - 1)]}
+
+    return draw
+
+
+def test_what_is_over_the_budget_is_judged_on_more_draws_together() -> None:
+    fine = Errors(2.0, 2.0, 1.0, 1.0, 1e-7, elements=5000)
+    unlucky = Errors(4.1, 2.0, 1.0, 1.0, 1e-7, elements=5000)
+    torchs_luck = Errors(2.0, 2.1, 1.0, 1.0, 1e-7, elements=5000)
+    seeds: list[int] = []
+    assert verdicts(of_seeds(fine, seeds=seeds)) == []
+    assert set(seeds) == {0}
+    assert verdicts(of_seeds(unlucky, torchs_luck, seeds=seeds)) == []
+    assert set(seeds) == set(range(DRAWS))
+    # The draw that was over is among those judged.
+    assert len(verdicts(of_seeds(unlucky, fine))) == 1
+    assert verdicts(of_seeds(unlucky, fine), 1.0) == []
+
+
+def test_few_elements_are_judged_on_the_more_draws() -> None:
+    for elements, count in ((1, MOST_DRAWS), (100, 40), (100_000, DRAWS)):
+        seeds: list[int] = []
+        verdicts(of_seeds(Errors(9.0, 1.0, 1.0, 1.0, 1e-7, elements=elements), seeds=seeds))
+        assert set(seeds) == set(range(count))
+
+
+def test_geometric_mean_over_many_elements_may_be_one() -> None:
     twice, half = Errors(0, 0, 2.0, 1.0, 1.0), Errors(0, 0, 1.0, 2.0, 1.0)
     assert geometric_mean([twice, half]) == pytest.approx(1.0)
     assert mean_over_budget("out", [half, half, twice]) is None
     verdict = mean_over_budget("out", [twice, twice, half])
     assert verdict is not None
     assert "over 3 shapes the errors are 1.2599 times torch's" in verdict
+    little = Errors(0, 0, 1.04, 1.0, 1.0)
+    verdict = mean_over_budget("out", [little])
+    assert verdict is not None
+    assert "of at least 256 elements the errors are 1.0400 times torch's" in verdict
+    assert mean_over_budget("out", [little], 1.05) is None
 
 
-def test_few_elements_do_not_count_in_the_mean() -> None:
-    many, few = Errors(0, 0, 1.0, 2.0, 1.0), Errors(0, 0, 9.0, 1.0, 1.0, elements=10)
-    assert geometric_mean([many, few]) == pytest.approx(0.5)
+def test_geometric_mean_over_few_elements_may_be_a_twentieth_more() -> None:
+    few = Errors(0, 0, 1.05, 1.0, 1.0, elements=10)
+    assert mean_over_budget("out", [few]) is None
+    assert mean_over_budget("out", [Errors(0, 0, 1.06, 1.0, 1.0, elements=10)]) is not None
+    assert geometric_mean([few, Errors(0, 0, 1.0, 2.0, 1.0)], 256) == pytest.approx(0.5)
+
+
+def test_means_over_the_budget_are_judged_on_more_draws() -> None:
+    bad, good = Errors(0, 0, 3.0, 1.0, 1.0, elements=512), Errors(0, 0, 1.0, 1.5, 1.0, elements=512)
+    assert mean_verdicts([of_seeds(good), of_seeds(bad, good)], 0.0) == []
+    assert len(mean_verdicts([of_seeds(good), of_seeds(bad)], 0.0)) == 1
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
