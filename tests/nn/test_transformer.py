@@ -178,16 +178,24 @@ def test_stacks_name_a_mask_of_whole_numbers(dtype):
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_autocast_keeps_the_residual_stream_wide(dtype, norm_first):
     layer = _layer(dropout=0.0, norm_first=norm_first)
+    torchs = torch.nn.TransformerEncoderLayer(
+        WIDTH, HEADS, HIDDEN, dropout=0.0, batch_first=True, norm_first=norm_first
+    )
+    torchs.load_state_dict(layer.state_dict())
     x = torch.randn(2, 6, WIDTH, requires_grad=True)
     expected = layer(x)
     with torch.autocast("cpu", dtype):
-        y = layer(x)
+        y, torchs_y = layer(x), torchs(x)
     assert y.dtype == torch.float32
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
-    gradients = [torch.autograd.grad(out.square().sum(), [x, *layer.parameters()]) for out in (y, expected)]
-    assert all(gradient.dtype == torch.float32 for gradient in gradients[0])
-    for ours, theirs in zip(*gradients, strict=True):
-        assert (ours - theirs).norm() <= 0.05 * theirs.norm() + 1e-2
+    exact, ours, theirs = (
+        torch.autograd.grad(out.square().sum(), [x, *module.parameters()])
+        for module, out in ((layer, expected), (layer, y), (torchs, torchs_y))
+    )
+    assert all(gradient.dtype == torch.float32 for gradient in ours)
+    # Where terms cancel, 16 bits may leave little of a gradient: torch's layer is the measure.
+    for one, other, wanted in zip(ours, theirs, exact, strict=True):
+        assert (one - wanted).norm() <= 2 * (other - wanted).norm() + 1e-2
 
 
 def test_activation_checkpointing_gives_the_same_gradients_with_dropout():
