@@ -35,6 +35,8 @@ ENOUGH_ELEMENTS = 256
 # elements together, within reason. Attention's float32 gradients have the heaviest tails: after 8 draws the
 # ratio of the largest errors still moves by a third.
 DRAWS, MOST_DRAWS = 32, 64
+# In an interpreter a draw takes seconds; its kernels have a unit beside the bound.
+INTERPRETED_DRAWS = 3
 JUDGED_ELEMENTS = 4096
 
 
@@ -126,7 +128,8 @@ Draw = Callable[[int], Mapping[str, Errors]]
 def verdicts(draw: Draw, units_beside: float = 0.0) -> list[str]:
     """Why results on one shape are too wrong, in words: none if they are not."""
     suspects = [name for name, errors in draw(0).items() if over_budget(name, errors, units_beside)]
-    judged = [over_budget(name, _judged(draw, name), units_beside) for name in suspects]
+    interpreted = bool(units_beside)
+    judged = [over_budget(name, _judged(draw, name, interpreted), units_beside) for name in suspects]
     return [verdict for verdict in judged if verdict is not None]
 
 
@@ -144,7 +147,7 @@ def mean_verdicts(
     for name in {name: None for draw in shapes for name in draw(0)}:
         draws = [draw for draw in shapes if name in draw(0)]
         if mean_over_budget(name, [draw(0)[name] for draw in draws], of_many_elements):
-            judged = [_judged(draw, name) for draw in draws]
+            judged = [_judged(draw, name, bool(units_beside)) for draw in draws]
             found.append(mean_over_budget(name, judged, of_many_elements))
     return [verdict for verdict in found if verdict is not None]
 
@@ -153,10 +156,12 @@ def _of_many_elements(draw: Draw, seed: int) -> dict[str, Errors]:
     return {name: errors for name, errors in draw(seed).items() if errors.elements >= ENOUGH_ELEMENTS}
 
 
-def _judged(draw: Draw, name: str) -> Errors:
+def _judged(draw: Draw, name: str, interpreted: bool) -> Errors:
     """The errors of all draws together, the first one among them."""
     elements = max(draw(0)[name].elements, 1)
     count = min(max(DRAWS, JUDGED_ELEMENTS // elements), MOST_DRAWS)
+    if interpreted:
+        count = INTERPRETED_DRAWS
     return pooled([draw(seed)[name] for seed in range(count)])
 
 
