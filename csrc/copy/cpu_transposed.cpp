@@ -15,7 +15,8 @@ namespace {
 
 // Columns of x that a task turns: rows of y that it writes side by side. Two cache lines of 16-bit elements.
 constexpr int64_t kStrip = 64;
-// Bytes of y from which on it does not pass through the caches.
+// Bytes of y from which on it does not pass through the caches: its rows are a power of two apart as a rule,
+// and their lines would drive each other out.
 constexpr int64_t kStreamed = 1 << 20;
 constexpr int64_t kMaxBlockRows = kVectorBytes / 2;
 
@@ -27,15 +28,6 @@ template <int half, int n, class V, int... i>
 inline V interleave(V a, V b, std::integer_sequence<int, i...>) {
     constexpr int count = sizeof...(i);
     return __builtin_shufflevector(a, b, (i / n * n + half * n / 2 + i % n / 2 + i % 2 * count)...);
-}
-
-// Past the caches: rows of y are a power of two apart as a rule, and their lines would drive each other out.
-inline void stream(void* place, const void* vector) {
-#if defined(__AVX512F__)
-    _mm512_stream_si512(static_cast<__m512i*>(place), *static_cast<const __m512i*>(vector));
-#else
-    std::memcpy(place, vector, kVectorBytes);
-#endif
 }
 
 // y[j][r] = x[r][j] for a whole block.
@@ -56,7 +48,7 @@ template <bool streaming, class E>
     }
     for (int j = 0; j < n; ++j) {
         if constexpr (streaming)
-            stream(y + j * y_stride, &v[j]);
+            stream_line(y + j * y_stride, &v[j]);
         else
             std::memcpy(y + j * y_stride, &v[j], kVectorBytes);
     }
@@ -107,9 +99,8 @@ void transposed_copy(const CopyParams& p) {
         const int64_t strips = ceil_div(p.columns, kStrip), pieces = p.batch * strips;
         const int64_t tasks = std::min(p.threads, pieces);
         const int64_t pieces_per_task = ceil_div(pieces, std::max<int64_t>(tasks, 1));
-        const bool streaming = kVectorBytes == 64 && reinterpret_cast<uintptr_t>(p.y) % 64 == 0 &&
-                               p.rows * static_cast<int64_t>(sizeof(To)) % 64 == 0 &&
-                               p.batch * p.rows * p.columns * static_cast<int64_t>(sizeof(To)) >= kStreamed;
+        const int64_t row_bytes = p.rows * static_cast<int64_t>(sizeof(To));
+        const bool streaming = streams_to(p.y, row_bytes) && p.batch * p.columns * row_bytes >= kStreamed;
         auto run = [&](int64_t piece, auto choice) {
             const int64_t b = piece / strips, column = piece % strips * kStrip;
             turn_strip<decltype(choice)::value>(static_cast<const From*>(p.x) + b * p.batch_stride + column,
@@ -124,9 +115,7 @@ void transposed_copy(const CopyParams& p) {
                 else
                     run(piece, std::false_type{});
             }
-#if defined(__AVX512F__)
-            if (streaming) _mm_sfence();
-#endif
+            if (streaming) end_streams();
         });
     });
 }

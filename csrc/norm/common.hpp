@@ -16,6 +16,36 @@ constexpr int kRowsTogether = 2;
 // Fewer rows than this are not worth another thread.
 constexpr int64_t kRowsPerTask = 16;
 
+// Bytes from which on an operand lies in memory: a result passes by the caches, where whoever reads it next
+// would find little of it.
+constexpr int64_t kLarge = int64_t{16} << 20;
+// Rows of at most so many bytes are asked for while the last ones are written, if they lie in memory: the
+// processor's own prefetching starts anew with every page. For longer ones it does better alone.
+constexpr int64_t kShortRow = 2048;
+
+template <class T>
+bool is_large(const NormParams& p) {
+    return p.rows * p.columns * static_cast<int64_t>(sizeof(T)) >= kLarge;
+}
+
+template <class T>
+bool is_streamed(const NormParams& p, const T* result) {
+    return is_large<T>(p) && streams_to(result, p.columns * static_cast<int64_t>(sizeof(T)));
+}
+
+template <class T>
+bool is_prefetched(const NormParams& p) {
+    return is_large<T>(p) && p.columns * static_cast<int64_t>(sizeof(T)) <= kShortRow;
+}
+
+template <class At, class T, class V>
+void put(At at, T* row, V v, bool streamed) {
+    if (streamed)
+        at.stream(row, v);
+    else
+        at.store(row, v);
+}
+
 // body(type of x, type of the residual, whether the norm subtracts the mean).
 template <class Body>
 void with_types(const NormParams& p, const Body& body) {

@@ -50,15 +50,18 @@ void backward_rows(const NormParams& p, int64_t first, const Scratch<Compute<T>>
                    Compute<T>* dweight, Compute<T>* dbias) {
     using C = Compute<T>;
     const C columns = static_cast<C>(p.columns);
-    const S* h[rows];
+    const S *h[rows], *dh[rows];
     const T* dy[rows];
     C mean[rows], rstd[rows];
     for (int r = 0; r < rows; ++r) {
         h[r] = static_cast<const S*>(p.h) + (first + r) * p.h_stride;
+        dh[r] = p.dh == nullptr ? nullptr : static_cast<const S*>(p.dh) + (first + r) * p.dh_stride;
         dy[r] = static_cast<const T*>(p.dy) + (first + r) * p.dy_stride;
         mean[r] = centred ? static_cast<const C*>(p.mean)[first + r] : C(0);
         rstd[r] = static_cast<const C*>(p.rstd)[first + r];
     }
+    const bool prefetched = is_prefetched<T>(p);
+    const int64_t h_ahead = rows * p.h_stride, dy_ahead = rows * p.dy_stride, dh_ahead = rows * p.dh_stride;
 
     // g x_hat, then g.
     constexpr int sums_per_row = centred ? 2 : 1;
@@ -67,6 +70,7 @@ void backward_rows(const NormParams& p, int64_t first, const Scratch<Compute<T>>
         Vector<C> dweight_here = at(dweight), dbias_here{};
         if constexpr (centred) dbias_here = at(dbias);
         for (int r = 0; r < rows; ++r) {
+            if (prefetched && dh[r] != nullptr) at.prefetch(dh[r] + dh_ahead);
             const Vector<C> dy_here = at(dy[r]);
             const Vector<C> x_hat = centred ? at.inside((at(h[r]) - mean[r]) * rstd[r]) : at(h[r]) * rstd[r];
             const Vector<C> g = dy_here * weight;
@@ -88,28 +92,33 @@ void backward_rows(const NormParams& p, int64_t first, const Scratch<Compute<T>>
         level[r] = centred ? sums[sums_per_row * r + sums_per_row - 1] / columns : C(0);
     }
     auto gradient = [&](auto at, int r) {
+        if (prefetched) {
+            at.prefetch(h[r] + h_ahead);
+            at.prefetch(dy[r] + dy_ahead);
+        }
         const Vector<C> g = at(scratch.g[r]);
         return ((centred ? g - level[r] : g) - at(scratch.x_hat[r]) * along[r]) * rstd[r];
     };
     T* dx = static_cast<T*>(p.dx) + first * p.columns;
+    const bool dx_streamed = is_streamed(p, dx);
     if (p.dresidual == nullptr && p.dh == nullptr && p.keep_threshold == 0) {
         for_row<C>(p.columns, [&](auto at) {
-            for (int r = 0; r < rows; ++r) at.store(dx + r * p.columns, gradient(at, r));
+            for (int r = 0; r < rows; ++r) put(at, dx + r * p.columns, gradient(at, r), dx_streamed);
         });
         return;
     }
     S* dresidual = static_cast<S*>(p.dresidual) + first * p.columns;
-    const S* dh = static_cast<const S*>(p.dh) + first * p.dh_stride;
+    const bool dresidual_streamed = is_streamed(p, dresidual);
     if (p.keep_threshold != 0 && p.dx != nullptr)
         for (int r = 0; r < rows; ++r) dropout_factors(p, first + r, scratch.factors[r]);
     for_row<C>(p.columns, [&](auto at) {
         for (int r = 0; r < rows; ++r) {
             Vector<C> v = gradient(at, r);
-            if (p.dh != nullptr) v += at(dh + r * p.dh_stride);
-            if (p.dresidual != nullptr) at.store(dresidual + r * p.columns, v);
+            if (p.dh != nullptr) v += at(dh[r]);
+            if (p.dresidual != nullptr) put(at, dresidual + r * p.columns, v, dresidual_streamed);
             if (p.dx == nullptr) continue;
             if (p.keep_threshold != 0) v *= at(scratch.factors[r]);
-            at.store(dx + r * p.columns, v);
+            put(at, dx + r * p.columns, v, dx_streamed);
         }
     });
 }
@@ -157,6 +166,7 @@ void norm_backward(const NormParams& p) {
                                  p, row, scratch, dweight, dbias);
                          });
             }
+            end_streams();
         });
         if (p.dweight != nullptr) sum_chunks<C>(p, 0, p.dweight);
         if (p.dbias != nullptr) sum_chunks<C>(p, 1, p.dbias);

@@ -48,36 +48,40 @@ void forward_rows(const NormParams& p, int64_t first, int64_t end, const Scratch
         h[r] = static_cast<S*>(p.h) + index[r] * p.columns;
     }
 
+    const bool prefetched = is_prefetched<T>(p), y_streamed = is_streamed(p, y[0]),
+               h_streamed = is_streamed(p, h[0]);
+
     // Sums of the rows that `source` reads, or writes, at `place`, or of their squares where that is all
     // there is to know.
-    auto read = [&](auto place, auto source) {
-        constexpr bool copies = !std::is_same_v<std::decay_t<decltype(*place[0])>, C>;
-        for (int r = 0; r < rows; ++r)
-            if constexpr (copies)
-                wide[r] = scratch.rows[r];
-            else
-                wide[r] = place[r];
+    auto read = [&](auto place, bool streamed, auto source) {
+        constexpr bool other_type = !std::is_same_v<std::decay_t<decltype(*place[0])>, C>;
+        for (int r = 0; r < rows; ++r) {
+            wide[r] = scratch.rows[r];
+            if constexpr (!other_type)
+                if (!streamed) wide[r] = place[r];
+        }
         return sums_over_row<C, rows, 2>(p.columns, [&](auto at, auto add) {
             for (int r = 0; r < rows; ++r) {
                 const Vector<C> v = source(at, r);
-                if constexpr (copies) at.store(scratch.rows[r], v);
+                if (other_type || streamed) at.store(scratch.rows[r], v);
                 add(r, centred ? v : v * v);
             }
         });
     };
+    // h as it is stored: it is what backward reads.
+    auto put_h = [&](auto at, int r, Vector<C> v) {
+        put(at, h[r], v, h_streamed);
+        return h_streamed ? rounded<S>(v) : at(h[r]);
+    };
     std::array<C, rows> sums;
     if (p.residual == nullptr) {
-        sums = read(x, [&](auto at, int r) { return at(x[r]); });
+        sums = read(x, false, [&](auto at, int r) { return at(x[r]); });
     } else if (p.keep_threshold == 0) {
-        sums = read(h, [&](auto at, int r) {
-            at.store(h[r], at(residual[r]) + at(x[r]));
-            return at(h[r]);
-        });
+        sums = read(h, h_streamed, [&](auto at, int r) { return put_h(at, r, at(residual[r]) + at(x[r])); });
     } else {
         for (int r = 0; r < rows; ++r) dropout_factors(p, index[r], scratch.factors[r]);
-        sums = read(h, [&](auto at, int r) {
-            at.store(h[r], at(residual[r]) + at(x[r]) * at(scratch.factors[r]));
-            return at(h[r]);
+        sums = read(h, h_streamed, [&](auto at, int r) {
+            return put_h(at, r, at(residual[r]) + at(x[r]) * at(scratch.factors[r]));
         });
     }
 
@@ -96,13 +100,16 @@ void forward_rows(const NormParams& p, int64_t first, int64_t end, const Scratch
         if constexpr (centred) static_cast<C*>(p.mean)[index[r]] = mean[r];
         static_cast<C*>(p.rstd)[index[r]] = rstd[r];
     }
+    const int64_t x_ahead = rows * p.x_stride, residual_ahead = rows * p.residual_stride;
     for_row<C>(p.columns, [&](auto at) {
         const Vector<C> weight = at(scratch.weight);
         for (int r = 0; r < rows; ++r) {
-            if constexpr (centred)
-                at.store(y[r], (at(wide[r]) - mean[r]) * rstd[r] * weight + at(scratch.bias));
-            else
-                at.store(y[r], at(wide[r]) * rstd[r] * weight);
+            if (prefetched) at.prefetch(x[r] + x_ahead);
+            if (prefetched && p.residual != nullptr) at.prefetch(residual[r] + residual_ahead);
+            const Vector<C> off = centred ? at(wide[r]) - mean[r] : at(wide[r]);
+            Vector<C> v = off * rstd[r] * weight;
+            if constexpr (centred) v += at(scratch.bias);
+            put(at, y[r], v, y_streamed);
         }
     });
 }
@@ -121,6 +128,7 @@ void norm_forward(const NormParams& p) {
             const int64_t end = std::min(p.rows, (task + 1) * rows_per_task);
             for (int64_t row = task * rows_per_task; row < end; row += kRowsTogether)
                 forward_rows<T, S, decltype(centred)::value>(p, row, end, scratch);
+            end_streams();
         });
     });
 }

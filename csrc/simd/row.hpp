@@ -21,6 +21,15 @@ struct Whole {
     void store(T* p, Vector<C> v) const {
         lmkern::store(p + column, v);
     }
+    template <class T>
+    void stream(T* p, Vector<C> v) const {
+        lmkern::stream(p + column, v);
+    }
+    // Asks for what lies there, on its way from memory to the second cache; it need not belong to a tensor.
+    template <class T>
+    void prefetch(const T* p) const {
+        __builtin_prefetch(p + column, 0, 2);
+    }
     Vector<C> inside(Vector<C> v) const { return v; }
 };
 
@@ -37,6 +46,13 @@ struct Tail {
     void store(T* p, Vector<C> v) const {
         lmkern::store(p + column, v, count);
     }
+    // Rows that are streamed have no last part.
+    template <class T>
+    void stream(T* p, Vector<C> v) const {
+        store(p, v);
+    }
+    template <class T>
+    void prefetch(const T*) const {}
     // v with zero in the lanes beyond the row.
     Vector<C> inside(Vector<C> v) const {
         return lane_indices<C>() < static_cast<typename IntegerOf<C>::type>(count) ? v : Vector<C>{};

@@ -190,6 +190,49 @@ inline void store(float16* p, Vector<float> v) {
 #endif
 }
 
+// The values that would be stored.
+template <class T>
+inline Vector<Compute<T>> rounded(Vector<Compute<T>> v) {
+    T stored[kLanes<Compute<T>>];
+    store(stored, v);
+    return load(stored);
+}
+
+// A cache line past the caches: for what they would not hold until it is read. Where there is no such store
+// it is an ordinary one. Before another thread reads it, end_streams.
+inline void stream_line(void* line, const void* vector) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(static_cast<__m512i*>(line), *static_cast<const __m512i*>(vector));
+#else
+    std::memcpy(line, vector, kVectorBytes);
+#endif
+}
+// The same for a vector of elements, half a line of 16-bit ones.
+template <class T>
+inline void stream(T* p, Vector<Compute<T>> v) {
+    if constexpr (sizeof(T) == sizeof(Compute<T>)) {
+        stream_line(p, &v);
+    } else {
+#if defined(__AVX512F__)
+        T narrow[kLanes<Compute<T>>];
+        store(narrow, v);
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
+                            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(narrow)));
+#else
+        store(p, v);
+#endif
+    }
+}
+inline void end_streams() {
+#if defined(__AVX512F__)
+    _mm_sfence();
+#endif
+}
+// Whether rows of so many bytes, one behind the other from `place` on, are whole lines that can be streamed.
+inline bool streams_to(const void* place, int64_t row_bytes) {
+    return kVectorBytes == 64 && reinterpret_cast<uintptr_t>(place) % 64 == 0 && row_bytes % 64 == 0;
+}
+
 // The first n elements; the other lanes are zero. Memory past them is not touched.
 template <class T>
 inline Vector<Compute<T>> load(const T* p, int64_t n) {

@@ -289,6 +289,35 @@ def test_nan_stays_in_its_row(target: Target) -> None:
         assert torch.equal(ill[name], clean[name]), name
 
 
+# From 16 MiB on results pass by the caches, where rows are whole cache lines.
+@pytest.mark.parametrize(("residual_dtype", "dropout_p"), [(torch.float32, 0.25), (torch.bfloat16, 0.0)])
+@pytest.mark.parametrize("target", [t for t in TARGETS if t.backend == "cpu"], ids=ids)
+def test_large_results_have_the_bits_of_small_ones(
+    target: Target, residual_dtype: torch.dtype, dropout_p: float
+) -> None:
+    R, small = 8195, slice(4095)
+    inputs, directions = inputs_of(LayerNormShape(R, 1024), (torch.bfloat16, residual_dtype, torch.float32))
+    (x, residual, *parameters), (dy, dh) = inputs, directions
+    call = ours("cpu", dropout_p=dropout_p, dropout_seed=SEED)
+    with target.active(), poisoned_memory():
+        mine = results(call, inputs, directions)
+        part = results(call, (x[small], residual[small], *parameters), (dy[small], dh[small]))
+    for name in ("y", "h", "dx", "dresidual"):
+        assert torch.equal(mine[name][small], part[name]), name
+    last = slice(R - 100, R)
+    wide = [t.double() for t in (x[last], residual[last], *parameters, dy[last], dh[last])]
+    if dropout_p:
+        kept = philox.keep_mask(SEED, dropout_p, x.shape)[last] * philox.keep_scale(dropout_p)
+        wide[0] = wide[0] * kept
+    exact = results(torchs("layer"), tuple(wide[:4]), tuple(wide[4:]))
+    if dropout_p:
+        exact["dx"] = exact["dx"] * kept
+    for name in ("y", "h", "dx", "dresidual"):
+        eps = torch.finfo(mine[name].dtype).eps
+        # y is the norm of h as it is stored.
+        torch.testing.assert_close(mine[name][last].double(), exact[name], rtol=eps, atol=8 * eps)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("target", [t for t in TARGETS if t.backend == "cpu"], ids=str)
 def test_results_are_bit_equal_for_any_number_of_threads(target: Target, threads: int) -> None:

@@ -297,6 +297,26 @@ def test_results_are_bit_equal_for_any_number_of_threads(target: Target, threads
         assert torch.equal(value, expected[result]), result
 
 
+# From 16 MiB on results pass by the caches, where rows are whole cache lines.
+@pytest.mark.parametrize("E", [1024, 1032, 1023])
+@pytest.mark.parametrize("target", [t for t in TARGETS if t.backend == "cpu"], ids=str)
+def test_large_results_have_the_bits_of_small_ones(target: Target, E: int) -> None:
+    dtype = next(dtype for dtype in (torch.float32, torch.bfloat16) if target.takes(dtype))
+    R = 2**24 // (E * dtype.itemsize) + 3
+    x, weight, bias, dy = layer_norm_inputs(LayerNormShape(R, E), dtype)
+    with target.active(), poisoned_memory():
+        mine = layer_norm_results(ours("cpu"), x, weight, bias, dy)
+        for rows in (slice(R - 4), slice(R - 4, R)):
+            part = layer_norm_results(ours("cpu"), x[rows], weight, bias, dy[rows])
+            for result in ("y", "dx"):
+                assert torch.equal(mine[result][rows], part[result]), (result, rows)
+    some = slice(R % 50, R, 50)
+    exact = layer_norm_results(torchs, *(t.double() for t in (x[some], weight, bias, dy[some])))
+    eps = torch.finfo(dtype).eps
+    for result in ("y", "dx"):
+        torch.testing.assert_close(mine[result][some].double(), exact[result], rtol=eps, atol=8 * eps)
+
+
 @pytest.mark.parametrize("target", IN_FLOAT32, ids=str)
 def test_rows_do_not_depend_on_each_other(target: Target) -> None:
     x, weight, bias, _ = layer_norm_inputs(LayerNormShape(40, 129), device=target.device)
