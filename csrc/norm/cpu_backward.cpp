@@ -23,7 +23,7 @@ struct Scratch {
     C* g[kRowsTogether];        // (E,) each
     C* factors[kRowsTogether];  // (E,) each: dropout
 
-    explicit Scratch(const NormParams& p) {
+    Scratch(const NormParams& p, bool in_pairs) {
         Workspace& workspace = Workspace::of_this_thread();
         const int64_t width = scratch_width(p);
         workspace.reserve(static_cast<size_t>((1 + 3 * kRowsTogether) * width) * sizeof(C));
@@ -31,7 +31,10 @@ struct Scratch {
         for (C*& row : x_hat) row = workspace.take<C>(width);
         for (C*& row : g) row = workspace.take<C>(width);
         for (C*& row : factors) row = workspace.take<C>(width);
-        widen_parameter(p, p.weight, static_cast<C>(p.offset), C(1), weight);
+        C* in_order = in_pairs ? g[0] : weight;
+        widen_parameter(p, p.weight, static_cast<C>(p.offset), C(1), in_order);
+        for (int64_t column = 0; in_pairs && column < p.columns; ++column)
+            weight[place_in_pairs<C>(column)] = in_order[column];
     }
 };
 
@@ -45,7 +48,7 @@ void for_rows(int64_t begin, int64_t end, const Body& body) {
 }
 
 // Adds the rows' share to dweight and dbias, and writes their dx and dresidual if those are wanted.
-template <class T, class S, bool centred, int rows>
+template <class T, class S, bool centred, bool in_pairs, int rows>
 void backward_rows(const NormParams& p, int64_t first, const Scratch<Compute<T>>& scratch,
                    Compute<T>* dweight, Compute<T>* dbias) {
     using C = Compute<T>;
@@ -65,15 +68,16 @@ void backward_rows(const NormParams& p, int64_t first, const Scratch<Compute<T>>
 
     // g x_hat, then g.
     constexpr int sums_per_row = centred ? 2 : 1;
-    const auto sums = sums_over_row<C, sums_per_row * rows, 1>(p.columns, [&](auto at, auto add) {
-        const Vector<C> weight = at(scratch.weight);
-        Vector<C> dweight_here = at(dweight), dbias_here{};
+    const auto sums = sums_over_row<C, sums_per_row * rows, 1, in_pairs>(p.columns, [&](auto at, auto add) {
+        const auto weight = at(scratch.weight);
+        auto dweight_here = at(dweight);
+        decltype(dweight_here) dbias_here{};
         if constexpr (centred) dbias_here = at(dbias);
         for (int r = 0; r < rows; ++r) {
             if (prefetched && dh[r] != nullptr) at.prefetch(dh[r] + dh_ahead);
-            const Vector<C> dy_here = at(dy[r]);
-            const Vector<C> x_hat = centred ? at.inside((at(h[r]) - mean[r]) * rstd[r]) : at(h[r]) * rstd[r];
-            const Vector<C> g = dy_here * weight;
+            const auto dy_here = at(dy[r]);
+            const auto x_hat = centred ? at.inside((at(h[r]) - mean[r]) * rstd[r]) : at(h[r]) * rstd[r];
+            const auto g = dy_here * weight;
             add(sums_per_row * r, g * x_hat);
             if constexpr (centred) add(sums_per_row * r + 1, g);
             dweight_here += dy_here * x_hat;
@@ -96,28 +100,29 @@ void backward_rows(const NormParams& p, int64_t first, const Scratch<Compute<T>>
             at.prefetch(h[r] + h_ahead);
             at.prefetch(dy[r] + dy_ahead);
         }
-        const Vector<C> g = at(scratch.g[r]);
+        const auto g = at(scratch.g[r]);
         return ((centred ? g - level[r] : g) - at(scratch.x_hat[r]) * along[r]) * rstd[r];
     };
     T* dx = static_cast<T*>(p.dx) + first * p.columns;
     const bool dx_streamed = is_streamed(p, dx);
     if (p.dresidual == nullptr && p.dh == nullptr && p.keep_threshold == 0) {
-        for_row<C>(p.columns, [&](auto at) {
+        for_row<C, in_pairs>(p.columns, [&](auto at) {
             for (int r = 0; r < rows; ++r) put(at, dx + r * p.columns, gradient(at, r), dx_streamed);
         });
         return;
     }
     S* dresidual = static_cast<S*>(p.dresidual) + first * p.columns;
     const bool dresidual_streamed = is_streamed(p, dresidual);
-    if (p.keep_threshold != 0 && p.dx != nullptr)
+    if (!in_pairs && p.keep_threshold != 0 && p.dx != nullptr)
         for (int r = 0; r < rows; ++r) dropout_factors(p, first + r, scratch.factors[r]);
-    for_row<C>(p.columns, [&](auto at) {
+    for_row<C, in_pairs>(p.columns, [&](auto at) {
         for (int r = 0; r < rows; ++r) {
-            Vector<C> v = gradient(at, r);
+            auto v = gradient(at, r);
             if (p.dh != nullptr) v += at(dh[r]);
             if (p.dresidual != nullptr) put(at, dresidual + r * p.columns, v, dresidual_streamed);
             if (p.dx == nullptr) continue;
-            if (p.keep_threshold != 0) v *= at(scratch.factors[r]);
+            if constexpr (!in_pairs)
+                if (p.keep_threshold != 0) v *= at(scratch.factors[r]);
             put(at, dx + r * p.columns, v, dx_streamed);
         }
     });
@@ -127,20 +132,21 @@ void backward_rows(const NormParams& p, int64_t first, const Scratch<Compute<T>>
 constexpr int64_t kChunksTogether = 8;
 
 // out[e] = the sum over chunks of partials[chunk][which][e]: some chunks after the others, as they lie in
-// memory, while out stays in the first cache.
+// memory, while the sums stay in the first cache, in the place of the first chunk.
 template <class C>
-void sum_chunks(const NormParams& p, int64_t which, void* out) {
-    C* total = static_cast<C*>(out);
-    std::fill_n(total, p.columns, C(0));
+void sum_chunks(const NormParams& p, int64_t which, bool in_pairs, void* out) {
+    C* total = static_cast<C*>(p.partials) + which * p.columns;
     for (int64_t first = 0; first < p.chunks; first += kChunksTogether) {
         const int64_t chunks = std::min(kChunksTogether, p.chunks - first);
         const C* partial = static_cast<const C*>(p.partials) + (2 * first + which) * p.columns;
         for_row<C>(p.columns, [&](auto at) {
             Vector<C> sum = at(partial);
             for (int64_t chunk = 1; chunk < chunks; ++chunk) sum += at(partial + 2 * chunk * p.columns);
-            at.store(total, at(total) + sum);
+            at.store(total, first == 0 ? sum : at(total) + sum);
         });
     }
+    for (int64_t column = 0; column < p.columns; ++column)
+        static_cast<C*>(out)[column] = total[in_pairs ? place_in_pairs<C>(column) : column];
 }
 
 }  // namespace
@@ -150,11 +156,14 @@ void norm_backward(const NormParams& p) {
         using T = typename decltype(type)::type;
         using S = typename decltype(residual_type)::type;
         using C = Compute<T>;
+        // Dropout's factors come in order.
+        constexpr bool pairs_exist = std::is_same_v<T, bfloat16> && std::is_same_v<S, bfloat16>;
+        const bool in_pairs = pairs_exist && p.columns % (2 * kLanes<C>) == 0 && p.keep_threshold == 0;
         const int64_t rows_per_chunk = ceil_div(p.rows, p.chunks);
         // Neighbouring chunks go to one thread: two threads that write to one fresh page both wait for it.
         const int64_t tasks = std::min(p.threads, p.chunks), chunks_per_task = ceil_div(p.chunks, tasks);
         parallel_for(tasks, p.threads, [&](int64_t task) {
-            const Scratch<C> scratch(p);
+            const Scratch<C> scratch(p, in_pairs);
             const int64_t end = std::min(p.chunks, (task + 1) * chunks_per_task);
             for (int64_t chunk = task * chunks_per_task; chunk < end; ++chunk) {
                 C* dweight = static_cast<C*>(p.partials) + chunk * 2 * p.columns;
@@ -162,14 +171,19 @@ void norm_backward(const NormParams& p) {
                 std::fill_n(dweight, 2 * p.columns, C(0));
                 for_rows(chunk * rows_per_chunk, std::min(p.rows, (chunk + 1) * rows_per_chunk),
                          [&](int64_t row, auto rows) {
-                             backward_rows<T, S, decltype(centred)::value, decltype(rows)::value>(
-                                 p, row, scratch, dweight, dbias);
+                             constexpr bool with_mean = decltype(centred)::value;
+                             constexpr int count = decltype(rows)::value;
+                             if constexpr (pairs_exist)
+                                 if (in_pairs)
+                                     return backward_rows<T, S, with_mean, true, count>(p, row, scratch,
+                                                                                        dweight, dbias);
+                             backward_rows<T, S, with_mean, false, count>(p, row, scratch, dweight, dbias);
                          });
             }
             end_streams();
         });
-        if (p.dweight != nullptr) sum_chunks<C>(p, 0, p.dweight);
-        if (p.dbias != nullptr) sum_chunks<C>(p, 1, p.dbias);
+        if (p.dweight != nullptr) sum_chunks<C>(p, 0, in_pairs, p.dweight);
+        if (p.dbias != nullptr) sum_chunks<C>(p, 1, in_pairs, p.dbias);
     });
 }
 

@@ -33,6 +33,40 @@ struct Whole {
     Vector<C> inside(Vector<C> v) const { return v; }
 };
 
+// Two vectors of a row: its elements of even index in these columns, and those of odd index. What is C is
+// scratch memory and has the ones before the others.
+template <class C>
+struct WholePair {
+    int64_t column;
+
+    EvenOdd<C> operator()(const bfloat16* p) const { return load_pairs(p + column); }
+    EvenOdd<C> operator()(const C* p) const { return {load(p + column), load(p + column + kLanes<C>)}; }
+    void store(bfloat16* p, EvenOdd<C> v) const {
+        const Halves halves = narrow_pairs(v);
+        std::memcpy(p + column, &halves, sizeof halves);
+    }
+    void store(C* p, EvenOdd<C> v) const {
+        lmkern::store(p + column, v.even);
+        lmkern::store(p + column + kLanes<C>, v.odd);
+    }
+    void stream(bfloat16* p, EvenOdd<C> v) const {
+        const Halves halves = narrow_pairs(v);
+        stream_line(p + column, &halves);
+    }
+    template <class T>
+    void prefetch(const T* p) const {
+        Whole<C>{column}.prefetch(p);
+    }
+    EvenOdd<C> inside(EvenOdd<C> v) const { return v; }
+};
+
+// Where a column stands in such scratch memory.
+template <class C>
+inline int64_t place_in_pairs(int64_t column) {
+    const int64_t lanes = kLanes<C>, within = column % (2 * lanes);
+    return column - within + within / 2 + within % 2 * lanes;
+}
+
 // The last columns of a row, fewer than a vector; lanes beyond them load zero and are not stored.
 template <class C>
 struct Tail {
@@ -59,17 +93,22 @@ struct Tail {
     }
 };
 
-template <class C, class Body>
+// in_pairs: the columns are whole pairs of vectors, and body takes those.
+template <class C, bool in_pairs = false, class Body>
 inline void for_row(int64_t columns, const Body& body) {
     int64_t column = 0;
-    for (; column + kLanes<C> <= columns; column += kLanes<C>) body(Whole<C>{column});
-    if (column < columns) body(Tail<C>{column, columns - column});
+    if constexpr (in_pairs) {
+        for (; column < columns; column += 2 * kLanes<C>) body(WholePair<C>{column});
+    } else {
+        for (; column + kLanes<C> <= columns; column += kLanes<C>) body(Whole<C>{column});
+        if (column < columns) body(Tail<C>{column, columns - column});
+    }
 }
 
 // The sums over the columns of what body(at, add) adds: add(which, vector). Running sums take turns and start
 // anew every 32 additions: short chains are fast, and their rounding errors small; the total of the chains
 // carries its own (Kahan's summation). The order of the additions does not depend on count.
-template <class C, int count, int turns, class Body>
+template <class C, int count, int turns, bool in_pairs = false, class Body>
 inline std::array<C, count> sums_over_row(int64_t columns, const Body& body) {
     constexpr int64_t lanes = kLanes<C>, block = 32 * turns * lanes;
     Vector<C> total[count] = {}, lost[count] = {};
@@ -77,12 +116,23 @@ inline std::array<C, count> sums_over_row(int64_t columns, const Body& body) {
         const int64_t end = std::min(columns, column + block);
         Vector<C> running[turns][count] = {};
         auto step = [&](auto at, int turn) {
-            body(at, [&](int which, Vector<C> v) { running[turn][which] += v; });
+            body(at, [&](int which, auto v) {
+                if constexpr (in_pairs) {
+                    running[turn][which] += v.even;
+                    running[turn][which] += v.odd;
+                } else {
+                    running[turn][which] += v;
+                }
+            });
         };
-        for (; column + turns * lanes <= end; column += turns * lanes)
-            for (int turn = 0; turn < turns; ++turn) step(Whole<C>{column + turn * lanes}, turn);
-        for (; column + lanes <= end; column += lanes) step(Whole<C>{column}, 0);
-        if (column < end) step(Tail<C>{column, end - column}, turns - 1);
+        if constexpr (in_pairs) {
+            for (; column < end; column += 2 * lanes) step(WholePair<C>{column}, 0);
+        } else {
+            for (; column + turns * lanes <= end; column += turns * lanes)
+                for (int turn = 0; turn < turns; ++turn) step(Whole<C>{column + turn * lanes}, turn);
+            for (; column + lanes <= end; column += lanes) step(Whole<C>{column}, 0);
+            if (column < end) step(Tail<C>{column, end - column}, turns - 1);
+        }
         column = end;
         for (int turn = 0; turn < turns; ++turn)
             for (int which = 0; which < count; ++which) {

@@ -190,6 +190,46 @@ inline void store(float16* p, Vector<float> v) {
 #endif
 }
 
+// Two vectors whose elements take turns in memory: 16-bit ones are read so in half of the instructions that
+// vectors of neighbours take.
+template <class C>
+struct EvenOdd {
+    Vector<C> even, odd;
+
+    friend EvenOdd operator+(EvenOdd a, EvenOdd b) { return {a.even + b.even, a.odd + b.odd}; }
+    friend EvenOdd operator-(EvenOdd a, EvenOdd b) { return {a.even - b.even, a.odd - b.odd}; }
+    friend EvenOdd operator*(EvenOdd a, EvenOdd b) { return {a.even * b.even, a.odd * b.odd}; }
+    friend EvenOdd operator-(EvenOdd a, C b) { return {a.even - b, a.odd - b}; }
+    friend EvenOdd operator*(EvenOdd a, C b) { return {a.even * b, a.odd * b}; }
+    EvenOdd& operator+=(EvenOdd b) { return *this = *this + b; }
+};
+
+inline EvenOdd<float> load_pairs(const bfloat16* p) {
+    Vector<uint32_t> bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return {bit_cast<Vector<float>>(bits << 16), bit_cast<Vector<float>>(bits & 0xffff0000u)};
+}
+
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes)));
+
+// As stored by store().
+inline Halves narrow_pairs(EvenOdd<float> v) {
+#if defined(__AVX512BF16__)
+    constexpr int lanes = kLanes<float>;
+    const auto apart =
+        bit_cast<Halves>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(v.odd), bit_cast<__m512>(v.even)));
+    Halves order;
+    for (int lane = 0; lane < 2 * lanes; ++lane) order[lane] = lane / 2 + lane % 2 * lanes;
+    return bit_cast<Halves>(_mm512_permutexvar_epi16(bit_cast<__m512i>(order), bit_cast<__m512i>(apart)));
+#else
+    auto rounded = [](Vector<float> x) {
+        const Vector<uint32_t> bits = bit_cast<Vector<uint32_t>>(x);
+        return x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : (bits | 0x400000u);
+    };
+    return bit_cast<Halves>((rounded(v.even) >> 16) | (rounded(v.odd) & 0xffff0000u));
+#endif
+}
+
 // The values that would be stored.
 template <class T>
 inline Vector<Compute<T>> rounded(Vector<Compute<T>> v) {
