@@ -26,9 +26,9 @@ constexpr int64_t kRowBlock = 16;
 constexpr int64_t kSumBlock = 32;
 // Values are read in tiles of so many vectors, what is left of a row in the smallest.
 constexpr int kValueVectors = 4;
-// How far ahead of its use a row is asked for: pages end every 4 KiB, and the processor's own prefetching
-// with them.
-constexpr int64_t kAheadBytes = 3072;
+// How far ahead of its use a row is asked for, into the first cache and into the second: pages end every
+// 4 KiB, and the processor's own prefetching with them.
+constexpr int64_t kNearBytes = 3072, kFarBytes = 16384;
 // A multiple of every vector width, in the layout of partials.
 constexpr int64_t kWidthStep = 16;
 
@@ -112,19 +112,18 @@ void for_query_rows(int64_t rows, const Body& body) {
 }
 
 template <class Order, class T, class C = Compute<T>>
-void score_rows(Block<C> q, int64_t rows, const T* const* keys, int64_t count, int64_t ahead, int64_t D,
+void score_rows(Block<C> q, int64_t rows, const T* const* keys, int64_t count, Ahead ahead, int64_t D,
                 Block<C> scores) {
     for (int64_t j = 0; j < count; j += kLanes<C>)
         for_query_rows<C>(rows, [&](int64_t row, auto queries) {
             const Block<C> from{q.data + row * q.stride, q.stride};
             const Block<C> to{scores.data + row * scores.stride + j, scores.stride};
-            const T* const* next = keys + j + (row == 0 ? ahead : 0);
-            score_keys<Order, queries>(from, keys + j, next, D, to);
+            score_keys<Order, queries>(from, keys + j, row == 0 ? ahead : Ahead{0, 0}, D, to);
         });
 }
 
 template <class Order, class T, class C = Compute<T>>
-void weigh_values(Block<C> weights, int64_t rows, const T* const* values, int64_t count, int64_t ahead,
+void weigh_values(Block<C> weights, int64_t rows, const T* const* values, int64_t count, Ahead ahead,
                   int64_t D, Block<C> acc) {
     for (int64_t first_key = 0; first_key < count; first_key += kSumBlock) {
         const int64_t keys = std::min(kSumBlock, count - first_key);
@@ -135,7 +134,7 @@ void weigh_values(Block<C> weights, int64_t rows, const T* const* values, int64_
                 const Block<C> from{weights.data + row * weights.stride + first_key, weights.stride};
                 const Block<C> to{acc.data + row * acc.stride, acc.stride};
                 const T* const* places = values + first_key;
-                const T* const* next = places + (row == 0 ? ahead : 0);
+                const Ahead next = row == 0 ? ahead : Ahead{0, 0};
                 if (wide)
                     add_values<Order, queries, kValueVectors>(from, places, next, keys, column, D, to);
                 else
@@ -217,12 +216,14 @@ void forward_split(const CachedAttentionParams& p, int64_t batch, int64_t head_k
     const bool gather_k = p.k_strides.column != 1, gather_v = p.v_strides.column != 1;
 
     Workspace& workspace = Workspace::of_this_thread();
-    const int64_t ahead = std::max<int64_t>(1, kAheadBytes / (D * static_cast<int64_t>(sizeof(T))));
-    workspace.reserve(static_cast<size_t>(2 * p.split + ahead) * sizeof(T*) +
+    const int64_t used_bytes = D * static_cast<int64_t>(sizeof(T));
+    auto rows_of = [&](int64_t bytes) { return std::clamp<int64_t>(bytes / used_bytes, 1, p.split); };
+    const Ahead ahead{rows_of(kNearBytes), rows_of(kFarBytes)};
+    workspace.reserve(static_cast<size_t>(2 * p.split + ahead.far) * sizeof(T*) +
                       static_cast<size_t>(p.split * (gather_k + gather_v) * D) * sizeof(T) +
                       static_cast<size_t>((kRowBlock + 1) * width + kRowBlock * p.split) * sizeof(C));
     // One list, keys before values: looking ahead from the last keys finds the first values.
-    const T** k_rows = workspace.take<const T*>(2 * p.split + ahead);
+    const T** k_rows = workspace.take<const T*>(2 * p.split + ahead.far);
     const Block<C> q{workspace.take<C>(kRowBlock * width), width};
     const Block<C> ordered{workspace.take<C>(width), width};
     const Block<C> scores{workspace.take<C>(kRowBlock * p.split), p.split};
@@ -230,7 +231,7 @@ void forward_split(const CachedAttentionParams& p, int64_t batch, int64_t head_k
     const T** end_rows = find_rows(p, p.v, p.v_strides, batch, head_kv, begin, end, v_rows);
     // And from the last values what follows the keys in memory: the next range, or nothing; it is not read.
     const int64_t row_bytes = p.k_strides.row * static_cast<int64_t>(sizeof(T));
-    for (int64_t j = 0; j < ahead; ++j)
+    for (int64_t j = 0; j < ahead.far; ++j)
         end_rows[j] =
             reinterpret_cast<const T*>(reinterpret_cast<intptr_t>(k_rows[keys - 1]) + (j + 1) * row_bytes);
     if (gather_k) gather_rows(k_rows, keys, p.k_strides.column, D, workspace.take<T>(p.split * D));

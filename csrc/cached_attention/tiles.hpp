@@ -71,16 +71,24 @@ inline int64_t place_of(int64_t d, int64_t lanes) {
     return d - within + within % 2 * lanes + within / 2;
 }
 
-// Asks for what lies at p once a cache line, p being `offset` elements into a row.
+// How many rows of a list ahead of the one that is read a row is asked for: into the first cache, and before
+// that into the second.
+struct Ahead {
+    int64_t near, far;
+};
+
+// Asks for the elements from `offset` on of the rows ahead of *row, once a cache line.
 template <class S>
-inline void prefetch_at(const S* p, int64_t offset) {
-    if (offset * static_cast<int64_t>(sizeof(S)) % 64 == 0) __builtin_prefetch(p);
+inline void prefetch(const S* const* row, Ahead ahead, int64_t offset) {
+    if (offset * static_cast<int64_t>(sizeof(S)) % 64 != 0) return;
+    __builtin_prefetch(row[ahead.near] + offset);
+    __builtin_prefetch(row[ahead.far] + offset, 0, 2);
 }
 
-// scores[m][j] = q[m] . keys[j] for `queries` rows of q and kLanes<C> keys, while the rows at `ahead` come
+// scores[m][j] = q[m] . keys[j] for `queries` rows of q and kLanes<C> keys, while the rows `ahead` come
 // nearer. q stands in Order, padded with zeros to whole vectors.
 template <class Order, int queries, class S, class C = Compute<S>>
-inline void score_keys(Block<C> q, const S* const* keys, const S* const* ahead, int64_t D, Block<C> scores) {
+inline void score_keys(Block<C> q, const S* const* keys, Ahead ahead, int64_t D, Block<C> scores) {
     constexpr int lanes = kLanes<C>, keys_at_once = lanes / queries, step = Order::kVectors * lanes;
     const int64_t whole = D / step * step;
     for (int first = 0; first < lanes; first += keys_at_once) {
@@ -95,7 +103,7 @@ inline void score_keys(Block<C> q, const S* const* keys, const S* const* ahead, 
             };
 #pragma GCC unroll 8
             for (int64_t d = 0; d < whole; d += step) {
-                prefetch_at(ahead[first + j] + d, d);
+                prefetch(keys + first + j, ahead, d);
                 Order::read(key + d, [&](int i, Vector<C> k) { add(d + i * lanes, k); });
             }
             if (whole < D) add(whole, load(key + whole, D - whole));
@@ -115,13 +123,13 @@ inline void score_keys(Block<C> q, const S* const* keys, const S* const* ahead, 
 // the column `first` on, of rows of D elements: a single vector may end there. acc stands in Order. `ahead`
 // as in score_keys.
 template <class Order, int queries, int vectors, class S, class C = Compute<S>>
-inline void add_values(Block<C> weights, const S* const* values, const S* const* ahead, int64_t rows,
-                       int64_t first, int64_t D, Block<C> acc) {
+inline void add_values(Block<C> weights, const S* const* values, Ahead ahead, int64_t rows, int64_t first,
+                       int64_t D, Block<C> acc) {
     constexpr int lanes = kLanes<C>, step = Order::kVectors;
     const bool ragged = vectors == 1 && first + lanes > D;
     Vector<C> part[queries][vectors] = {};
     for (int64_t j = 0; j < rows; ++j) {
-        const S *value = values[j] + first, *next = ahead[j] + first;
+        const S* value = values[j] + first;
         Vector<C> weight[queries];
 #pragma GCC unroll 4
         for (int m = 0; m < queries; ++m) weight[m] = broadcast(weights.data[m * weights.stride + j]);
@@ -135,7 +143,7 @@ inline void add_values(Block<C> weights, const S* const* values, const S* const*
         }
 #pragma GCC unroll 4
         for (int i = 0; i < vectors; i += step) {
-            prefetch_at(next + i * lanes, i * lanes);
+            prefetch(values + j, ahead, first + i * lanes);
             Order::read(value + i * lanes, [&](int place, Vector<C> v) { add(i + place, v); });
         }
     }
