@@ -120,7 +120,7 @@ def gpu_tests(marker: str = "gpu") -> list[tuple[str, str]]:
     """(node id, op) of every test with the marker."""
     return [
         (name, op_of(*re.split(r"[][-]", name)[1:], Path(name.partition("::")[0]).stem))
-        for name in collected("-m", marker, "tests/gpu", "tests/kernels")
+        for name in collected("-m", marker, "tests/gpu", "tests/kernels", "tests/ops")
     ]
 
 
