@@ -35,8 +35,8 @@ class Target:
 
     @property
     def slow(self) -> bool:
-        """Whether tests are given a sample of the shapes and features: on a GPU Triton takes a second or more to
-        compile each new head_dim, width, dtype and option of a kernel.
+        """Whether tests get a sample of shapes and features: on a GPU too, where Triton takes seconds to
+        compile a kernel for each new head_dim, width, dtype or option.
         """
         return self.backend == "triton"
 
