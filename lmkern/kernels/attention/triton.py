@@ -6,7 +6,6 @@ every time.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -264,8 +263,11 @@ def _strided(grain: int, *tensors: Tensor | None) -> list[Any]:
     """Each tensor followed by its strides, as the kernels take them."""
     arguments: list[Any] = []
     for x in tensors:
-        arguments.append(x)
-        arguments += (0,) * 4 if x is None else (*(stride // grain for stride in _outer(x)), x.stride(3))
+        if x is None:
+            arguments += (None, 0, 0, 0, 0)
+        else:
+            b, h, n = _outer(x)
+            arguments += (x, b // grain, h // grain, n // grain, x.stride(3))
     return arguments
 
 
@@ -275,9 +277,16 @@ def _grain(*tensors: Tensor | None) -> int:
     A property of a layout and its head_dim, where a stride over heads is one of the length too: Triton, which
     looks at each stride, would compile anew for it.
     """
-    return math.gcd(16, *(stride for x in tensors if x is not None for stride in _outer(x)))
+    strides = 0
+    for x in tensors:
+        if x is not None:
+            b, h, n = _outer(x)
+            strides |= b | h | n
+    # The lowest bit that any of them has.
+    return strides & -strides & 15 or 16
 
 
-def _outer(x: Tensor) -> tuple[int, ...]:
-    """x's strides but the last."""
-    return _broadcast_strides(x)[:3]
+def _outer(x: Tensor) -> tuple[int, int, int]:
+    """x's strides but the last, 0 along the dimensions of size 1."""
+    (B, H, N, _), (b, h, n, _) = x.shape, x.stride()
+    return b if B > 1 else 0, h if H > 1 else 0, n if N > 1 else 0
