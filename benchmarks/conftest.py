@@ -5,8 +5,10 @@
 
 The first runs the tests of the kernels and then every row; a run is recorded whole or not at all: the tests
 passed before it and every benchmark passed in it. With `-k attention` it times a part, whose rows join those
-on file if they are of the same commit and environment; else the file is written anew. The second asks only
-whether the benchmarks run. (`-p no:logging`: torch.compile logs much that pytest would otherwise keep.)
+on file if they are of the same commit and environment; else the file is written anew. On a GPU, which may be
+at hand for minutes alone, each row is recorded as it comes, and one on file of this commit and environment
+is not timed again. The second asks only whether the benchmarks run. (`-p no:logging`: torch.compile logs much
+that pytest would otherwise keep.)
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ import torch
 
 from benchmarks import gpu_timing, machine, timing
 from benchmarks.contest import COMPILED, DIRECTIONS, EAGER, FORMAT, Compete, Contest, Inputs, dtype_name
-from benchmarks.record import joined
+from benchmarks.record import joined, key
+from lmkern.files import write_text
 from lmkern.kernels import backends
 from lmkern.memory import keep_freed_memory
 
@@ -115,10 +118,13 @@ def backend_parameter(support: backends.Support) -> Any:
     return pytest.param(support.backend, marks=pytest.mark.skipif(bool(reason), reason=reason))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Rows with kept memory last: what they ask of the allocator holds for the rest of the process."""
+    known = on_file(config) if config.getoption("record") and gpu_timing.used() else set()
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=timing.clock))
+        if known and key(named(item)) in known:
+            item.add_marker(pytest.mark.skip(reason="on file, of this commit and environment"))
     items.sort(key=keeps_memory)
 
 
@@ -141,9 +147,8 @@ def ceilings(request: pytest.FixtureRequest, device: torch.device) -> dict[str, 
 @pytest.fixture
 def compete(request: pytest.FixtureRequest, benchmark: Any, ceilings: dict[str, float]) -> Compete:
     """compete(contest): time one row, check it against torch and keep it."""
-    parameters = request.node.callspec.params
-    case, direction, dtype = parameters["case"], parameters["direction"], dtype_name(parameters["dtype"])
-    name = {"op": request.module.OP, "direction": direction, "shape": str(case), "dtype": dtype}
+    name, case = named(request.node), request.node.callspec.params["case"]
+    direction, dtype = name["direction"], name["dtype"]
     if case.kept_memory:
         keep_freed_memory()
 
@@ -165,7 +170,7 @@ def compete(request: pytest.FixtureRequest, benchmark: Any, ceilings: dict[str, 
                 peaks = {who: timing.peak_bytes(call) for who, call in ({"ours": ours} | others).items()}
         if not times:
             return
-        row = name | asdict(work) | {"main": case.main, "backend": parameters["backend"]}
+        row: dict[str, Any] = name | asdict(work) | {"main": case.main}
         row |= {"eager": contest.eager} | times
         if beside is not None:
             row["baseline"] = {"name": beside[0]} | times["competitors"].pop(beside[0])
@@ -176,8 +181,22 @@ def compete(request: pytest.FixtureRequest, benchmark: Any, ceilings: dict[str, 
         row["share_of_copy"] = work.bytes / median / ceilings["copy"]
         benchmark.extra_info.update(row, machine=machine.environment(), ceilings=ceilings)
         request.config.stash[rows_key].append(row)
+        if request.config.getoption("record") and gpu_timing.used():
+            record(request.config)
 
     return run
+
+
+def named(item: Any) -> dict[str, str]:
+    """What tells a row from all others."""
+    parameters = item.callspec.params
+    return {
+        "op": item.module.OP,
+        "direction": parameters["direction"],
+        "shape": str(parameters["case"]),
+        "dtype": dtype_name(parameters["dtype"]),
+        "backend": parameters["backend"],
+    }
 
 
 def checked(contest: Contest, inputs: list[Inputs], direction: str) -> timing.Call:
@@ -196,7 +215,18 @@ def competitors(contest: Contest, inputs: list[Inputs], direction: str) -> dict[
     functions = dict(contest.competitors)
     if contest.compiles:
         functions[COMPILED] = timing.compiled(functions[EAGER])
-    return {name: timing.call_on(function, inputs, direction) for name, function in functions.items()}
+    calls = {name: timing.call_on(function, inputs, direction) for name, function in functions.items()}
+    return {name: call for name, call in calls.items() if name == EAGER or runs(name, call)}
+
+
+def runs(name: str, call: timing.Call) -> bool:
+    """Whether a competitor can take the row; torch.compile cannot take all, nor has every GPU the memory."""
+    try:
+        timing.seconds(call)
+    except RuntimeError as error:
+        print(f"benchmarks: the row is timed without {name}: {error}")
+        return False
+    return True
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -211,28 +241,48 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    folder, rows = session.config.getoption("record"), session.config.stash[rows_key]
-    if not folder:
+    rows = session.config.stash[rows_key]
+    if not session.config.getoption("record"):
         return
-    if exitstatus != 0 or not rows:
+    if gpu_timing.used():
+        print(f"\nbenchmarks: {len(rows)} rows recorded as they came")
+    elif exitstatus != 0 or not rows:
         print(f"\nbenchmarks: not recorded: exit status {int(exitstatus)}, {len(rows)} rows")
-        return
-    name = machine.machine_name(machine.choose_device())
-    record = {
+    else:
+        record(session.config)
+
+
+def record(config: pytest.Config) -> None:
+    """Writes the rows so far, joined to those on file."""
+    rows, path = config.stash[rows_key], record_path(config)
+    new = {
         "format": FORMAT,
-        "machine": name,
+        "machine": path.stem,
         "tests": "passed",
-        "gate": session.config.getoption("tested") or " ".join(GATE),
-        "commit": session.config.stash[commit_key],
+        "gate": config.getoption("tested") or " ".join(GATE),
+        "commit": config.stash[commit_key],
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "environment": machine.environment(),
         "gaps": machine.gaps(),
-        "ceilings": session.config.stash[ceilings_key],
+        "ceilings": config.stash[ceilings_key],
         "rows": rows,
     }
-    path = Path(folder) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        record = joined(json.loads(path.read_text(encoding="utf-8")), record)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"\nbenchmarks: {len(rows)} rows, {len(record['rows'])} in all in {path}")
+        new = joined(json.loads(path.read_text(encoding="utf-8")), new)
+    write_text(path, json.dumps(new, indent=1) + "\n")
+    print(f"\nbenchmarks: {len(rows)} rows, {len(new['rows'])} in all in {path}")
+
+
+def record_path(config: pytest.Config) -> Path:
+    return Path(config.getoption("record")) / f"{machine.machine_name(machine.choose_device())}.json"
+
+
+def on_file(config: pytest.Config) -> set[tuple[str, ...]]:
+    """The rows of this commit and environment that are recorded already."""
+    path = record_path(config)
+    if not path.exists():
+        return set()
+    old = json.loads(path.read_text(encoding="utf-8"))
+    now = {"format": FORMAT, "commit": config.stash[commit_key], "environment": machine.environment()}
+    return {key(row) for row in old["rows"]} if all(old.get(k) == v for k, v in now.items()) else set()

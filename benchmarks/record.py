@@ -16,13 +16,15 @@ def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     if not same or not new["commit"].isalnum() or new["commit"] == "unknown":
         return new
 
-    def key(row: dict[str, Any]) -> tuple[str, ...]:
-        return tuple(row[column] for column in ("op", "direction", "shape", "dtype", "backend"))
-
     measured = {key(row): row for row in new["rows"]}
     rows = [measured.pop(key(row), row) for row in old["rows"]] + list(measured.values())
     ceilings = {name: max(value, old["ceilings"].get(name, 0)) for name, value in new["ceilings"].items()}
     return new | {"rows": rows, "ceilings": ceilings}
+
+
+def key(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What tells a row from all others."""
+    return tuple(row[column] for column in ("op", "direction", "shape", "dtype", "backend"))
 
 
 def best(row: Mapping[str, Any]) -> dict[str, float]:

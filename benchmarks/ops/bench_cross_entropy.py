@@ -31,7 +31,8 @@ QUICK_CASES = (Case(CrossEntropyShape(32, 48), main=True),)
 def bench_cross_entropy(
     case: Case, direction: str, dtype: torch.dtype, backend: str, device: torch.device, compete: Compete
 ) -> None:
-    logits, targets, _ = (tensor.to(device) for tensor in cross_entropy_inputs(case.shape, dtype))
+    with device:
+        logits, targets, _ = cross_entropy_inputs(case.shape, dtype)
     dloss = torch.ones((), device=device)
     compete(
         Contest(

@@ -41,8 +41,8 @@ QUICK_CASES = (Case(LinearCrossEntropyShape(32, 48, 16), main=True, directions=B
 def bench_linear_cross_entropy(
     case: Case, direction: str, dtype: torch.dtype, backend: str, device: torch.device, compete: Compete
 ) -> None:
-    inputs = linear_cross_entropy_inputs(case.shape, dtype)
-    x, weight, _, targets = (tensor.to(device) for tensor in inputs)
+    with device:
+        x, weight, _, targets = linear_cross_entropy_inputs(case.shape, dtype)
     compete(
         Contest(
             ours=partial(linear_cross_entropy, backend=backend),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from contextlib import AbstractContextManager
 from functools import cache
 
@@ -34,8 +35,13 @@ def unavailable() -> str | None:
     """Why no Triton kernel can run on this machine, in words; None when one can."""
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton; pip install triton"
-    if interpreted() or torch.cuda.is_available():
+    if interpreted():
         return None
+    if torch.cuda.is_available():
+        # It compiles what launches a kernel; the kernels themselves need none.
+        if any(os.environ.get("CC") or shutil.which(name) for name in ("gcc", "clang")):
+            return None
+        return "needs a C compiler, with which Triton makes its launchers; install gcc, or name one in CC"
     return (
         "needs a CUDA or ROCm GPU and none is visible (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
     )

@@ -18,6 +18,7 @@ from lmkern.testing.inputs import (
     leaves,
     linear_cross_entropy_inputs,
     seeded_randn,
+    seeded_targets,
 )
 from lmkern.testing.poison import poisoned_memory
 from lmkern.testing.results import (
@@ -85,6 +86,7 @@ __all__ = [
     "poisoned_memory",
     "pooled",
     "seeded_randn",
+    "seeded_targets",
     "targets",
     "torchs_attention",
     "torchs_formula",

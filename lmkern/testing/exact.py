@@ -192,7 +192,7 @@ def cross_entropy(
 ) -> dict[str, Array]:
     """loss and dlogits for logits (R, V), none of them ignored."""
     logits_, dloss_ = long_double(logits), long_double(dloss)
-    rows, hit = np.arange(len(logits_)), targets.numpy()
+    rows, hit = np.arange(len(logits_)), targets.cpu().numpy()
     smoothing, z_share = np.longdouble(label_smoothing), np.longdouble(z_loss)
     t = np.tanh(logits_ / softcap) if softcap else logits_
     z = t * softcap if softcap else logits_

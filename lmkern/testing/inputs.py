@@ -39,18 +39,20 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-def seeded_randn(seed: int, dtype: torch.dtype, device: str = "cpu") -> Randn:
+def seeded_randn(seed: int, dtype: torch.dtype, device: str | torch.device | None = None) -> Randn:
     """A function of a shape: standard normal numbers from one seeded stream, the same on every device.
 
-    More than LARGE of them are drawn by the device itself: a processor would take seconds.
+    More than LARGE of them are drawn by the device itself: a processor would take seconds. device: default
+    torch's own, here as below.
     """
+    device = torch.get_default_device() if device is None else device
     generator = torch.Generator().manual_seed(seed)
     device_generator = torch.Generator(device).manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
         if math.prod(shape) > LARGE:
             return torch.randn(shape, generator=device_generator, device=device).to(dtype)
-        return torch.randn(shape, generator=generator).to(dtype=dtype, device=device)
+        return torch.randn(shape, generator=generator, device="cpu").to(dtype=dtype, device=device)
 
     return randn
 
@@ -59,7 +61,7 @@ def attention_inputs(
     shape: AttentionShape,
     dtype: torch.dtype = torch.float32,
     *,
-    device: str = "cpu",
+    device: str | None = None,
     seed: int = 0,
     layout: str = "contiguous",
     q_factor: float = 1.0,
@@ -84,7 +86,7 @@ def attention_options(
     features: AttentionFeatures,
     dtype: torch.dtype = torch.float32,
     *,
-    device: str = "cpu",
+    device: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """The keywords of `lmkern.attention` that say it. A mask hides a fifth, and every key of some query."""
@@ -126,7 +128,7 @@ def layer_norm_inputs(
     dtype: torch.dtype = torch.float32,
     *,
     parameter_dtype: torch.dtype | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     seed: int = 0,
     mean: float = 0.5,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -144,9 +146,11 @@ def cross_entropy_inputs(
     """logits (R, V) of that size, targets (R,) and dloss (R,) in the dtype of statistics."""
     randn = seeded_randn(seed, torch.float32)
     logits = (randn(shape.R, shape.V) * size).to(dtype)
-    generator = torch.Generator().manual_seed(seed)
-    targets = torch.randint(shape.V, (shape.R,), generator=generator)
-    return logits, targets, randn(shape.R).to(torch.promote_types(dtype, torch.float32))
+    return (
+        logits,
+        seeded_targets(shape.V, shape.R, seed),
+        randn(shape.R).to(torch.promote_types(dtype, torch.float32)),
+    )
 
 
 def linear_cross_entropy_inputs(
@@ -156,8 +160,14 @@ def linear_cross_entropy_inputs(
     randn = seeded_randn(seed, torch.float32)
     x, weight, bias = randn(shape.R, shape.E), randn(shape.V, shape.E), randn(shape.V)
     weight = weight * (size / max(shape.E, 1) ** 0.5)
-    targets = torch.randint(shape.V, (shape.R,), generator=torch.Generator().manual_seed(seed))
+    targets = seeded_targets(shape.V, shape.R, seed)
     return x.to(dtype), weight.to(dtype), bias.to(dtype), targets
+
+
+def seeded_targets(V: int, R: int, seed: int) -> Tensor:
+    """(R,) classes of V, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(V, (R,), generator=generator, device="cpu").to(torch.get_default_device())
 
 
 def leaves(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -34,6 +34,13 @@ class Target:
         return self.backend == "triton" and triton_runtime.interpreted()
 
     @property
+    def slow(self) -> bool:
+        """Whether tests get a sample of shapes and features: on a GPU too, where Triton takes seconds to
+        compile a kernel for each new head_dim, width, dtype or option.
+        """
+        return self.backend == "triton"
+
+    @property
     def device(self) -> str:
         """Where its tensors lie."""
         return "cuda" if self.backend in ("cuda", "triton") and not self.interpreted else "cpu"
@@ -44,8 +51,8 @@ class Target:
         return 0.0 if self.backend == "cpu" else 1.0
 
     def some(self, items: Iterable[Item], step: int) -> list[Item]:
-        """The items; on the interpreter, which is slow, every step-th of them."""
-        return list(items)[:: step if self.interpreted else 1]
+        """The items; of a slow target every step-th of them."""
+        return list(items)[:: step if self.slow else 1]
 
     def takes(self, dtype: torch.dtype, **options: Any) -> bool:
         """Whether the backend takes this dtype and these options of the call; a missing one is said to.

@@ -126,7 +126,8 @@ def _attention(dtype: torch.dtype, D: int, features: AttentionFeatures, causal: 
         documents = tuple((end - start, end - start) for start, end in pairwise(ends))
         features, B = AttentionFeatures(documents=documents), 1
     shape = AttentionShape(B, 4, N, D, N, 2, causal)
-    *qkv, _ = attention_inputs(shape, dtype, layout="transposed")
+    # A stride over heads is a multiple of 16 for some lengths alone where the heads are contiguous.
+    *qkv, _ = attention_inputs(shape, dtype, layout="contiguous" if D % 16 else "transposed")
     options = attention_options(shape, features, dtype)
     q, k, v = leaves(*qkv)
     inputs = [q, k, v]

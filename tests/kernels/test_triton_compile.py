@@ -22,6 +22,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import triton
+
 from lmkern.kernels import tuning
 from lmkern.kernels.backends import UnsupportedBackend
 from lmkern.testing.triton_cases import TritonCase, triton_cases
@@ -50,11 +52,19 @@ TOKENS, SEQUENCES, ROUNDS = 96, 2, 12
 # of under 64 queries could not use wgmma. Each feature alone, and bias, mask and dropout
 # together, spill nothing in loops.
 EVERYTHING = {"SOFTCAP": True, "HAS_LEFT": True, "HAS_RIGHT": True, "BLOCK_D": 64}
-SPILLS = (
+SPILLS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("attention.triton_kernels.forward_kernel", EVERYTHING),
     ("attention.triton_kernels.backward_dq_kernel", EVERYTHING),
     ("attention.triton_kernels.backward_dk_dv_kernel", EVERYTHING),
 )
+
+# Triton 3.6 keeps 2 to 5 registers of the loop over the heads that share a key in memory, and reads them once
+# a head; the loops over queries inside, which have the products, spill nothing (read in SASS). 3.7: nothing.
+if triton.__version__.startswith("3.6."):
+    SPILLS += (
+        ("attention.triton_kernels.backward_dk_dv_kernel", {"BLOCK_D": 128, "BLOCK_M": 32, "BLOCK_N": 64}),
+        ("attention.triton_kernels.backward_dk_dv_kernel", {"BLOCK_D": 32, "BLOCK_M": 16, "BLOCK_N": 64}),
+    )
 
 # At head_dim 256 dk and dv fill the registers, and no tile of the 64 keys that wgmma needs is left. The
 # queries of a decoding step are fewer rows than the 64 of wgmma, and it is memory that they wait for. So are

@@ -231,3 +231,17 @@ def test_without_gpu_or_interpreter_the_reason_is_given(monkeypatch: pytest.Monk
         assert "needs a CUDA or ROCm GPU" in attention.unsupported(call())
         assert "needs a CUDA or ROCm GPU" in layer_norm.unavailable()
     triton_runtime.unavailable.cache_clear()
+
+
+def test_a_gpu_without_a_compiler_for_the_launchers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "0")
+        patch.delenv("CC", raising=False)
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(triton_runtime.shutil, "which", lambda name: None)
+        triton_runtime.unavailable.cache_clear()
+        assert "needs a C compiler" in layer_norm.unavailable()
+        patch.setenv("CC", "/opt/bin/cc")
+        triton_runtime.unavailable.cache_clear()
+        assert layer_norm.unavailable() is None
+    triton_runtime.unavailable.cache_clear()

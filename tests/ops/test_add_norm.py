@@ -43,7 +43,7 @@ DTYPES = (
 NORMS = ("layer", "rms")
 RESULTS = ("y", "h", "dx", "dresidual", "dweight", "dbias")
 EPS = 1e-5
-SEED = torch.tensor(-0x123456789ABCDEF)
+SEED = -0x123456789ABCDEF
 # Wide rows are the business of the norms' own tests.
 SHAPES = [shape for shape in LAYER_NORM_SHAPES if 2 < shape.E <= 4096]
 CASES = [
@@ -110,7 +110,7 @@ def exact(inputs: Inputs, directions: Inputs, norm: str) -> dict[str, Any]:
     else:
         found = long_double.rms_norm(h, weight, dy, EPS)
     dx = found.pop("dx") + long_double.long_double(dh)
-    return found | {"h": h.numpy().astype(np.longdouble), "dx": dx, "dresidual": dx}
+    return found | {"h": h.cpu().numpy().astype(np.longdouble), "dx": dx, "dresidual": dx}
 
 
 @functools.cache
@@ -152,7 +152,7 @@ def test_errors_over_all_shapes_are_at_most_torchs(
 def test_dropout_is_the_references(target: Target, dropout_p: float, norm: str) -> None:
     for shape in (LayerNormShape(20, 33), LayerNormShape(3, 1000)):
         inputs, directions = inputs_of(shape, (torch.float64,) * 3, norm)
-        options: dict[str, Any] = {"dropout_p": dropout_p, "dropout_seed": SEED, "offset": 1.0}
+        options: dict[str, Any] = {"dropout_p": dropout_p, "dropout_seed": torch.tensor(SEED), "offset": 1.0}
         expected = results(ours("reference", norm, **options), inputs, directions)
         with target.active(), poisoned_memory():
             mine = results(ours(target.backend, norm, **options), inputs, directions)
@@ -165,9 +165,9 @@ def test_dropout_keeps_what_philox_keeps_and_scales_it(target: Target) -> None:
     x, zeros = torch.ones(40, 300), torch.zeros(40, 300)
     (x_leaf,) = leaves(x)
     with target.active():
-        _, h = ours(target.backend, dropout_p=0.3, dropout_seed=SEED)(x_leaf, zeros)
+        _, h = ours(target.backend, dropout_p=0.3, dropout_seed=torch.tensor(SEED))(x_leaf, zeros)
         (dx,) = torch.autograd.grad(h, x_leaf, x)
-    kept = philox.keep_mask(SEED, 0.3, x.shape)
+    kept = philox.keep_mask(torch.tensor(SEED), 0.3, x.shape)
     assert torch.equal(h != 0, kept)
     assert torch.equal(h, kept * torch.tensor(philox.keep_scale(0.3), dtype=torch.float32))
     assert torch.equal(dx, h)
@@ -202,7 +202,7 @@ def test_gradients_do_not_depend_on_which_are_wanted(
     target: Target, residual_dtype: torch.dtype, dropout_p: float
 ) -> None:
     inputs, directions = inputs_of(LayerNormShape(40, 33), (torch.bfloat16, residual_dtype, torch.float32))
-    call = ours(target.backend, dropout_p=dropout_p, dropout_seed=SEED)
+    call = ours(target.backend, dropout_p=dropout_p, dropout_seed=torch.tensor(SEED))
     with target.active(), poisoned_memory():
         everything = results(call, inputs, directions)
         for needs in range(1, 16):
@@ -223,7 +223,7 @@ def test_gradients_do_not_depend_on_which_are_wanted(
 def test_one_of_the_two_results_may_be_all_that_is_used(target: Target) -> None:
     inputs, (dy, dh) = inputs_of(LayerNormShape(20, 33), (torch.float64,) * 3)
     zero = torch.zeros_like(dy)
-    call = ours(target.backend, dropout_p=0.25, dropout_seed=SEED)
+    call = ours(target.backend, dropout_p=0.25, dropout_seed=torch.tensor(SEED))
     for used, directions in ((0, (dy, zero)), (1, (zero, dh))):
         arguments = leaves(*inputs)
         with target.active(), poisoned_memory():
@@ -278,7 +278,7 @@ def test_no_rows_one_dimension_and_meta_tensors(target: Target) -> None:
 @pytest.mark.parametrize("target", IN_FLOAT32, ids=str)
 def test_nan_stays_in_its_row(target: Target) -> None:
     inputs, directions = inputs_of(LayerNormShape(40, 33))
-    call = ours(target.backend, dropout_p=0.25, dropout_seed=SEED)
+    call = ours(target.backend, dropout_p=0.25, dropout_seed=torch.tensor(SEED))
     with target.active():
         clean = results(call, inputs, directions)
         inputs[1][21, 5] = torch.nan
@@ -322,7 +322,7 @@ def test_large_results_have_the_bits_of_small_ones(
 @pytest.mark.parametrize("target", [t for t in TARGETS if t.backend == "cpu"], ids=str)
 def test_results_are_bit_equal_for_any_number_of_threads(target: Target, threads: int) -> None:
     inputs, directions = inputs_of(LayerNormShape(1025, 33))
-    call = ours("cpu", dropout_p=0.25, dropout_seed=SEED)
+    call = ours("cpu", dropout_p=0.25, dropout_seed=torch.tensor(SEED))
     with target.active():
         expected = results(call, inputs, directions)
         torch.set_num_threads(threads)
@@ -336,17 +336,17 @@ def test_results_are_bit_equal_for_any_number_of_threads(target: Target, threads
 def test_gradcheck(target: Target, norm: str) -> None:
     torch.set_num_threads(1)
     inputs, _ = inputs_of(LayerNormShape(3, 5), (torch.float64,) * 3, norm)
-    call = ours(target.backend, norm, dropout_p=0.25, dropout_seed=SEED, offset=1.0)
+    call = ours(target.backend, norm, dropout_p=0.25, dropout_seed=torch.tensor(SEED), offset=1.0)
     with target.active():
         assert torch.autograd.gradcheck(call, leaves(*inputs), fast_mode=target.interpreted)
 
 
 def options_of(target: Target, norm: str) -> tuple[Any, ...]:
-    return (norm == "layer", EPS, 1.0, 0.25, SEED, target.backend)
+    return (norm == "layer", EPS, 1.0, 0.25, torch.tensor(SEED), target.backend)
 
 
 def direct(target: Target, norm: str) -> Call:
-    return ours(target.backend, norm, dropout_p=0.25, dropout_seed=SEED, offset=1.0)
+    return ours(target.backend, norm, dropout_p=0.25, dropout_seed=torch.tensor(SEED), offset=1.0)
 
 
 def registered(target: Target, norm: str) -> Call:

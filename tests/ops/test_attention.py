@@ -42,7 +42,7 @@ INTERPRETED_TILES = 16
 
 def shapes(target: Target, dtype: torch.dtype) -> list[AttentionShape]:
     """Those that take no more than about a second each; of the interpreter's every second or fourth."""
-    if target.interpreted:
+    if target.slow:
         small = [
             shape
             for shape in ATTENTION_SHAPES

@@ -33,7 +33,7 @@ TARGETS = targets("attention")
 # The reference is the formula in torch's own operations: what it must be is right, not better than torch.
 KERNELS = [target for target in TARGETS if target.backend != "reference"]
 # Triton's interpreter would take minutes.
-FAST = [target for target in TARGETS if not target.interpreted]
+FAST = [target for target in TARGETS if not target.slow]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EVERYTHING = ATTENTION_FEATURES[-1]
 
@@ -94,7 +94,7 @@ def test_errors_are_at_most_twice_torchs(
 # A sample of the features, which is what the interpreter is given, is no mean.
 @pytest.mark.parametrize(
     ("target", "dtype"),
-    [(t, d) for t in KERNELS if not t.interpreted for d in (torch.float32, torch.bfloat16) if t.takes(d)],
+    [(t, d) for t in KERNELS if not t.slow for d in (torch.float32, torch.bfloat16) if t.takes(d)],
     ids=ids,
 )
 def test_errors_over_all_features_are_about_torchs(target: Target, dtype: torch.dtype) -> None:

@@ -20,7 +20,7 @@ from lmkern.testing import (
 )
 
 # Triton's interpreter would take minutes.
-FAST = [target for target in targets("attention") if not target.interpreted]
+FAST = [target for target in targets("attention") if not target.slow]
 # More keys than queries.
 SHAPE = AttentionShape(2, 4, 70, 24, 90, 2)
 

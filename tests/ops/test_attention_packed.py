@@ -43,7 +43,7 @@ TARGETS = [
 ]
 IN_FLOAT32 = [target for target in TARGETS if target.takes(torch.float32)]
 KERNELS = [target for target in TARGETS if target.backend != "reference"]
-FAST = [target for target in TARGETS if not target.interpreted]
+FAST = [target for target in TARGETS if not target.slow]
 
 FEATURES = (
     AttentionFeatures(documents=DOCUMENTS),
@@ -117,7 +117,7 @@ def test_errors_are_at_most_twice_torchs(
 # A sample of the features, which is what the interpreter is given, is no mean.
 @pytest.mark.parametrize(
     ("target", "dtype"),
-    [(t, dtype) for t in KERNELS if not t.interpreted for dtype in DTYPES[:2] if t.takes(dtype)],
+    [(t, dtype) for t in KERNELS if not t.slow for dtype in DTYPES[:2] if t.takes(dtype)],
     ids=str,
 )
 def test_errors_over_all_features_are_about_torchs(target: Target, dtype: torch.dtype) -> None:

@@ -166,7 +166,8 @@ def paged(cache: Tensor, page_size: int, spare: int = 3) -> tuple[Tensor, Tensor
     B, H, N, D = cache.shape
     count = -(-N // page_size)
     padded = torch.nn.functional.pad(cache, (0, 0, 0, count * page_size - N), value=float("nan"))
-    order = torch.randperm(B * count + spare, generator=torch.Generator().manual_seed(0))[: B * count]
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(B * count + spare, generator=generator, device="cpu")[: B * count].to(cache.device)
     pages = torch.full((B * count + spare, H, page_size, D), float("nan"), dtype=cache.dtype)
     pages[order] = padded.view(B, H, count, page_size, D).transpose(1, 2).flatten(0, 1)
     return pages, order.view(B, count).int()

@@ -17,6 +17,7 @@ from lmkern.testing import (
     measure,
     poisoned_memory,
     seeded_randn,
+    seeded_targets,
     targets,
     verdicts,
 )
@@ -38,8 +39,7 @@ def inputs(
     N: int, V: int, E: int, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     randn = seeded_randn(seed, dtype)
-    tokens = torch.randint(V, (N,), generator=torch.Generator().manual_seed(seed + 1))
-    return tokens, randn(V, E), randn(N, E)
+    return seeded_targets(V, N, seed + 1), randn(V, E), randn(N, E)
 
 
 def gradient(
@@ -66,7 +66,7 @@ def test_rows_are_exact_and_errors_of_their_sums_within_torchs(target: Target, d
             y, dweight = gradient(tokens, weight, dy, target.backend)
         assert torch.equal(y, weight[tokens])
         exact = np.zeros(weight.shape, np.longdouble)
-        np.add.at(exact, tokens.numpy(), long_double.long_double(dy))
+        np.add.at(exact, tokens.cpu().numpy(), long_double.long_double(dy))
         return {"dweight": measure(dweight, torchs(tokens, weight, dy), exact)}
 
     draws = {shape: functools.partial(draw, shape) for shape in target.some(SHAPES, 2)}

@@ -120,9 +120,7 @@ def test_offset_is_added_to_the_weight(target: Target, offset: float) -> None:
     with target.active(), poisoned_memory():
         mine = results(ours(target.backend, offset), *inputs)
     for name, exact in long_double.rms_norm(*inputs, EPS, offset).items():
-        torch.testing.assert_close(
-            mine[name], torch.from_numpy(exact.astype("float64")), rtol=1e-12, atol=1e-12
-        )
+        torch.testing.assert_close(mine[name], torch.tensor(exact.astype("float64")), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=ids)
@@ -200,7 +198,7 @@ def test_bfloat16_dweight_over_many_rows_is_within_half_a_percent(target: Target
     inputs = inputs_of(LayerNormShape(16_384 if not target.interpreted else 2_048, 48), torch.bfloat16)
     with target.active():
         mine = results(ours(target.backend), *inputs)
-    expected = torch.from_numpy(long_double.rms_norm(*inputs, EPS)["dweight"].astype("float64"))
+    expected = torch.tensor(long_double.rms_norm(*inputs, EPS)["dweight"].astype("float64"))
     assert (mine["dweight"].double() - expected).norm() < 0.005 * expected.norm()
 
 

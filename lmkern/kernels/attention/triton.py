@@ -88,12 +88,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
 
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    launch = constants("forward", q, options)
+    grain = _grain(q, k, v, out)
+    launch = constants("forward", q, options, grain)
     with triton_runtime.device_of(q):
         blocks, documents = _blocks(options, options.cu_seqlens_q, q.shape[2], launch["BLOCK_M"])
         if programs := q.shape[0] * q.shape[1] * blocks:
             triton_kernels.forward_kernel[(programs,)](
-                *_strided(q, k, v, out), lse, options.sinks, *_features(options, q.shape[1]),
+                *_strided(grain, q, k, v, out), lse, options.sinks, *_features(options, q.shape[1]),
                 options.cu_seqlens_q, options.cu_seqlens_k, *documents, blocks,
                 *_sizes(q, k, options), **launch,
             )  # fmt: skip
@@ -121,29 +122,37 @@ def backward(
     bounds = (options.cu_seqlens_q, options.cu_seqlens_k)
     dq, dk, dv = (torch.empty_like(x) if need else None for x, need in zip((q, k, v), needs[:3], strict=True))
     dbias = drelative = None
+    grain = _grain(q, k, v, out, dout, dq, dk, dv)
     with triton_runtime.device_of(q):
         delta = torch.empty_like(lse)
         if programs := batch * heads * -(-n_q // DELTA_ROWS):
             triton_kernels.delta_kernel[(programs,)](
-                *_strided(out, dout), dlse, delta, heads, n_q, **delta_constants(head_dim)
+                *_strided(grain, out, dout), dlse, delta, heads, n_q, **delta_constants(head_dim, grain)
             )
-        inputs = (*_strided(q, k, v, dout), lse, delta)
+        inputs = (*_strided(grain, q, k, v, dout), lse, delta)
         if dq is not None:
-            launch = constants("dq", q, options)
+            launch = constants("dq", q, options, grain)
             blocks, documents = _blocks(options, bounds[0], n_q, launch["BLOCK_M"])
             if programs := batch * heads * blocks:
                 triton_kernels.backward_dq_kernel[(programs,)](
-                    *_strided(dq), *inputs, *features, *bounds, *documents, blocks, *sizes, **launch
+                    *_strided(grain, dq), *inputs, *features, *bounds, *documents, blocks, *sizes, **launch
                 )
         if dk is not None or dv is not None:
-            launch = constants("dk_dv", q, options)
+            launch = constants("dk_dv", q, options, grain)
             blocks, documents = _blocks(options, bounds[1], k.shape[2], launch["BLOCK_N"])
             if programs := batch * k.shape[1] * blocks:
                 triton_kernels.backward_dk_dv_kernel[(programs,)](
-                    *_strided(dk, dv), *inputs, *features, *bounds, *documents, blocks, *sizes, **launch
+                    *_strided(grain, dk, dv),
+                    *inputs,
+                    *features,
+                    *bounds,
+                    *documents,
+                    blocks,
+                    *sizes,
+                    **launch,
                 )
         if needs[3] and options.bias is not None:
-            launch = constants("dbias", q, options)
+            launch = constants("dbias", q, options, grain)
             dbias = torch.zeros(options.bias.shape, dtype=torch.float32, device=q.device)
             *outer, rows, columns = dbias.shape
             tiles = -(-rows // launch["BLOCK_M"]) * -(-columns // launch["BLOCK_N"])
@@ -153,7 +162,7 @@ def backward(
                 )
             dbias = dbias.to(options.bias.dtype)
         if needs[4] and options.relative_bias is not None:
-            launch = constants("drelative", q, options)
+            launch = constants("drelative", q, options, grain)
             drelative = torch.empty(options.relative_bias.shape, dtype=torch.float32, device=q.device)
             rows, diagonals = drelative.shape
             sequences = batch if bounds[0] is None else bounds[0].numel() - 1
@@ -168,7 +177,7 @@ def backward(
     return dq, dk, dv, dbias, drelative, dsinks
 
 
-def constants(kernel: str, q: Tensor, options: Options) -> dict[str, Any]:
+def constants(kernel: str, q: Tensor, options: Options, grain: int) -> dict[str, Any]:
     """The compile-time arguments and launch options of a kernel of TILES."""
     head_dim, block_d = q.shape[3], _block_d(q.shape[3])
     tile = TILES[kernel][q.dtype.itemsize, max(block_d, 32)]
@@ -180,6 +189,7 @@ def constants(kernel: str, q: Tensor, options: Options) -> dict[str, Any]:
     default = dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile, strict=True))
     return {
         "D": head_dim,
+        "GRAIN": grain,
         "HAS_LEFT": options.left is not None,
         "HAS_RIGHT": options.right is not None,
         "TOP_LEFT": options.top_left,
@@ -189,9 +199,9 @@ def constants(kernel: str, q: Tensor, options: Options) -> dict[str, Any]:
     }
 
 
-def delta_constants(head_dim: int) -> dict[str, int]:
+def delta_constants(head_dim: int, grain: int) -> dict[str, int]:
     """The compile-time arguments of the kernel that makes delta."""
-    return {"D": head_dim, "BLOCK_M": DELTA_ROWS, "BLOCK_D": _block_d(head_dim)}
+    return {"D": head_dim, "GRAIN": grain, "BLOCK_M": DELTA_ROWS, "BLOCK_D": _block_d(head_dim)}
 
 
 def _block_d(head_dim: int) -> int:
@@ -249,6 +259,34 @@ def _sizes(q: Tensor, k: Tensor, options: Options) -> tuple[Any, ...]:
     return (*lengths, left, right, options.softmax_scale, options.softcap)
 
 
-def _strided(*tensors: Tensor | None) -> list[Any]:
+def _strided(grain: int, *tensors: Tensor | None) -> list[Any]:
     """Each tensor followed by its strides, as the kernels take them."""
-    return [argument for x in tensors for argument in (x, *((0,) * 4 if x is None else x.stride()))]
+    arguments: list[Any] = []
+    for x in tensors:
+        if x is None:
+            arguments += (None, 0, 0, 0, 0)
+        else:
+            b, h, n = _outer(x)
+            arguments += (x, b // grain, h // grain, n // grain, x.stride(3))
+    return arguments
+
+
+def _grain(*tensors: Tensor | None) -> int:
+    """The most elements, up to 16, that every stride but the last of every tensor is a multiple of.
+
+    A property of a layout and its head_dim, where a stride over heads is one of the length too: Triton, which
+    looks at each stride, would compile anew for it.
+    """
+    strides = 0
+    for x in tensors:
+        if x is not None:
+            b, h, n = _outer(x)
+            strides |= b | h | n
+    # The lowest bit that any of them has.
+    return strides & -strides & 15 or 16
+
+
+def _outer(x: Tensor) -> tuple[int, int, int]:
+    """x's strides but the last, 0 along the dimensions of size 1."""
+    (B, H, N, _), (b, h, n, _) = x.shape, x.stride()
+    return b if B > 1 else 0, h if H > 1 else 0, n if N > 1 else 0

@@ -30,26 +30,26 @@ def _gradients(
     lse_ptr, delta_ptr, bias_ptr, stride_bb, stride_bh, stride_bi, stride_bj,
     mask_ptr, stride_mb, stride_mh, stride_mi, stride_mj, relative_ptr, stride_rh, radius,
     seed_ptr, threshold, keep_scale, H, H_kv, N_q, left, right, softmax_scale, softcap,
-    D: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, GRAIN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """weights * (dweights - delta) of BLOCK_M queries and BLOCK_N keys; 0 where a query does not see a key.
 
     first_key may be negative: what lies before the first key is not seen.
     """
     head_kv = head // (H // H_kv)
-    q_ptr += offset_of(batch, stride_qb, head, stride_qh, first_q, stride_qn)
-    k_ptr += offset_of(batch, stride_kb, head_kv, stride_kh, first_k, stride_kn)
-    v_ptr += offset_of(batch, stride_vb, head_kv, stride_vh, first_k, stride_vn)
-    dout_ptr += offset_of(batch, stride_gb, head, stride_gh, first_q, stride_gn)
+    q_ptr += offset_of(batch, stride_qb, head, stride_qh, first_q, stride_qn, GRAIN)
+    k_ptr += offset_of(batch, stride_kb, head_kv, stride_kh, first_k, stride_kn, GRAIN)
+    v_ptr += offset_of(batch, stride_vb, head_kv, stride_vh, first_k, stride_vn, GRAIN)
+    dout_ptr += offset_of(batch, stride_gb, head, stride_gh, first_q, stride_gn, GRAIN)
     queries = first_query + tl.arange(0, BLOCK_M)
     keys = first_key + tl.arange(0, BLOCK_N)
     keys = tl.where(keys < 0, n_k, keys)
     unit: tl.constexpr = unit_of(q_ptr.dtype.element_ty)
-    q = load(q_ptr, queries, n_q, stride_qn, stride_qd, D, BLOCK_D)
-    dout = load(dout_ptr, queries, n_q, stride_gn, stride_gd, D, BLOCK_D)
-    k = load(k_ptr, keys, n_k, stride_kn, stride_kd, D, BLOCK_D)
-    v = load(v_ptr, keys, n_k, stride_vn, stride_vd, D, BLOCK_D)
+    q = load(q_ptr, queries, n_q, stride_qn, stride_qd, D, BLOCK_D, GRAIN)
+    dout = load(dout_ptr, queries, n_q, stride_gn, stride_gd, D, BLOCK_D, GRAIN)
+    k = load(k_ptr, keys, n_k, stride_kn, stride_kd, D, BLOCK_D, GRAIN)
+    v = load(v_ptr, keys, n_k, stride_vn, stride_vd, D, BLOCK_D, GRAIN)
     base = long(batch * H + head) * N_q + first_q
     lse, delta = load_statistics(lse_ptr, delta_ptr, base, queries, n_q, unit)
     scores, _ = scored(q, k, softmax_scale, softcap, SOFTCAP, unit)
@@ -84,6 +84,7 @@ def backward_dbias_kernel(
     seed_ptr, threshold, keep_scale,
     B, H, H_kv, N_q, N_k, left, right, softmax_scale, softcap,
     D: tl.constexpr,
+    GRAIN: tl.constexpr,  # elements that strides but the last are counted in
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     TOP_LEFT: tl.constexpr,
@@ -126,7 +127,7 @@ def backward_dbias_kernel(
                         bias_ptr, stride_bb, stride_bh, stride_bi, stride_bj,
                         mask_ptr, stride_mb, stride_mh, stride_mi, stride_mj, relative_ptr, stride_rh, radius,
                         seed_ptr, threshold, keep_scale, H, H_kv, N_q, left, right, softmax_scale, softcap,
-                        D, HAS_LEFT, HAS_RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D,
+                        D, GRAIN, HAS_LEFT, HAS_RIGHT, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_D,
                     )  # fmt: skip
     i = tl.arange(0, BLOCK_M)[:, None]
     j = tl.arange(0, BLOCK_N)[None, :]
@@ -155,6 +156,7 @@ def backward_drelative_kernel(
     cu_q_ptr, cu_k_ptr, sequences,
     H, H_kv, N_q, N_k, left, right, softmax_scale, softcap,
     D: tl.constexpr,
+    GRAIN: tl.constexpr,  # elements that strides but the last are counted in
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     TOP_LEFT: tl.constexpr,
@@ -202,7 +204,7 @@ def backward_drelative_kernel(
                     bias_ptr, stride_bb, stride_bh, stride_bi, stride_bj,
                     mask_ptr, stride_mb, stride_mh, stride_mi, stride_mj, relative_ptr, stride_rh, radius,
                     seed_ptr, threshold, keep_scale, H, H_kv, N_q, left, right, softmax_scale, softcap,
-                    D, HAS_LEFT, HAS_RIGHT, SOFTCAP, BLOCK_M, 2 * BLOCK_M, BLOCK_D,
+                    D, GRAIN, HAS_LEFT, HAS_RIGHT, SOFTCAP, BLOCK_M, 2 * BLOCK_M, BLOCK_D,
                 )  # fmt: skip
                 sums += tl.sum(tl.gather(tile, skew, 1), 0)
     place = first_diagonal + t

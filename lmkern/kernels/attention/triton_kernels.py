@@ -34,6 +34,7 @@ from lmkern.kernels.triton_kernels import rounded, wide
 RUNTIME = [
     "H", "H_kv", "N_q", "N_k", "blocks", "sequences", "left", "right", "radius", "threshold", "stride_rh",
     "stride_bb", "stride_bh", "stride_bi", "stride_mb", "stride_mh", "stride_mi",
+    *(f"stride_{tensor}{dimension}" for tensor in "qkvogxy" for dimension in "bhn"),
 ]  # fmt: skip
 
 
@@ -52,6 +53,7 @@ def forward_kernel(
     cu_q_ptr, cu_k_ptr, sequence_ptr, first_block_ptr, sequences,  # packed documents, or None
     blocks, H, H_kv, N_q, N_k, left, right, softmax_scale, softcap,
     D: tl.constexpr,
+    GRAIN: tl.constexpr,  # elements that strides but the last are counted in
     HAS_LEFT: tl.constexpr,  # False: left is not read
     HAS_RIGHT: tl.constexpr,
     TOP_LEFT: tl.constexpr,
@@ -82,14 +84,14 @@ def forward_kernel(
     first_query = block * BLOCK_M
     queries = first_query + tl.arange(0, BLOCK_M)
 
-    q_ptr += offset_of(batch, stride_qb, head, stride_qh, first_q, stride_qn)
-    k_ptr += offset_of(batch, stride_kb, head_kv, stride_kh, first_k, stride_kn)
-    v_ptr += offset_of(batch, stride_vb, head_kv, stride_vh, first_k, stride_vn)
-    out_ptr += offset_of(batch, stride_ob, head, stride_oh, first_q, stride_on)
+    q_ptr += offset_of(batch, stride_qb, head, stride_qh, first_q, stride_qn, GRAIN)
+    k_ptr += offset_of(batch, stride_kb, head_kv, stride_kh, first_k, stride_kn, GRAIN)
+    v_ptr += offset_of(batch, stride_vb, head_kv, stride_vh, first_k, stride_vn, GRAIN)
+    out_ptr += offset_of(batch, stride_ob, head, stride_oh, first_q, stride_on, GRAIN)
     lse_ptr += long(row) * N_q + first_q
 
     unit: tl.constexpr = unit_of(q_ptr.dtype.element_ty)
-    q = load(q_ptr, queries, n_q, stride_qn, stride_qd, D, BLOCK_D)
+    q = load(q_ptr, queries, n_q, stride_qn, stride_qd, D, BLOCK_D, GRAIN)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -101,7 +103,7 @@ def forward_kernel(
         end = full if PHASE == 0 else (full_stop if PHASE == 1 else stop)
         for first_key in range(begin, end, BLOCK_N):
             keys = first_key + tl.arange(0, BLOCK_N)
-            k = load(k_ptr, keys, n_k, stride_kn, stride_kd, D, BLOCK_D)
+            k = load(k_ptr, keys, n_k, stride_kn, stride_kd, D, BLOCK_D, GRAIN)
             scores, _ = scored(q, k, softmax_scale, softcap, SOFTCAP, unit)
             scores = biased(
                 scores, queries[:, None], keys[None, :], n_q, n_k, offset, batch, head,
@@ -122,7 +124,7 @@ def forward_kernel(
             row_sum = row_sum * rescale + tl.sum(weights, 1)
             if seed_ptr is not None:
                 weights *= kept(seed_ptr, threshold, keep_scale, queries, first_key, head, sequence, BLOCK_N)
-            v = load(v_ptr, keys, n_k, stride_vn, stride_vd, D, BLOCK_D)
+            v = load(v_ptr, keys, n_k, stride_vn, stride_vd, D, BLOCK_D, GRAIN)
             acc = dot(rounded(weights, v.dtype), v, acc * rescale[:, None])
             row_max = new_max
 
@@ -140,7 +142,7 @@ def forward_kernel(
     else:
         lse = tl.where(empty, float("-inf"), row_max / unit + tl.log(divisor))
     out = tl.where(empty[:, None], 0.0, acc / divisor[:, None])
-    store(out_ptr, out, queries, n_q, stride_on, stride_od, D, BLOCK_D)
+    store(out_ptr, out, queries, n_q, stride_on, stride_od, D, BLOCK_D, GRAIN)
     tl.store(lse_ptr + queries, lse, mask=queries < n_q)
 
 
@@ -151,6 +153,7 @@ def delta_kernel(
     dlse_ptr, delta_ptr,  # (B, H, N_q), contiguous; dlse may be None
     H, N_q,
     D: tl.constexpr,
+    GRAIN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -161,10 +164,10 @@ def delta_kernel(
     batch, head = row // H, row % H
     queries = (program % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     seen = queries < N_q
-    out_ptr += offset_of(batch, stride_ob, head, stride_oh, 0, stride_on)
-    dout_ptr += offset_of(batch, stride_gb, head, stride_gh, 0, stride_gn)
-    out = wide(load(out_ptr, queries, N_q, stride_on, stride_od, D, BLOCK_D))
-    dout = wide(load(dout_ptr, queries, N_q, stride_gn, stride_gd, D, BLOCK_D))
+    out_ptr += offset_of(batch, stride_ob, head, stride_oh, 0, stride_on, GRAIN)
+    dout_ptr += offset_of(batch, stride_gb, head, stride_gh, 0, stride_gn, GRAIN)
+    out = wide(load(out_ptr, queries, N_q, stride_on, stride_od, D, BLOCK_D, GRAIN))
+    dout = wide(load(dout_ptr, queries, N_q, stride_gn, stride_gd, D, BLOCK_D, GRAIN))
     delta = tl.sum(dout * out, 1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + long(row) * N_q + queries, mask=seen, other=0.0)
@@ -186,6 +189,7 @@ def backward_dq_kernel(
     cu_q_ptr, cu_k_ptr, sequence_ptr, first_block_ptr, sequences,  # packed documents, or None
     blocks, H, H_kv, N_q, N_k, left, right, softmax_scale, softcap,
     D: tl.constexpr,
+    GRAIN: tl.constexpr,  # elements that strides but the last are counted in
     HAS_LEFT: tl.constexpr,  # False: left is not read
     HAS_RIGHT: tl.constexpr,
     TOP_LEFT: tl.constexpr,
@@ -213,16 +217,16 @@ def backward_dq_kernel(
     first_query = block * BLOCK_M
     queries = first_query + tl.arange(0, BLOCK_M)
 
-    dq_ptr += offset_of(batch, stride_xb, head, stride_xh, first_q, stride_xn)
-    q_ptr += offset_of(batch, stride_qb, head, stride_qh, first_q, stride_qn)
-    k_ptr += offset_of(batch, stride_kb, head_kv, stride_kh, first_k, stride_kn)
-    v_ptr += offset_of(batch, stride_vb, head_kv, stride_vh, first_k, stride_vn)
-    dout_ptr += offset_of(batch, stride_gb, head, stride_gh, first_q, stride_gn)
+    dq_ptr += offset_of(batch, stride_xb, head, stride_xh, first_q, stride_xn, GRAIN)
+    q_ptr += offset_of(batch, stride_qb, head, stride_qh, first_q, stride_qn, GRAIN)
+    k_ptr += offset_of(batch, stride_kb, head_kv, stride_kh, first_k, stride_kn, GRAIN)
+    v_ptr += offset_of(batch, stride_vb, head_kv, stride_vh, first_k, stride_vn, GRAIN)
+    dout_ptr += offset_of(batch, stride_gb, head, stride_gh, first_q, stride_gn, GRAIN)
 
     unit: tl.constexpr = unit_of(q_ptr.dtype.element_ty)
     CHOSEN: tl.constexpr = (mask_ptr is not None) or (bias_ptr is not None)
-    q = load(q_ptr, queries, n_q, stride_qn, stride_qd, D, BLOCK_D)
-    dout = load(dout_ptr, queries, n_q, stride_gn, stride_gd, D, BLOCK_D)
+    q = load(q_ptr, queries, n_q, stride_qn, stride_qd, D, BLOCK_D, GRAIN)
+    dout = load(dout_ptr, queries, n_q, stride_gn, stride_gd, D, BLOCK_D, GRAIN)
     base = long(row) * N_q + first_q
     lse, delta = load_statistics(lse_ptr, delta_ptr, base, queries, n_q, unit)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -234,8 +238,8 @@ def backward_dq_kernel(
         end = full if PHASE == 0 else (full_stop if PHASE == 1 else stop)
         for first_key in range(begin, end, BLOCK_N):
             keys = first_key + tl.arange(0, BLOCK_N)
-            k = load(k_ptr, keys, n_k, stride_kn, stride_kd, D, BLOCK_D)
-            v = load(v_ptr, keys, n_k, stride_vn, stride_vd, D, BLOCK_D)
+            k = load(k_ptr, keys, n_k, stride_kn, stride_kd, D, BLOCK_D, GRAIN)
+            v = load(v_ptr, keys, n_k, stride_vn, stride_vd, D, BLOCK_D, GRAIN)
             scores, slope = scored(q, k, softmax_scale, softcap, SOFTCAP, unit)
             scores = biased(
                 scores, queries[:, None], keys[None, :], n_q, n_k, offset, batch, head,
@@ -257,7 +261,7 @@ def backward_dq_kernel(
                 dscores = tl.where(scores == float("-inf"), 0.0, dscores)
                 k = finite(k)
             dq = dot(rounded(dscores, k.dtype), k, dq)
-    store(dq_ptr, dq * softmax_scale, queries, n_q, stride_xn, stride_xd, D, BLOCK_D)
+    store(dq_ptr, dq * softmax_scale, queries, n_q, stride_xn, stride_xd, D, BLOCK_D, GRAIN)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -276,6 +280,7 @@ def backward_dk_dv_kernel(
     cu_q_ptr, cu_k_ptr, sequence_ptr, first_block_ptr, sequences,  # packed documents, or None
     blocks, H, H_kv, N_q, N_k, left, right, softmax_scale, softcap,
     D: tl.constexpr,
+    GRAIN: tl.constexpr,  # elements that strides but the last are counted in
     HAS_LEFT: tl.constexpr,  # False: left is not read
     HAS_RIGHT: tl.constexpr,
     TOP_LEFT: tl.constexpr,
@@ -315,10 +320,10 @@ def backward_dk_dv_kernel(
 
     unit: tl.constexpr = unit_of(q_ptr.dtype.element_ty)
     CHOSEN: tl.constexpr = (mask_ptr is not None) or (bias_ptr is not None)
-    k_ptr += offset_of(batch, stride_kb, head_kv, stride_kh, first_k, stride_kn)
-    v_ptr += offset_of(batch, stride_vb, head_kv, stride_vh, first_k, stride_vn)
-    k = load(k_ptr, keys, n_k, stride_kn, stride_kd, D, BLOCK_D)
-    v = load(v_ptr, keys, n_k, stride_vn, stride_vd, D, BLOCK_D)
+    k_ptr += offset_of(batch, stride_kb, head_kv, stride_kh, first_k, stride_kn, GRAIN)
+    v_ptr += offset_of(batch, stride_vb, head_kv, stride_vh, first_k, stride_vn, GRAIN)
+    k = load(k_ptr, keys, n_k, stride_kn, stride_kd, D, BLOCK_D, GRAIN)
+    v = load(v_ptr, keys, n_k, stride_vn, stride_vd, D, BLOCK_D, GRAIN)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     start, full, full_stop, stop = query_range(
@@ -326,8 +331,8 @@ def backward_dk_dv_kernel(
     )
     for member in range(group):
         head = head_kv * group + member
-        q_head = q_ptr + offset_of(batch, stride_qb, head, stride_qh, first_q, stride_qn)
-        dout_head = dout_ptr + offset_of(batch, stride_gb, head, stride_gh, first_q, stride_gn)
+        q_head = q_ptr + offset_of(batch, stride_qb, head, stride_qh, first_q, stride_qn, GRAIN)
+        dout_head = dout_ptr + offset_of(batch, stride_gb, head, stride_gh, first_q, stride_gn, GRAIN)
         base = long(batch * H + head) * N_q + first_q
         for PHASE in tl.static_range(0 if HAS_RIGHT else 1, 3 if HAS_LEFT else 2):
             begin = start if PHASE == 0 else (full if PHASE == 1 else full_stop)
@@ -335,8 +340,8 @@ def backward_dk_dv_kernel(
             # Cut blocks are few and not pipelined: a second pipeline would spill registers.
             for first_query in tl.range(begin, end, BLOCK_M, num_stages=None if PHASE == 1 else 1):
                 queries = first_query + tl.arange(0, BLOCK_M)
-                q = load(q_head, queries, n_q, stride_qn, stride_qd, D, BLOCK_D)
-                dout = load(dout_head, queries, n_q, stride_gn, stride_gd, D, BLOCK_D)
+                q = load(q_head, queries, n_q, stride_qn, stride_qd, D, BLOCK_D, GRAIN)
+                dout = load(dout_head, queries, n_q, stride_gn, stride_gd, D, BLOCK_D, GRAIN)
                 lse, delta = load_statistics(lse_ptr, delta_ptr, base, queries, n_q, unit)
                 scores, slope = scored(k, q, softmax_scale, softcap, SOFTCAP, unit)  # (keys, queries)
                 scores = biased(
@@ -369,8 +374,8 @@ def backward_dk_dv_kernel(
                 if dk_ptr is not None:
                     dk = dot(rounded(dscores, q.dtype), q, dk)
     if dk_ptr is not None:
-        dk_ptr += offset_of(batch, stride_xb, head_kv, stride_xh, first_k, stride_xn)
-        store(dk_ptr, dk * softmax_scale, keys, n_k, stride_xn, stride_xd, D, BLOCK_D)
+        dk_ptr += offset_of(batch, stride_xb, head_kv, stride_xh, first_k, stride_xn, GRAIN)
+        store(dk_ptr, dk * softmax_scale, keys, n_k, stride_xn, stride_xd, D, BLOCK_D, GRAIN)
     if dv_ptr is not None:
-        dv_ptr += offset_of(batch, stride_yb, head_kv, stride_yh, first_k, stride_yn)
-        store(dv_ptr, dv, keys, n_k, stride_yn, stride_yd, D, BLOCK_D)
+        dv_ptr += offset_of(batch, stride_yb, head_kv, stride_yh, first_k, stride_yn, GRAIN)
+        store(dv_ptr, dv, keys, n_k, stride_yn, stride_yd, D, BLOCK_D, GRAIN)

@@ -191,9 +191,12 @@ def load_statistics(lse_ptr, delta_ptr, base, queries, n_q, unit: tl.constexpr):
 
 
 @triton.jit
-def offset_of(batch, stride_b, head, stride_h, token, stride_n):
-    """Where a sequence of one head begins, in 64 bits: a tensor may hold more than 2^31 elements."""
-    return long(batch) * stride_b + long(head) * stride_h + long(token) * stride_n
+def offset_of(batch, stride_b, head, stride_h, token, stride_n, GRAIN: tl.constexpr):
+    """Where a sequence of one head begins, in 64 bits: a tensor may hold more than 2^31 elements.
+
+    Strides are counted in GRAIN elements, here and below, for the compiler to see how far they are aligned.
+    """
+    return (long(batch) * stride_b + long(head) * stride_h + long(token) * stride_n) * GRAIN
 
 
 @triton.jit
@@ -203,25 +206,25 @@ def long(number):
 
 
 @triton.jit
-def load(ptr, rows, n, stride_n, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def load(ptr, rows, n, stride_n, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr, GRAIN: tl.constexpr):
     """(len(rows), BLOCK_D) elements of one head, zero beyond (n, D)."""
     columns = tl.arange(0, BLOCK_D)
-    pointers = ptr + rows[:, None].to(tl.int64) * stride_n + columns[None, :].to(tl.int64) * stride_d
+    offsets = rows[:, None].to(tl.int64) * (long(stride_n) * GRAIN) + columns[None, :].to(tl.int64) * stride_d
     mask = (rows < n)[:, None]
     if D < BLOCK_D:
         mask = mask & (columns < D)[None, :]
-    return tl.load(pointers, mask=mask, other=0.0)
+    return tl.load(ptr + offsets, mask=mask, other=0.0)
 
 
 @triton.jit
-def store(ptr, x, rows, n, stride_n, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def store(ptr, x, rows, n, stride_n, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr, GRAIN: tl.constexpr):
     """The inverse of `load`, rounding to the memory's dtype."""
     columns = tl.arange(0, BLOCK_D)
-    pointers = ptr + rows[:, None].to(tl.int64) * stride_n + columns[None, :].to(tl.int64) * stride_d
+    offsets = rows[:, None].to(tl.int64) * (long(stride_n) * GRAIN) + columns[None, :].to(tl.int64) * stride_d
     mask = (rows < n)[:, None]
     if D < BLOCK_D:
         mask = mask & (columns < D)[None, :]
-    tl.store(pointers, rounded(x, ptr.dtype.element_ty), mask=mask)
+    tl.store(ptr + offsets, rounded(x, ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
