@@ -29,6 +29,8 @@ constexpr int kValueVectors = 4;
 // How far ahead of its use a row is asked for, into the first cache and into the second: pages end every
 // 4 KiB, and the processor's own prefetching with them.
 constexpr int64_t kNearBytes = 3072, kFarBytes = 16384;
+// A cache of so many bytes lies in memory; what is smaller is near enough without the second.
+constexpr int64_t kLarge = int64_t{16} << 20;
 // A multiple of every vector width, in the layout of partials.
 constexpr int64_t kWidthStep = 16;
 
@@ -218,12 +220,14 @@ void forward_split(const CachedAttentionParams& p, int64_t batch, int64_t head_k
     Workspace& workspace = Workspace::of_this_thread();
     const int64_t used_bytes = D * static_cast<int64_t>(sizeof(T));
     auto rows_of = [&](int64_t bytes) { return std::clamp<int64_t>(bytes / used_bytes, 1, p.split); };
-    const Ahead ahead{rows_of(kNearBytes), rows_of(kFarBytes)};
-    workspace.reserve(static_cast<size_t>(2 * p.split + ahead.far) * sizeof(T*) +
+    const bool large = 2 * p.batch * p.heads_kv * p.n_max * used_bytes >= kLarge;
+    const Ahead ahead{rows_of(kNearBytes), large ? rows_of(kFarBytes) : 0};
+    const int64_t beyond = std::max(ahead.near, ahead.far);
+    workspace.reserve(static_cast<size_t>(2 * p.split + beyond) * sizeof(T*) +
                       static_cast<size_t>(p.split * (gather_k + gather_v) * D) * sizeof(T) +
                       static_cast<size_t>((kRowBlock + 1) * width + kRowBlock * p.split) * sizeof(C));
     // One list, keys before values: looking ahead from the last keys finds the first values.
-    const T** k_rows = workspace.take<const T*>(2 * p.split + ahead.far);
+    const T** k_rows = workspace.take<const T*>(2 * p.split + beyond);
     const Block<C> q{workspace.take<C>(kRowBlock * width), width};
     const Block<C> ordered{workspace.take<C>(width), width};
     const Block<C> scores{workspace.take<C>(kRowBlock * p.split), p.split};
@@ -231,7 +235,7 @@ void forward_split(const CachedAttentionParams& p, int64_t batch, int64_t head_k
     const T** end_rows = find_rows(p, p.v, p.v_strides, batch, head_kv, begin, end, v_rows);
     // And from the last values what follows the keys in memory: the next range, or nothing; it is not read.
     const int64_t row_bytes = p.k_strides.row * static_cast<int64_t>(sizeof(T));
-    for (int64_t j = 0; j < ahead.far; ++j)
+    for (int64_t j = 0; j < beyond; ++j)
         end_rows[j] =
             reinterpret_cast<const T*>(reinterpret_cast<intptr_t>(k_rows[keys - 1]) + (j + 1) * row_bytes);
     if (gather_k) gather_rows(k_rows, keys, p.k_strides.column, D, workspace.take<T>(p.split * D));

@@ -72,7 +72,7 @@ inline int64_t place_of(int64_t d, int64_t lanes) {
 }
 
 // How many rows of a list ahead of the one that is read a row is asked for: into the first cache, and before
-// that into the second.
+// that into the second (0: it is not).
 struct Ahead {
     int64_t near, far;
 };
@@ -82,7 +82,7 @@ template <class S>
 inline void prefetch(const S* const* row, Ahead ahead, int64_t offset) {
     if (offset * static_cast<int64_t>(sizeof(S)) % 64 != 0) return;
     __builtin_prefetch(row[ahead.near] + offset);
-    __builtin_prefetch(row[ahead.far] + offset, 0, 2);
+    if (ahead.far != 0) __builtin_prefetch(row[ahead.far] + offset, 0, 2);
 }
 
 // scores[m][j] = q[m] . keys[j] for `queries` rows of q and kLanes<C> keys, while the rows `ahead` come
