@@ -61,10 +61,8 @@ SPILLS: tuple[tuple[str, dict[str, Any]], ...] = (
 # Triton 3.6 keeps 2 to 5 registers of the loop over the heads that share a key in memory, and reads them once
 # a head; the loops over queries inside, which have the products, spill nothing (read in SASS). 3.7: nothing.
 if triton.__version__.startswith("3.6."):
-    SPILLS += (
-        ("attention.triton_kernels.backward_dk_dv_kernel", {"BLOCK_D": 128, "BLOCK_M": 32, "BLOCK_N": 64}),
-        ("attention.triton_kernels.backward_dk_dv_kernel", {"BLOCK_D": 32, "BLOCK_M": 16, "BLOCK_N": 64}),
-    )
+    in_heads = {"BLOCK_D": 128, "BLOCK_M": 32, "BLOCK_N": 64}
+    SPILLS += (("attention.triton_kernels.backward_dk_dv_kernel", in_heads),)
 
 # At head_dim 256 dk and dv fill the registers, and no tile of the 64 keys that wgmma needs is left. The
 # queries of a decoding step are fewer rows than the 64 of wgmma, and it is memory that they wait for. So are

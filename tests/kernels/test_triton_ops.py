@@ -298,6 +298,28 @@ def test_an_index_out_of_range_gives_nan_where_nobody_looks(op: str, monkeypatch
     assert found.isnan().tolist() == [False, True, True, True]
 
 
+@pytest.mark.parametrize("ends", [[0, 9, 500], [-40, 9, 20], [0, 15, 3]], ids=str)
+def test_documents_out_of_range_reach_nothing_beyond_the_tensors(
+    ends: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a program that looked at cu_seqlens would refuse; the interpreter would read what lies around."""
+    monkeypatch.setattr(import_module("lmkern.ops.attention_checks"), "checked", lambda _: False)
+    around = torch.full((3, 64, 8), torch.nan)
+    around[:, 22:42] = torch.randn(3, 20, 8)
+    q, k, v = (x[None, None, 22:42].requires_grad_() for x in around)
+    relative = torch.zeros(1, 39, requires_grad=True)
+    with Target("attention", "triton").active(), poisoned_memory():
+        options = {"cu_seqlens": torch.tensor(ends), "relative_bias": relative, "backend": "triton"}
+        out = lmkern.attention(q, k, v, causal=True, **options)
+        seen = out.isfinite()
+        dq, dk, dv, drelative = torch.autograd.grad(out, (q, k, v, relative), seen.float())
+    # What belongs to no document is not written, and is NaN here; nothing else may be.
+    assert drelative.isfinite().all()
+    assert torch.equal(seen.all(-1), seen.any(-1))
+    for gradient in (dq, dk, dv):
+        assert torch.equal(gradient.isfinite().all(-1), gradient.isfinite().any(-1))
+
+
 def test_indices_on_a_gpu_are_looked_at_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     index = torch.empty(1, device="meta")
     monkeypatch.setenv("LMKERN_CHECKED", "1")

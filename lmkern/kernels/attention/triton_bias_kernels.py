@@ -9,6 +9,7 @@ import triton.language as tl
 from lmkern.kernels.attention.triton_kernels import RUNTIME
 from lmkern.kernels.attention.triton_parts import (
     biased,
+    document,
     dot,
     exp,
     kept_anywhere,
@@ -181,10 +182,8 @@ def backward_drelative_kernel(
         for sequence in range(sequences):
             first_q, first_k, n_q, n_k, batch = 0, 0, N_q, N_k, sequence
             if cu_q_ptr is not None:
-                first_q = tl.load(cu_q_ptr + sequence)
-                first_k = tl.load(cu_k_ptr + sequence)
-                n_q = tl.load(cu_q_ptr + sequence + 1) - first_q
-                n_k = tl.load(cu_k_ptr + sequence + 1) - first_k
+                first_q, n_q = document(cu_q_ptr, sequence, N_q, True)
+                first_k, n_k = document(cu_k_ptr, sequence, N_k, True)
                 batch = sequence * 0
             offset = 0
             if not TOP_LEFT:

@@ -29,13 +29,9 @@ def sequence_of(
     if cu_q_ptr is not None:
         sequence = tl.load(sequence_ptr + program)
         there = sequence < sequences
-        block = program - tl.load(first_block_ptr + sequence)
-        first_query = tl.load(cu_q_ptr + sequence)
-        first_key = tl.load(cu_k_ptr + sequence)
-        n_q = tl.load(cu_q_ptr + sequence + 1, mask=there, other=0) - first_query
-        n_k = tl.load(cu_k_ptr + sequence + 1, mask=there, other=0) - first_key
-        n_q = tl.where(there, n_q, 0)
-        n_k = tl.where(there, n_k, 0)
+        block = tl.minimum(tl.maximum(program - tl.load(first_block_ptr + sequence), 0), program)
+        first_query, n_q = document(cu_q_ptr, sequence, N_q, there)
+        first_key, n_k = document(cu_k_ptr, sequence, N_k, there)
     else:
         sequence, block = batch, program
         first_query, first_key, n_q, n_k = 0, 0, N_q, N_k
@@ -43,6 +39,14 @@ def sequence_of(
     if not TOP_LEFT:
         offset = n_k - n_q
     return sequence, block, first_query, n_q, first_key, n_k, offset
+
+
+@triton.jit
+def document(cu_ptr, sequence, N, there):
+    """(first token, tokens) of a packed document, none beyond N whatever cu_ptr holds; none unless there."""
+    first = tl.minimum(tl.maximum(tl.load(cu_ptr + sequence), 0), N)
+    last = tl.minimum(tl.load(cu_ptr + sequence + 1, mask=there, other=0), N)
+    return first, tl.maximum(last, first) - first
 
 
 @triton.jit
