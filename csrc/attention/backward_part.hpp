@@ -401,25 +401,17 @@ private:
     // Rows of keys out of their transposed sums.
     void write_keys(Block<C> sums, void* to, const Strides& strides, C factor) {
         const auto rows = head_of<T>(to, strides, s_.batch, part_.head_kv, s_.first_key + first_key_);
-        C square[lanes * 256];
-        for (int64_t column = 0; column < round_up(keys_, E::kStep); column += lanes) {
-            for (int64_t d = 0; d < width_; d += lanes)
-                transpose_square(sums.data + d * sums.stride + column, sums.stride, square + d, width_);
-            for (int64_t i = 0; i < lanes; ++i) {
-                const int64_t key = E::key_of_column(column + i);
-                if (key < keys_)
-                    unpack(Block<C>{square + i * width_, width_}, 1, D_, rows.row(key), rows.row_stride,
-                           rows.column_stride, [&](int64_t) { return factor; });
-            }
-        }
+        E::write_transposed(sums, keys_, D_, rows, streams(rows, D_, p_.batch * p_.heads_kv * p_.n_k * D_),
+                            factor);
     }
 
     // dq: (count, width_), null for zeros.
     void write_queries(int64_t head, int64_t query, int64_t count, const C* dq) {
         const auto rows = head_of<T>(p_.dq, p_.dq_strides, s_.batch, head, s_.first_query + query);
         if (dq != nullptr)
-            return unpack(Block<C>{const_cast<C*>(dq), width_}, count, D_, rows.data, rows.row_stride,
-                          rows.column_stride, [&](int64_t) { return static_cast<C>(p_.softmax_scale); });
+            return E::write_rows(Block<C>{const_cast<C*>(dq), width_}, count, D_, rows,
+                                 streams(rows, D_, p_.batch * p_.heads * p_.n_q * D_),
+                                 [&](int64_t) { return static_cast<C>(p_.softmax_scale); });
         for (int64_t i = 0; i < count; ++i)
             for (int64_t d = 0; d < D_; ++d) store_one(rows.row(i) + d * rows.column_stride, C(0));
     }

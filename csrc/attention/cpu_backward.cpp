@@ -19,8 +19,10 @@ int64_t work_of(const AttentionParams& p, const Part& part) {
 
 template <class E>
 void run_parts(const AttentionParams& p, const std::vector<Part>& parts) {
-    parallel_for(static_cast<int64_t>(parts.size()), p.threads,
-                 [&](int64_t index) { BackwardPart<E>(p, parts[index]).run(); });
+    parallel_for(static_cast<int64_t>(parts.size()), p.threads, [&](int64_t index) {
+        BackwardPart<E>(p, parts[index]).run();
+        end_streams();
+    });
 }
 
 // Tiles of the bias's gradient: each sums over the heads and batch elements that its bias was broadcast to.

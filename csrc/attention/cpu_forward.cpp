@@ -344,8 +344,9 @@ private:
         // A row that saw no key is zero, also where a NaN among the values met its weights of 0.
         for (int64_t i = 0; i < b.queries; ++i)
             if (correction_[i] == C(0) || !b.begun) std::fill_n(acc_ + (b.row + i) * width_, width_, C(0));
-        unpack(Block<C>{acc_ + b.row * width_, width_}, b.queries, D_, out.data, out.row_stride,
-               out.column_stride, [&](int64_t i) { return correction_[i]; });
+        E::write_rows(Block<C>{acc_ + b.row * width_, width_}, b.queries, D_, out,
+                      streams(out, D_, p_.batch * p_.heads * p_.n_q * D_),
+                      [&](int64_t i) { return correction_[i]; });
     }
 
     const AttentionParams& p_;
@@ -370,8 +371,10 @@ void attention_forward(const AttentionParams& p) {
     with_engine(static_cast<Dtype>(p.dtype), [&](auto engine) {
         using E = typename decltype(engine)::type;
         const auto tasks = query_tasks(p, E::kQueries * kBlocksTogether);
-        parallel_for(static_cast<int64_t>(tasks.size()), p.threads,
-                     [&](int64_t task) { Forward<E>(p, tasks[task]).run(); });
+        parallel_for(static_cast<int64_t>(tasks.size()), p.threads, [&](int64_t task) {
+            Forward<E>(p, tasks[task]).run();
+            end_streams();
+        });
     });
 }
 

@@ -37,6 +37,17 @@ Matrix<T> head_of(const void* tensor, const Strides& strides, int64_t batch, int
     return {data, strides.row, strides.column};
 }
 
+// Bytes of a result from which on it passes by the caches: whoever reads it next finds little of it there.
+constexpr int64_t kStreamed = int64_t{2} << 20;
+
+// Whether rows of a result of so many elements are streamed.
+template <class T>
+bool streams(const Matrix<T>& to, int64_t D, int64_t elements) {
+    constexpr int64_t size = sizeof(T);
+    return elements * size >= kStreamed && to.column_stride == 1 && D * size % 64 == 0 &&
+           streams_to(to.data, to.row_stride * size);
+}
+
 inline int64_t round_up(int64_t n, int64_t step) {
     return ceil_div(n, step) * step;
 }
@@ -174,8 +185,23 @@ struct VectorEngine {
         put_left(block + row * stride + column, v[0], v[1]);
         put_left(block + (row + 1) * stride + column, v[2], v[3]);
     }
-    // The key that stands in a column of what put_right wrote.
-    static int64_t key_of_column(int64_t column) { return column; }
+    // Rows of a result, row i times factor(i). streams: past the caches, where the engine can.
+    template <class Factor>
+    static void write_rows(Block<C> from, int64_t rows, int64_t D, Matrix<T> to, bool, const Factor& factor) {
+        unpack(from, rows, D, to.data, to.row_stride, to.column_stride, factor);
+    }
+    // The transpose of a result (D, keys) whose right factor put_right wrote.
+    static void write_transposed(Block<C> from, int64_t keys, int64_t D, Matrix<T> to, bool, C factor) {
+        constexpr int64_t lanes = kLanes<C>;
+        const int64_t stride = width(D);
+        C square[lanes * 256];
+        for (int64_t key = 0; key < keys; key += lanes) {
+            for (int64_t d = 0; d < stride; d += lanes)
+                transpose_square(from.data + d * from.stride + key, from.stride, square + d, stride);
+            unpack(Block<C>{square, stride}, std::min(lanes, keys - key), D, to.row(key), to.row_stride,
+                   to.column_stride, [&](int64_t) { return factor; });
+        }
+    }
 
     static void product(Left a, Right b, int64_t rows, int64_t columns, int64_t depth, Block<C> c,
                         bool accumulate) {
@@ -355,9 +381,37 @@ struct AmxEngine {
         _mm512_store_si512(tile, _mm512_unpacklo_epi16(even, odd));
         _mm512_store_si512(tile + kAmxTile, _mm512_unpackhi_epi16(even, odd));
     }
-    static int64_t key_of_column(int64_t column) {
-        const int64_t c = column % 32;
-        return column - c + c % 16 / 4 * 8 + c / 16 * 4 + c % 4;
+    template <class Factor>
+    static void write_rows(Block<float> from, int64_t rows, int64_t D, Matrix<bfloat16> to, bool streams,
+                           const Factor& factor) {
+        for (int64_t i = 0; i < rows; ++i) {
+            const float scale = factor(i);
+            for (int64_t d = 0; d < D; d += 32) {
+                const float* place = from.data + i * from.stride + d;
+                write_line(to, i, d, D, rounded(load(place) * scale, load(place + 16) * scale), streams);
+            }
+        }
+    }
+    static void write_transposed(Block<float> from, int64_t keys, int64_t D, Matrix<bfloat16> to,
+                                 bool streams, float factor) {
+        alignas(64) uint16_t order[32];
+        for (uint16_t i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
+        const __m512i side_by_side = _mm512_load_si512(order);
+        for (int64_t column = 0; column < round_up(keys, 32); column += 16)
+            for (int64_t d = 0; d < D; d += 32) {
+                __m512i block[16];
+                const float* place = from.data + d * from.stride + column;
+#pragma GCC unroll 16
+                for (int p = 0; p < 16; ++p, place += 2 * from.stride)
+                    block[p] = _mm512_permutexvar_epi16(
+                        side_by_side, rounded(load(place) * factor, load(place + from.stride) * factor));
+                transpose_registers(block);
+#pragma GCC unroll 16
+                for (int i = 0; i < 16; ++i) {
+                    const int64_t key = key_of_column(column + i);
+                    if (key < keys) write_line(to, key, d, D, block[i], streams);
+                }
+            }
     }
 
     static void product(Left a, Right b, int64_t rows, int64_t columns, int64_t depth, Block<float> c,
@@ -366,6 +420,24 @@ struct AmxEngine {
     }
 
 private:
+    static int64_t key_of_column(int64_t column) {
+        const int64_t c = column % 32;
+        return column - c + c % 16 / 4 * 8 + c / 16 * 4 + c % 4;
+    }
+
+    // Up to 32 elements of row i from column d on.
+    static void write_line(Matrix<bfloat16> to, int64_t i, int64_t d, int64_t D, __m512i line, bool streams) {
+        bfloat16* place = to.row(i) + d * to.column_stride;
+        if (streams) return stream(place, &line);
+        const int64_t count = std::min<int64_t>(32, D - d);
+        if (to.column_stride == 1 && count == 32) return _mm512_storeu_si512(place, line);
+        if (to.column_stride == 1)
+            return _mm512_mask_storeu_epi16(place, static_cast<__mmask32>((uint64_t{1} << count) - 1), line);
+        alignas(64) bfloat16 elements[32];
+        _mm512_store_si512(elements, line);
+        for (int64_t j = 0; j < count; ++j) place[j * to.column_stride] = elements[j];
+    }
+
     // Rows that are a stride apart come from memory too late if they are only asked for when they are needed.
     static constexpr int64_t kRowsAhead = 32;
     static void prefetch_row(Matrix<const bfloat16> from, int64_t row, int64_t rows, int64_t width) {

@@ -190,6 +190,24 @@ inline void store(float16* p, Vector<float> v) {
 #endif
 }
 
+// A vector past the caches, to whole cache lines: for what they would not hold until it is read. Where there
+// is no such store it is an ordinary one. Before another thread reads it, end_streams.
+inline void stream(void* place, const void* vector) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(static_cast<__m512i*>(place), *static_cast<const __m512i*>(vector));
+#else
+    std::memcpy(place, vector, kVectorBytes);
+#endif
+}
+inline void end_streams() {
+#if defined(__AVX512F__)
+    _mm_sfence();
+#endif
+}
+inline bool streams_to(const void* place, int64_t row_bytes) {
+    return kVectorBytes == 64 && reinterpret_cast<uintptr_t>(place) % 64 == 0 && row_bytes % 64 == 0;
+}
+
 // The first n elements; the other lanes are zero. Memory past them is not touched.
 template <class T>
 inline Vector<Compute<T>> load(const T* p, int64_t n) {
