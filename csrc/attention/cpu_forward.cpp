@@ -37,7 +37,7 @@ class Forward {
     static constexpr C infinity = std::numeric_limits<C>::infinity();
     // Operands of blocks that lie a power of two apart would fight for the same cache lines.
     static constexpr int64_t kScoreStride = E::kKeys + 64 / static_cast<int64_t>(sizeof(C));
-    static constexpr int64_t kWeightStride = E::kKeys + 64 / static_cast<int64_t>(sizeof(Operand));
+    static constexpr int64_t kWeightStride = E::kKeysWeighed + 64 / static_cast<int64_t>(sizeof(Operand));
 
 public:
     Forward(const AttentionParams& p, const QueryTask& task)
@@ -117,12 +117,15 @@ private:
             }
             const int64_t end_packed = std::min(end, packed + keys_at_once_);
             const int64_t bytes = static_cast<int64_t>(sizeof(Operand)) * 2 * width_ * (end_packed - packed);
-            const int64_t together = bytes <= kCachedBytes ? keys_at_once_ : E::kKeys;
-            for (int64_t key = std::max(packed, begin / E::kKeys * E::kKeys); key < end_packed;
-                 key += together)
-                for (QueryBlock* b = blocks; b < blocks + count; ++b)
-                    for (int64_t j = key; j < std::min(end_packed, key + together); j += E::kKeys)
-                        block(score_rows, dropout, *b, j);
+            const int64_t together = bytes <= kCachedBytes ? keys_at_once_ : E::kKeysWeighed;
+            const int64_t first = begin / E::kKeysWeighed * E::kKeysWeighed;
+            for (int64_t key = std::max(packed, first); key < end_packed; key += together)
+                for (QueryBlock* b = blocks; b < blocks + count; ++b) {
+                    const int64_t step = b->bounded ? E::kKeysWeighed : E::kKeys;
+                    const int64_t end_together = std::min(end_packed, key + together);
+                    for (int64_t j = key; j < end_together; j += step)
+                        block(score_rows, dropout, *b, j, std::min(step, end_together - j));
+                }
         }
         for (int64_t b = 0; b < count; ++b) finish(head, blocks[b], dropout.scale());
     }
@@ -171,10 +174,11 @@ private:
         }
     }
 
-    void block(const ScoreRows<T>& score_rows, const Dropout<C>& dropout, QueryBlock& b, int64_t key) {
+    void block(const ScoreRows<T>& score_rows, const Dropout<C>& dropout, QueryBlock& b, int64_t key,
+               int64_t count) {
         const Band& band = score_rows.band();
         const int64_t begin = std::max(key, band.begin(b.first_query));
-        const int64_t end = std::min(key + E::kKeys, band.end(b.first_query + b.queries - 1));
+        const int64_t end = std::min(key + count, band.end(b.first_query + b.queries - 1));
         if (end <= begin) return;
         const int64_t first = begin / E::kStep * E::kStep, keys = round_up(end - first, E::kStep);
         // With no maximum to look for, weights are made a strip at a time, whose scores stay in the nearest

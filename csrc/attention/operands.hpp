@@ -84,8 +84,9 @@ struct VectorEngine {
     static constexpr int64_t kStep = std::max<int64_t>(2 * kLanes<C>, 8);
     // A multiple of the rows of a product's tile, and of the lanes: statistics of rows are vectors.
     static constexpr int64_t kQueries = 48;
-    // Keys of a block of scores; keys packed together.
-    static constexpr int64_t kStrip = 64, kKeys = 64;
+    // Keys of a block of scores; keys packed together; keys whose weights meet the values together, where no
+    // maximum is looked for.
+    static constexpr int64_t kStrip = 64, kKeys = 64, kKeysWeighed = 64;
     // Cache lines of keys, and of values, that are worth fetching beside a row of a strip's weights.
     static constexpr int64_t kLinesAhead = 64;
     // The backward pass: queries of a block of scores, and queries and keys whose products are computed
@@ -227,7 +228,7 @@ struct AmxEngine {
 
     static constexpr int64_t kStep = 32;
     static constexpr int64_t kQueries = 32;
-    static constexpr int64_t kStrip = 64, kKeys = 256;
+    static constexpr int64_t kStrip = 64, kKeys = 256, kKeysWeighed = 512;
     static constexpr int64_t kLinesAhead = 4;
     static constexpr int64_t kRows = 32, kQueriesTogether = 128, kKeysTogether = 512;
     static constexpr int64_t kRowStep = 32;
