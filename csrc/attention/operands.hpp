@@ -429,7 +429,7 @@ private:
     // Up to 32 elements of row i from column d on.
     static void write_line(Matrix<bfloat16> to, int64_t i, int64_t d, int64_t D, __m512i line, bool streams) {
         bfloat16* place = to.row(i) + d * to.column_stride;
-        if (streams) return stream(place, &line);
+        if (streams) return stream_line(place, &line);
         const int64_t count = std::min<int64_t>(32, D - d);
         if (to.column_stride == 1 && count == 32) return _mm512_storeu_si512(place, line);
         if (to.column_stride == 1)

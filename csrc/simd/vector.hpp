@@ -192,7 +192,7 @@ inline void store(float16* p, Vector<float> v) {
 
 // A vector past the caches, to whole cache lines: for what they would not hold until it is read. Where there
 // is no such store it is an ordinary one. Before another thread reads it, end_streams.
-inline void stream(void* place, const void* vector) {
+inline void stream_line(void* place, const void* vector) {
 #if defined(__AVX512F__)
     _mm512_stream_si512(static_cast<__m512i*>(place), *static_cast<const __m512i*>(vector));
 #else
