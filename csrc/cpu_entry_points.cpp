@@ -19,20 +19,22 @@ namespace lmkern {
 namespace {
 
 template <class Params, void (*kernel)(const Params&)>
-constexpr EntryPoint entry(const char* name) {
-    return {name, sizeof(Params), [](const char* packed) {
+constexpr EntryPoint entry(const char* name, int64_t types = kServedTypes) {
+    return {name, sizeof(Params),
+            [](const char* packed) {
                 Params params;
                 std::memcpy(&params, packed, sizeof params);
                 kernel(params);
-            }};
+            },
+            types};
 }
 
 constexpr EntryPoint kEntryPoints[] = {
     entry<ActivationParams, activation_backward>("activation_backward"),
     entry<ActivationParams, activation_forward>("activation_forward"),
     entry<AdamwParams, adamw_step>("adamw_step"),
-    entry<AttentionParams, attention_backward>("attention_backward"),
-    entry<AttentionParams, attention_forward>("attention_forward"),
+    entry<AttentionParams, attention_backward>("attention_backward", kAttentionTypes),
+    entry<AttentionParams, attention_forward>("attention_forward", kAttentionTypes),
     entry<CachedAttentionParams, cached_attention_forward>("cached_attention_forward"),
     entry<CopyParams, copy_forward>("copy_forward"),
     entry<CrossEntropyParams, cross_entropy_backward>("cross_entropy_backward"),
@@ -53,7 +55,7 @@ constexpr EntryPoint kEntryPoints[] = {
 }  // namespace
 
 EntryPoints entry_points() {
-    return {kEntryPoints, sizeof kEntryPoints / sizeof kEntryPoints[0], kServedTypes};
+    return {kEntryPoints, sizeof kEntryPoints / sizeof kEntryPoints[0]};
 }
 
 }  // namespace lmkern

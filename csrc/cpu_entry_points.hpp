@@ -10,12 +10,12 @@ struct EntryPoint {
     const char* name;
     size_t params_size;  // bytes of its params.hpp
     void (*kernel)(const char* packed);
+    int64_t types;  // that it computes in, bits 1 << Dtype
 };
 
 struct EntryPoints {
     const EntryPoint* first;
     size_t count;
-    int64_t served_types;  // bits 1 << Dtype
 };
 
 EntryPoints entry_points();

@@ -1,6 +1,7 @@
 // The Python module around the kernels, compiled once and linked into the module of every instruction set.
 #include <pybind11/pybind11.h>
 
+#include <string>
 #include <string_view>
 
 #include "core/parallel_for.hpp"
@@ -42,9 +43,13 @@ void define(py::module_& m) {
     const lmkern::EntryPoints entries = lmkern::entry_points();
     m.def("supported_instruction_sets", supported_instruction_sets);
     m.def("workspace_bytes", lmkern::Workspace::bytes_of_all_threads);
-    m.def("serves", [entries](int64_t dtype) { return (entries.served_types >> dtype & 1) != 0; });
     for (const lmkern::EntryPoint* entry = entries.first; entry < entries.first + entries.count; ++entry)
         m.def(entry->name, [entry](const py::bytes& packed) { call(*entry, packed); });
+    m.def("serves", [entries](const std::string& name, int64_t dtype) {
+        for (const lmkern::EntryPoint* entry = entries.first; entry < entries.first + entries.count; ++entry)
+            if (name == entry->name) return (entry->types >> dtype & 1) != 0;
+        return false;
+    });
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 // keys in the lanes, as the scores come.
 #pragma once
 
+#include "attention/rows_ahead.hpp"
 #include "attention/scores.hpp"
 
 namespace lmkern {
@@ -31,9 +32,13 @@ class BackwardPart {
     static constexpr int64_t lanes = kLanes<C>;
     static constexpr C infinity = std::numeric_limits<C>::infinity();
     static constexpr int64_t kScoreStride = E::kStrip + 64 / static_cast<int64_t>(sizeof(C));
+    static constexpr int64_t kMostLines = 8;
+    // Rows that lie a power of two apart would fight for the same cache lines.
+    static constexpr int64_t kSumStride = E::kKeysTogether + 64 / static_cast<int64_t>(sizeof(C));
     static constexpr int64_t kRightStride = E::kKeysTogether;
     static constexpr int64_t kLeftStride =
-        E::kOneLayout ? kRightStride : E::kKeysTogether + 64 / static_cast<int64_t>(sizeof(Operand));
+        E::kOneLayout ? kRightStride
+                      : E::kParts * E::kKeysTogether + 64 / static_cast<int64_t>(sizeof(Operand));
 
 public:
     BackwardPart(const AttentionParams& p, const Part& part)
@@ -41,7 +46,8 @@ public:
           part_(part),
           s_(sequence_of(p, part.sequence)),
           D_(p.head_dim),
-          width_(E::width(p.head_dim)) {
+          width_(E::width(p.head_dim)),
+          columns_(E::columns(p.head_dim)) {
         queries_ = part.end_query - part.first_query;
         many_key_blocks_ = part.end_key - part.first_key > E::kKeysTogether;
         const int64_t heads = part.end_head - part.first_head, rows = E::kQueriesTogether,
@@ -49,11 +55,12 @@ public:
         const int64_t dq_rows = many_key_blocks_ && part.dq ? heads * queries_ : 0;
         const int64_t transposed = E::left_transposed_size(rows, D_);
         Workspace& workspace = Workspace::of_this_thread();
-        workspace.reserve(sizeof(Operand) * (2 * E::right_transposed_size(keys, D_) +
-                                             2 * E::right_rows_size(keys, D_) + 3 * rows * width_ +
-                                             3 * transposed + 2 * rows * kRightStride + rows * kLeftStride) +
-                          sizeof(C) * (2 * width_ * keys + (dq_rows + rows) * width_ + heads * queries_ +
-                                       2 * rows + 3 * E::kRows * kScoreStride) +
+        workspace.reserve(sizeof(Operand) *
+                              (2 * E::right_transposed_size(keys, D_) + 2 * E::right_rows_size(keys, D_) +
+                               3 * rows * width_ + 3 * transposed + 2 * E::kParts * rows * kRightStride +
+                               rows * kLeftStride) +
+                          sizeof(C) * (2 * columns_ * kSumStride + (dq_rows + rows) * columns_ +
+                                       heads * queries_ + 2 * rows + 3 * E::kRows * kScoreStride) +
                           sizeof(uint16_t) * 2 * (E::kStrip + Dropout<C>::kChunk));
         auto operands = [&](int64_t count) { return workspace.take<Operand>(count); };
         k_transposed_ = operands(E::right_transposed_size(keys, D_));
@@ -65,13 +72,13 @@ public:
         dout_ = operands(rows * width_);
         q_scratch_ = operands(transposed);
         dout_scratch_ = operands(transposed);
-        weights_ = operands(rows * kRightStride);
-        dscores_ = operands(rows * kRightStride);
+        weights_ = operands(E::kParts * rows * kRightStride);
+        dscores_ = operands(E::kParts * rows * kRightStride);
         dscores_left_ = E::kOneLayout ? dscores_ : operands(rows * kLeftStride);
-        dk_ = {workspace.take<C>(width_ * keys), keys};
-        dv_ = {workspace.take<C>(width_ * keys), keys};
-        dq_all_ = workspace.take<C>(dq_rows * width_);
-        dq_block_ = workspace.take<C>(rows * width_);
+        dk_ = {workspace.take<C>(columns_ * kSumStride), kSumStride};
+        dv_ = {workspace.take<C>(columns_ * kSumStride), kSumStride};
+        dq_all_ = workspace.take<C>(dq_rows * columns_);
+        dq_block_ = workspace.take<C>(rows * columns_);
         delta_all_ = workspace.take<C>(heads * queries_);
         lse_ = workspace.take<C>(rows);
         delta_ = workspace.take<C>(rows);
@@ -81,22 +88,26 @@ public:
         bits_ = workspace.take<uint16_t>(2 * (E::kStrip + Dropout<C>::kChunk));
     }
 
-    void run() {
+    // next_part(): what this thread will do next, or null.
+    template <class Next>
+    void run(const Next& next_part) {
         [[maybe_unused]] const typename E::Session session;
-        for (int64_t head = part_.first_head; head < part_.end_head; ++head) make_delta(head);
         bool first = true;
         for (int64_t key = part_.first_key; key < part_.end_key; key += E::kKeysTogether) {
             first_key_ = key;
             keys_ = std::min(E::kKeysTogether, part_.end_key - key);
             last_keys_ = key + keys_ == part_.end_key;
             pack_keys();
-            if (part_.dk) std::fill_n(dk_.data, width_ * E::kKeysTogether, C(0));
-            if (part_.dv) std::fill_n(dv_.data, width_ * E::kKeysTogether, C(0));
+            summed_keys_ = 0;
             for (int64_t head = part_.first_head; head < part_.end_head; ++head) {
                 const ScoreRows<T> rows(p_, s_, head);
-                for (int64_t query = part_.first_query; query < part_.end_query; query += E::kQueriesTogether)
+                for (int64_t query = part_.first_query; query < part_.end_query;
+                     query += E::kQueriesTogether) {
+                    look_ahead(head, query, first, next_part);
                     queries(rows, head, query, std::min(E::kQueriesTogether, part_.end_query - query), first);
+                }
             }
+            if (part_.dk || part_.dv) begin_sums(round_up(keys_, E::kStep));
             if (part_.dk) write_keys(dk_, p_.dk, p_.dk_strides, static_cast<C>(p_.softmax_scale));
             if (part_.dv) write_keys(dv_, p_.dv, p_.dv_strides, C(1));
             first = false;
@@ -112,21 +123,72 @@ private:
         return head_of<const T>(tensor, strides, s_.batch, head, row);
     }
 
-    C* delta_of(int64_t head) const { return delta_all_ + (head - part_.first_head) * queries_; }
+    C* delta_of(int64_t head, int64_t query) const {
+        return delta_all_ + (head - part_.first_head) * queries_ + query - part_.first_query;
+    }
 
-    void make_delta(int64_t head) {
-        const int64_t row = s_.first_query + part_.first_query;
+    // What comes after a block of queries is asked for meanwhile.
+    template <class Next>
+    void look_ahead(int64_t head, int64_t query, bool first_keys, const Next& next_part) {
+        ahead_.clear();
+        const Band band(p_, s_);
+        if (query + E::kQueriesTogether < part_.end_query) {
+            queries_ahead(part_, head, query + E::kQueriesTogether, first_keys);
+        } else if (head + 1 < part_.end_head) {
+            queries_ahead(part_, head + 1, std::max(part_.first_query, first_visible(band, first_key_)),
+                          first_keys);
+        } else if (!last_keys_) {
+            const int64_t key = first_key_ + keys_;
+            keys_ahead(part_, key);
+            queries_ahead(part_, part_.first_head, std::max(part_.first_query, first_visible(band, key)),
+                          false);
+        } else if (const Part* next = next_part()) {
+            keys_ahead(*next, next->first_key);
+            queries_ahead(*next, next->first_head, next->first_query, true);
+        }
+        const int64_t keys_seen = std::min(band.end(query + E::kQueriesTogether - 1), first_key_ + keys_) -
+                                  std::max(band.begin(query), first_key_);
+        // Two rows of a strip at a time.
+        const int64_t times = E::kQueriesTogether / 2 * ceil_div(std::max<int64_t>(keys_seen, 1), E::kStrip);
+        lines_at_a_time_ = std::min(kMostLines, ceil_div(ahead_.lines(), times));
+    }
+    static int64_t first_visible(const Band& band, int64_t key) {
+        return band.first_query(key) / E::kQueriesTogether * E::kQueriesTogether;
+    }
+    void keys_ahead(const Part& part, int64_t key) {
+        const Sequence s = sequence_of(p_, part.sequence);
+        const int64_t n = std::min(E::kKeysTogether, part.end_key - key);
+        ahead_.add(head_of<const T>(p_.k, p_.k_strides, s.batch, part.head_kv, s.first_key + key), n, D_);
+        ahead_.add(head_of<const T>(p_.v, p_.v_strides, s.batch, part.head_kv, s.first_key + key), n, D_);
+    }
+    void queries_ahead(const Part& part, int64_t head, int64_t query, bool with_out) {
+        const Sequence s = sequence_of(p_, part.sequence);
+        const int64_t n = std::min(E::kQueriesTogether, part.end_query - query);
+        for (const auto& [tensor, strides] :
+             {std::pair(p_.q, p_.q_strides), std::pair(p_.dout, p_.dout_strides),
+              std::pair(static_cast<const void*>(p_.out), p_.out_strides)})
+            if (tensor != p_.out || with_out)
+                ahead_.add(head_of<const T>(tensor, strides, s.batch, head, s.first_query + query), n, D_);
+    }
+
+    // Of the queries from `query` on, `count` of them.
+    void make_delta(int64_t head, int64_t query, int64_t count) {
+        const int64_t row = s_.first_query + query;
         const auto out = matrix(p_.out, p_.out_strides, head, row),
                    dout = matrix(p_.dout, p_.dout_strides, head, row);
         const C* dlse = p_.dlse == nullptr
                             ? nullptr
                             : static_cast<const C*>(p_.dlse) + (s_.batch * p_.heads + head) * p_.n_q + row;
-        C* delta = delta_of(head);
+        C* delta = delta_of(head, query);
         if constexpr (sizeof(T) == 2)
-            for (int64_t i = 0; i < queries_; ++i) delta[i] = row_product(out, dout, i);
+            for (int64_t i = 0; i < count; ++i) delta[i] = row_product(out, dout, i);
+        else if constexpr (E::kParts > 1)
+            for (int64_t i = 0; i < count; i += E::kRows)
+                diagonal_products(out, dout, i, std::min(E::kRows, count - i), delta);
         else
-            for (int64_t i = 0; i < queries_; i += lanes) row_products(out, dout, i, delta);
-        for (int64_t i = 0; i < queries_ && dlse != nullptr; ++i) delta[i] -= dlse[i];
+            for (int64_t i = 0; i < count; i += lanes)
+                row_products(out, dout, i, std::min(lanes, count - i), delta);
+        for (int64_t i = 0; i < count && dlse != nullptr; ++i) delta[i] -= dlse[i];
     }
 
     C row_product(Matrix<const T> out, Matrix<const T> dout, int64_t row) const {
@@ -146,11 +208,21 @@ private:
         return gathered;
     }
 
-    // Delta of the rows from `row` on, as many as a vector has lanes, each summed in the order in which a
-    // product sums dP: where one key has the weight to itself, and out is its value, dP - delta is then 0 and
-    // no rounding error.
-    void row_products(Matrix<const T> out, Matrix<const T> dout, int64_t row, C* delta) const {
-        const int64_t rows = std::min(lanes, queries_ - row);
+    // Delta of the rows from `row` on, at most kRows, each summed in the order in which a product sums dP:
+    // where one key has the weight to itself, and out is its value, dP - delta is then 0 and no rounding
+    // error.
+    void diagonal_products(Matrix<const T> out, Matrix<const T> dout, int64_t row, int64_t rows,
+                           C* delta) const {
+        E::template pack_left<false>({dout.row(row), dout.row_stride, dout.column_stride}, rows, D_, E::kRows,
+                                     dout_);
+        E::pack_right_transposed({out.row(row), out.row_stride, out.column_stride}, rows, D_, 0, q_clean_);
+        E::product(E::left(dout_, D_), E::right_transposed(q_clean_, 0, D_), E::kRows, E::kRows, D_, scores_,
+                   false);
+        for (int64_t i = 0; i < rows; ++i) delta[row + i] = scores_.data[i * (scores_.stride + 1)];
+    }
+
+    // The same of as many rows as a vector has lanes, without a product.
+    void row_products(Matrix<const T> out, Matrix<const T> dout, int64_t row, int64_t rows, C* delta) const {
         C blocks[2][lanes * 256];
         if (rows < lanes)
             for (C* block : {blocks[0], blocks[1]}) std::fill_n(block, lanes * width_, C(0));
@@ -195,30 +267,52 @@ private:
     // One block of queries against the packed keys.
     void queries(const ScoreRows<T>& score_rows, int64_t head, int64_t query, int64_t count,
                  bool first_keys) {
+        if (first_keys) make_delta(head, query, count);
         const Band& band = score_rows.band();
         const int64_t begin = std::max(first_key_, band.begin(query)) - first_key_;
         const int64_t end = std::min(first_key_ + keys_, band.end(query + count - 1)) - first_key_;
         const int64_t first = begin / E::kStrip * E::kStrip, keys = round_up(end - first, E::kStep);
         C* dq = many_key_blocks_
-                    ? dq_all_ + ((head - part_.first_head) * queries_ + query - part_.first_query) * width_
+                    ? dq_all_ + ((head - part_.first_head) * queries_ + query - part_.first_query) * columns_
                     : dq_block_;
         if (end <= begin) {
-            if (part_.dq && first_keys) std::fill_n(dq, count * width_, C(0));
+            if (part_.dq && first_keys) std::fill_n(dq, count * columns_, C(0));
         } else {
             pack_queries(head, query, count);
             const bool masked = make_gradients(score_rows, head, query, count, first, keys);
             const int64_t depth = round_up(count, E::kRowStep);
-            if (part_.dv)
-                E::product(dout_transposed_, right(weights_, first), width_, keys, depth,
-                           Block<C>{dv_.data + first, dv_.stride}, true);
+            begin_sums(first);
+            if (part_.dv) add_to_sums(dv_, dout_transposed_, weights_, first, keys, depth);
             if (part_.dk) {
                 const auto q = masked && !queries_finite_ ? clean_queries(count) : q_transposed_;
-                E::product(q, right(dscores_, first), width_, keys, depth,
-                           Block<C>{dk_.data + first, dk_.stride}, true);
+                add_to_sums(dk_, q, dscores_, first, keys, depth);
             }
+            summed_keys_ = std::max(summed_keys_, first + keys);
             if (part_.dq) multiply_dq(dq, count, first, keys, first_keys, masked && !keys_finite_);
         }
         if (part_.dq && last_keys_) write_queries(head, query, count, dq);
+    }
+
+    // dk_ and dv_ hold sums for the keys up to summed_keys_; zeros for those from there to `key`, which no
+    // query has seen.
+    void begin_sums(int64_t key) {
+        for (int64_t d = 0; d < columns_ && summed_keys_ < key; ++d)
+            for (const Block<C>& sums : {dk_, dv_})
+                std::fill(sums.data + d * sums.stride + summed_keys_, sums.data + d * sums.stride + key,
+                          C(0));
+        summed_keys_ = std::max(summed_keys_, key);
+    }
+
+    void add_to_sums(Block<C> sums, typename E::Left left, const Operand* block, int64_t first, int64_t keys,
+                     int64_t depth) {
+        const int64_t end = first + keys, middle = std::clamp(summed_keys_, first, end);
+        auto product = [&](int64_t begin, int64_t end, bool accumulate) {
+            if (begin < end)
+                E::product(left, right(block, begin), columns_, end - begin, depth,
+                           Block<C>{sums.data + begin, sums.stride}, accumulate);
+        };
+        product(first, middle, true);
+        product(middle, end, false);
     }
 
     static typename E::Right right(const Operand* block, int64_t column) {
@@ -226,14 +320,14 @@ private:
     }
 
     void multiply_dq(C* dq, int64_t count, int64_t first, int64_t keys, bool first_keys, bool clean) {
-        const auto dscores = E::scores_left(dscores_left_ + first, kLeftStride);
+        const auto dscores = E::scores_left(dscores_left_ + E::kParts * first, kLeftStride);
         const auto k = E::right_rows(clean ? k_clean_ : k_rows_, first, D_);
         const int64_t rows = round_up(count, E::kRowStep);
         // The rows that fill up a tile lie beyond this block's in dq_all_.
         C* const target = rows == count ? dq : dq_block_;
-        E::product(dscores, k, rows, width_, keys, Block<C>{target, width_}, !first_keys && target == dq);
+        E::product(dscores, k, rows, columns_, keys, Block<C>{target, columns_}, !first_keys && target == dq);
         if (target == dq) return;
-        for (int64_t i = 0; i < count * width_; i += lanes)
+        for (int64_t i = 0; i < count * columns_; i += lanes)
             store(dq + i, first_keys ? load(target + i) : load(dq + i) + load(target + i));
     }
 
@@ -247,12 +341,12 @@ private:
         q_transposed_ = E::left_transposed(q_, padded_count, D_, q_scratch_);
         dout_transposed_ = E::left_transposed(dout_, padded_count, D_, dout_scratch_);
         const C* lse = static_cast<const C*>(p_.lse) + (s_.batch * p_.heads + head) * p_.n_q + row;
-        const C* delta = delta_of(head) + query - part_.first_query;
+        const C* delta = delta_of(head, query);
         for (int64_t i = 0; i < padded_count; ++i) {
             // A query with no visible key, or none at all, has lse = +inf here: its weights are exp(-inf) =
             // 0.
             const bool sees = i < count && lse[i] != -infinity;
-            lse_[i] = sees ? lse[i] * Exp::unit : infinity;
+            lse_[i] = sees ? lse[i] * static_cast<C>(Exp::unit) : infinity;
             delta_[i] = i < count ? delta[i] : C(0);
         }
     }
@@ -295,8 +389,8 @@ private:
                 E::put_right(weights_, kRightStride, i, j, zeros);
                 E::put_right(dscores_, kRightStride, i, j, zeros);
                 if constexpr (!E::kOneLayout) {
-                    E::put_left(dscores_left_ + i * kLeftStride + j, zeros[0], zeros[0]);
-                    E::put_left(dscores_left_ + (i + 1) * kLeftStride + j, zeros[0], zeros[0]);
+                    E::put_left(dscores_left_ + i * kLeftStride + E::kParts * j, zeros[0], zeros[0]);
+                    E::put_left(dscores_left_ + (i + 1) * kLeftStride + E::kParts * j, zeros[0], zeros[0]);
                 }
             }
     }
@@ -309,11 +403,11 @@ private:
                    D_, scores_, false);
         E::product(E::left(dout_ + row * width_, D_), E::right_transposed(v_transposed_, j, D_), rows,
                    at.keys, D_, dweights_, false);
-        C factor = static_cast<C>(p_.softmax_scale) * Exp::unit;
+        C factor = static_cast<C>(p_.softmax_scale * Exp::unit);
         const bool sloped = p_.softcap > 0;
         if (score_rows.adjusts()) {
             score_rows.adjust(scores_, at, sloped ? slopes_.data : nullptr);
-            factor = Exp::unit;
+            factor = static_cast<C>(Exp::unit);
         }
         // Times a negative factor -inf would be seen, and times 0 it would be NaN.
         if (factor <= 0) {
@@ -358,7 +452,7 @@ private:
                 for (int n = 0; n < 4; ++n) {
                     const int64_t r = i + n / 2, place = r * kScoreStride + j + n % 2 * lanes;
                     const Vector<C> score = load(scores_.data + place);
-                    Vector<C> weight = Exp::of(score * factor - lse_[row + r]);
+                    Vector<C> weight = Exp::of(score * factor - lse_[row + r], C(1));
                     // Also in a row whose lse is NaN.
                     if (masked) weight = score == -infinity ? Vector<C>{} : weight;
                     Vector<C> dweight = load(dweights_.data + place);
@@ -380,6 +474,7 @@ private:
                 if (part_.dv) E::put_right(weights_, kRightStride, row + i, column + j, weights);
                 put_dscores(row + i, column + j, dscores);
             }
+            ahead_.ask(lines_at_a_time_);
         }
         if (all && part_.dbias) score_rows.add_bias_gradient(dweights_, at, static_cast<C*>(p_.dbias));
         if (all && !part_.dbias && p_.drelative_bias != nullptr)
@@ -393,33 +488,26 @@ private:
             E::put_right(dscores_, kRightStride, row, column, dscores);
         if constexpr (!E::kOneLayout)
             if (part_.dq) {
-                E::put_left(dscores_left_ + row * kLeftStride + column, dscores[0], dscores[1]);
-                E::put_left(dscores_left_ + (row + 1) * kLeftStride + column, dscores[2], dscores[3]);
+                Operand* place = dscores_left_ + row * kLeftStride + E::kParts * column;
+                E::put_left(place, dscores[0], dscores[1]);
+                E::put_left(place + kLeftStride, dscores[2], dscores[3]);
             }
     }
 
     // Rows of keys out of their transposed sums.
     void write_keys(Block<C> sums, void* to, const Strides& strides, C factor) {
         const auto rows = head_of<T>(to, strides, s_.batch, part_.head_kv, s_.first_key + first_key_);
-        C square[lanes * 256];
-        for (int64_t column = 0; column < round_up(keys_, E::kStep); column += lanes) {
-            for (int64_t d = 0; d < width_; d += lanes)
-                transpose_square(sums.data + d * sums.stride + column, sums.stride, square + d, width_);
-            for (int64_t i = 0; i < lanes; ++i) {
-                const int64_t key = E::key_of_column(column + i);
-                if (key < keys_)
-                    unpack(Block<C>{square + i * width_, width_}, 1, D_, rows.row(key), rows.row_stride,
-                           rows.column_stride, [&](int64_t) { return factor; });
-            }
-        }
+        E::write_transposed(sums, keys_, D_, rows, streams(rows, D_, p_.batch * p_.heads_kv * p_.n_k * D_),
+                            factor);
     }
 
-    // dq: (count, width_), null for zeros.
+    // dq: (count, columns_), null for zeros.
     void write_queries(int64_t head, int64_t query, int64_t count, const C* dq) {
         const auto rows = head_of<T>(p_.dq, p_.dq_strides, s_.batch, head, s_.first_query + query);
         if (dq != nullptr)
-            return unpack(Block<C>{const_cast<C*>(dq), width_}, count, D_, rows.data, rows.row_stride,
-                          rows.column_stride, [&](int64_t) { return static_cast<C>(p_.softmax_scale); });
+            return E::write_rows(Block<C>{const_cast<C*>(dq), columns_}, count, D_, rows,
+                                 streams(rows, D_, p_.batch * p_.heads * p_.n_q * D_),
+                                 [&](int64_t) { return static_cast<C>(p_.softmax_scale); });
         for (int64_t i = 0; i < count; ++i)
             for (int64_t d = 0; d < D_; ++d) store_one(rows.row(i) + d * rows.column_stride, C(0));
     }
@@ -427,8 +515,8 @@ private:
     const AttentionParams& p_;
     const Part part_;
     const Sequence s_;
-    const int64_t D_, width_;
-    int64_t queries_, first_key_ = 0, keys_ = 0;
+    const int64_t D_, width_, columns_;  // width_: of a packed row
+    int64_t queries_, first_key_ = 0, keys_ = 0, summed_keys_ = 0;
     bool many_key_blocks_, last_keys_ = false, keys_finite_ = true, queries_finite_ = true;
     Operand *k_transposed_, *v_transposed_, *k_rows_, *k_clean_;  // the packed keys
     Operand *q_, *q_clean_, *dout_, *q_scratch_, *dout_scratch_;  // a block of queries
@@ -438,6 +526,8 @@ private:
     C *dq_all_, *dq_block_, *delta_all_, *lse_, *delta_;
     Block<C> scores_{}, dweights_{}, slopes_{};
     uint16_t* bits_;
+    RowsAhead ahead_;
+    int64_t lines_at_a_time_ = 0;
 };
 
 }  // namespace lmkern

@@ -3,8 +3,16 @@
 #pragma once
 
 #include "attention/params.hpp"
+#include "core/types.hpp"
 
 namespace lmkern {
+
+// The types that attention takes in this module: with AMX float32 too, in three parts of bfloat16.
+#if defined(__AMX_BF16__)
+constexpr int64_t kAttentionTypes = kServedTypes | int64_t{1} << static_cast<int64_t>(Dtype::float32);
+#else
+constexpr int64_t kAttentionTypes = kServedTypes;
+#endif
 
 // Reads q, k, v; writes out and lse.
 void attention_forward(const AttentionParams& p);

@@ -19,8 +19,14 @@ int64_t work_of(const AttentionParams& p, const Part& part) {
 
 template <class E>
 void run_parts(const AttentionParams& p, const std::vector<Part>& parts) {
-    parallel_for(static_cast<int64_t>(parts.size()), p.threads,
-                 [&](int64_t index) { BackwardPart<E>(p, parts[index]).run(); });
+    const auto count = static_cast<int64_t>(parts.size());
+    parallel_for_ahead(count, p.threads, [&](int64_t index, const auto& next) {
+        BackwardPart<E>(p, parts[index]).run([&]() -> const Part* {
+            const int64_t after = next();
+            return after < count ? &parts[after] : nullptr;
+        });
+        end_streams();
+    });
 }
 
 // Tiles of the bias's gradient: each sums over the heads and batch elements that its bias was broadcast to.
@@ -37,7 +43,7 @@ void bias_gradient(const AttentionParams& p) {
             for (int64_t h = head; h < (s.head == 0 ? p.heads : head + 1); ++h)
                 BackwardPart<E>(p, Part{b, h / (p.heads / p.heads_kv), h, h + 1, query,
                                         std::min(query + step, p.n_q), 0, p.n_k, false, false, false, true})
-                    .run();
+                    .run([]() -> const Part* { return nullptr; });
     });
 }
 

@@ -30,14 +30,16 @@ class Forward {
     using T = typename E::T;
     using C = typename E::C;
     using Operand = typename E::Operand;
-    using Exp = Exponential<T>;
+    // With AVX-512 a product in an exponent costs no rounding.
+    using Exp = Exponential<T, sizeof(T) == 2 || (sizeof(T) == 4 && kVectorBytes == 64)>;
     static constexpr int64_t lanes = kLanes<C>;
     // Whether weights are rounded before they meet the values.
-    static constexpr bool kRounds = sizeof(Operand) < sizeof(C);
+    static constexpr bool kRounds = E::kParts * sizeof(Operand) < sizeof(C);
     static constexpr C infinity = std::numeric_limits<C>::infinity();
     // Operands of blocks that lie a power of two apart would fight for the same cache lines.
     static constexpr int64_t kScoreStride = E::kKeys + 64 / static_cast<int64_t>(sizeof(C));
-    static constexpr int64_t kWeightStride = E::kKeys + 64 / static_cast<int64_t>(sizeof(Operand));
+    static constexpr int64_t kWeightStride =
+        E::kParts * E::kKeysWeighed + 64 / static_cast<int64_t>(sizeof(Operand));
 
 public:
     Forward(const AttentionParams& p, const QueryTask& task)
@@ -45,7 +47,8 @@ public:
           task_(task),
           s_(sequence_of(p, task.sequence)),
           D_(p.head_dim),
-          width_(E::width(p.head_dim)) {
+          width_(E::width(p.head_dim)),
+          columns_(E::columns(p.head_dim)) {
         const int64_t bytes_per_key = static_cast<int64_t>(sizeof(Operand)) * 2 * width_;
         keys_at_once_ = std::max<int64_t>(kPackedBytes / bytes_per_key / E::kKeys, 1) * E::kKeys;
         in_parts_ = s_.n_k > keys_at_once_;
@@ -56,14 +59,14 @@ public:
         Workspace& workspace = Workspace::of_this_thread();
         workspace.reserve(sizeof(Operand) * (rows_together_ * width_ + E::right_transposed_size(keys, D_) +
                                              E::right_rows_size(keys, D_) + E::kQueries * kWeightStride) +
-                          sizeof(C) * (rows_together_ * (width_ + 2 * lanes + 2) +
+                          sizeof(C) * (rows_together_ * (columns_ + 2 * lanes + 2) +
                                        E::kQueries * (kScoreStride + lanes + 1)) +
                           sizeof(uint16_t) * (E::kKeys + Dropout<C>::kChunk));
         q_ = workspace.take<Operand>(rows_together_ * width_);
         k_ = workspace.take<Operand>(E::right_transposed_size(keys, D_));
         v_ = workspace.take<Operand>(E::right_rows_size(keys, D_));
         weights_ = workspace.take<Operand>(E::kQueries * kWeightStride);
-        acc_ = workspace.take<C>(rows_together_ * width_);
+        acc_ = workspace.take<C>(rows_together_ * columns_);
         row_sum_ = workspace.take<C>(rows_together_ * lanes);
         rounded_sum_ = workspace.take<C>(rows_together_ * lanes);
         row_max_ = workspace.take<C>(rows_together_);
@@ -93,6 +96,10 @@ private:
 
     void rows(int64_t head, int64_t first_query, int64_t queries) {
         const ScoreRows<T> score_rows(p_, s_, head);
+        // Times a negative scale -inf would be seen, and times 0 it would be NaN; a sink is no score.
+        scales_ = !score_rows.adjusts() && (p_.softmax_scale <= 0 || p_.sinks != nullptr);
+        unit_ = score_rows.adjusts() || scales_ ? C(1) : static_cast<C>(p_.softmax_scale);
+        factor_ = static_cast<C>((score_rows.adjusts() || scales_ ? 1 : p_.softmax_scale) * Exp::unit);
         const Dropout<C> dropout(p_, s_.index, head);
         const auto q = head_of<const T>(p_.q, p_.q_strides, s_.batch, head, s_.first_query + first_query);
         QueryBlock blocks[kBlocksTogetherInParts];
@@ -117,19 +124,21 @@ private:
             }
             const int64_t end_packed = std::min(end, packed + keys_at_once_);
             const int64_t bytes = static_cast<int64_t>(sizeof(Operand)) * 2 * width_ * (end_packed - packed);
-            const int64_t together = bytes <= kCachedBytes ? keys_at_once_ : E::kKeys;
-            for (int64_t key = std::max(packed, begin / E::kKeys * E::kKeys); key < end_packed;
-                 key += together)
-                for (QueryBlock* b = blocks; b < blocks + count; ++b)
-                    for (int64_t j = key; j < std::min(end_packed, key + together); j += E::kKeys)
-                        block(score_rows, dropout, *b, j);
+            const int64_t together = bytes <= kCachedBytes ? keys_at_once_ : E::kKeysWeighed;
+            const int64_t first = begin / E::kKeysWeighed * E::kKeysWeighed;
+            for (int64_t key = std::max(packed, first); key < end_packed; key += together)
+                for (QueryBlock* b = blocks; b < blocks + count; ++b) {
+                    const int64_t step = b->bounded ? E::kKeysWeighed : E::kKeys;
+                    const int64_t end_together = std::min(end_packed, key + together);
+                    for (int64_t j = key; j < end_together; j += step)
+                        block(score_rows, dropout, *b, j, std::min(step, end_together - j));
+                }
         }
         for (int64_t b = 0; b < count; ++b) finish(head, blocks[b], dropout.scale());
     }
 
     bool bound(C largest_square) const {
-        const C largest =
-            std::sqrt(largest_square) * std::sqrt(k_square_) * std::abs(C(p_.softmax_scale)) * Exp::unit;
+        const C largest = std::sqrt(largest_square) * std::sqrt(k_square_) * std::abs(factor_);
         return largest <= kBound;
     }
 
@@ -142,7 +151,7 @@ private:
     }
 
     void start(int64_t head, const QueryBlock& b) {
-        const C sink = p_.sinks == nullptr ? -infinity : static_cast<const C*>(p_.sinks)[head] * Exp::unit;
+        const C sink = p_.sinks == nullptr ? -infinity : static_cast<const C*>(p_.sinks)[head];
         for (C* sums : {row_sum_, rounded_sum_}) std::fill_n(sums + b.row * lanes, E::kQueries * lanes, C(0));
         for (int64_t i = b.row; i < b.row + E::kQueries; ++i) {
             row_max_[i] = sink;
@@ -156,7 +165,7 @@ private:
         const int64_t end = std::min(s_.n_k, first + keys_at_once_);
         const auto k = head_of<const T>(p_.k, p_.k_strides, s_.batch, task_.head_kv, s_.first_key);
         const auto v = head_of<const T>(p_.v, p_.v_strides, s_.batch, task_.head_kv, s_.first_key);
-        bounds_ = Exp::base2;
+        bounds_ = sizeof(T) == 2;
         values_finite_ = true;
         k_square_ = 0;
         for (int64_t key = first; key < end; key += E::kKeys) {
@@ -171,32 +180,33 @@ private:
         }
     }
 
-    void block(const ScoreRows<T>& score_rows, const Dropout<C>& dropout, QueryBlock& b, int64_t key) {
+    void block(const ScoreRows<T>& score_rows, const Dropout<C>& dropout, QueryBlock& b, int64_t key,
+               int64_t count) {
         const Band& band = score_rows.band();
         const int64_t begin = std::max(key, band.begin(b.first_query));
-        const int64_t end = std::min(key + E::kKeys, band.end(b.first_query + b.queries - 1));
+        const int64_t end = std::min(key + count, band.end(b.first_query + b.queries - 1));
         if (end <= begin) return;
         const int64_t first = begin / E::kStep * E::kStep, keys = round_up(end - first, E::kStep);
         // With no maximum to look for, weights are made a strip at a time, whose scores stay in the nearest
         // cache.
         const int64_t strip = b.bounded ? E::kStrip : E::kKeys;
         for (int64_t j = 0; j < keys; j += strip)
-            weigh(score_rows, dropout, b, first + j, std::min(strip, keys - j), weights_ + j);
+            weigh(score_rows, dropout, b, first + j, std::min(strip, keys - j), weights_ + E::kParts * j);
         const int64_t n = round_up(b.queries, E::kRowStep);
-        const Block<C> acc{acc_ + b.row * width_, width_};
+        const Block<C> acc{acc_ + b.row * columns_, columns_};
         const auto values = E::right_rows(v_, first - packed_from_, D_);
         // A weight of 0 makes NaN of a value that is not finite: rows that see none of these keys stay as
         // they were.
         std::vector<C> before;
-        if (!values_finite_) before.assign(acc.data, acc.data + b.queries * width_);
-        E::product(E::scores_left(weights_, kWeightStride), values, n, width_, keys, acc, b.begun);
+        if (!values_finite_) before.assign(acc.data, acc.data + b.queries * columns_);
+        E::product(E::scores_left(weights_, kWeightStride), values, n, columns_, keys, acc, b.begun);
         for (int64_t i = 0; i < b.queries && !values_finite_; ++i) {
             const int64_t query = b.first_query + i;
             if (band.begin(query) < end && band.end(query) > begin) continue;
             if (b.begun)
-                std::copy_n(before.data() + i * width_, width_, acc.data + i * width_);
+                std::copy_n(before.data() + i * columns_, columns_, acc.data + i * columns_);
             else
-                std::fill_n(acc.data + i * width_, width_, C(0));
+                std::fill_n(acc.data + i * columns_, columns_, C(0));
         }
         b.begun = true;
     }
@@ -207,29 +217,21 @@ private:
         E::product(E::left(q_ + b.row * width_, D_), E::right_transposed(k_, first - packed_from_, D_),
                    round_up(b.queries, E::kRowStep), keys, D_, scores_, false);
         const BlockPlace at{b.first_query, b.queries, first, keys};
-        C factor = static_cast<C>(p_.softmax_scale) * Exp::unit;
-        if (score_rows.adjusts()) {
-            score_rows.adjust(scores_, at);
-            factor = Exp::unit;
-        }
-        // Times a negative factor -inf would be seen, and times 0 it would be NaN.
-        if (factor <= 0) {
-            scale_rows(factor, b.queries, keys);
-            factor = 1;
-        }
+        if (score_rows.adjusts()) score_rows.adjust(scores_, at);
+        if (scales_) scale_rows(static_cast<C>(p_.softmax_scale), b.queries, keys);
         score_rows.outside_band(scores_, at, -infinity);
-        if (!b.bounded) bring_up_to_date(b, keys, factor);
+        if (!b.bounded) bring_up_to_date(b, keys);
         const bool drops = p_.dropout_threshold > 0;
         if (b.rounds)
-            weights<true, false, kRounds>(b, at, factor, dropout, out);
+            weights<true, false, kRounds>(b, at, dropout, out);
         else if (b.bounded && drops)
-            weights<true, true, false>(b, at, factor, dropout, out);
+            weights<true, true, false>(b, at, dropout, out);
         else if (b.bounded)
-            weights<true, false, false>(b, at, factor, dropout, out);
+            weights<true, false, false>(b, at, dropout, out);
         else if (drops)
-            weights<false, true, false>(b, at, factor, dropout, out);
+            weights<false, true, false>(b, at, dropout, out);
         else
-            weights<false, false, false>(b, at, factor, dropout, out);
+            weights<false, false, false>(b, at, dropout, out);
     }
 
     void scale_rows(C factor, int64_t queries, int64_t keys) {
@@ -241,7 +243,7 @@ private:
     }
 
     // Finds the new maxima of a block's rows and rescales what was summed under the old ones.
-    void bring_up_to_date(const QueryBlock& b, int64_t keys, C factor) {
+    void bring_up_to_date(const QueryBlock& b, int64_t keys) {
         for (int64_t i = 0; i < b.queries; ++i) {
             const C* row = scores_.data + i * scores_.stride;
             Vector<C> even = load(row), odd = load(row + lanes);
@@ -253,7 +255,7 @@ private:
         }
         for (int64_t i = 0; i < b.queries; i += lanes) {
             const Vector<C> block_max =
-                across_rows(block_max_ + i * lanes, [](auto x, auto y) { return max(x, y); }) * factor;
+                across_rows(block_max_ + i * lanes, [](auto x, auto y) { return max(x, y); });
             C* place = row_max_ + b.row + i;
             const Vector<C> old_max = load(place), row_max = max(old_max, block_max);
             // A row with no visible key has row_max = -inf; subtracting 0 instead keeps exp(-inf) = 0 and no
@@ -261,21 +263,22 @@ private:
             const Vector<C> reference = row_max == -infinity ? Vector<C>{} : row_max;
             store(place, row_max);
             store(reference_ + i, reference);
-            store(correction_ + i, Exp::of(old_max - reference));
+            store(correction_ + i, Exp::of(old_max - reference, factor_));
         }
         for (int64_t i = 0; i < b.queries; ++i) {
             const C correction = correction_[i];
             if (correction == C(1)) continue;
             C* sums = row_sum_ + (b.row + i) * lanes;
             store(sums, load(sums) * correction);
-            C* acc = acc_ + (b.row + i) * width_;
-            for (int64_t d = 0; d < width_ && b.begun; d += lanes) store(acc + d, load(acc + d) * correction);
+            C* acc = acc_ + (b.row + i) * columns_;
+            for (int64_t d = 0; d < columns_ && b.begun; d += lanes)
+                store(acc + d, load(acc + d) * correction);
         }
     }
 
     template <bool bounded, bool drops, bool rounds>
-    void weights(const QueryBlock& b, const BlockPlace& at, C factor, const Dropout<C>& dropout,
-                 Operand* weights) {
+    void weights(const QueryBlock& b, const BlockPlace& at, const Dropout<C>& dropout, Operand* weights) {
+        const C factor = factor_;
         const int64_t keys = at.keys, key_bytes = width_ * static_cast<int64_t>(sizeof(Operand));
         // The next keys and this strip's values come nearer meanwhile, unless they are too many for it.
         int64_t lines = ceil_div(keys * key_bytes, 64 * b.queries);
@@ -292,20 +295,21 @@ private:
             Vector<C> even = load(sums), odd{}, rounded = load(rounded_sums);
             if (drops) dropout.draw(b.first_query + i, at.first_key, keys, bits_);
             for (int64_t j = 0; j < keys; j += 2 * lanes) {
-                Vector<C> x = load(row + j) * factor, y = load(row + j + lanes) * factor;
+                Vector<C> x = load(row + j), y = load(row + j + lanes);
+                // Before they are scaled: the largest gives 0, and a weight of 1.
                 if (!bounded) {
                     x -= reference;
                     y -= reference;
                 }
-                x = Exp::of(x);
-                y = Exp::of(y);
+                x = Exp::of(x, factor);
+                y = Exp::of(y, factor);
                 even += x;
                 odd += y;
                 if (drops) {
                     x = dropout.keep(x, bits_ + j);
                     y = dropout.keep(y, bits_ + j + lanes);
                 }
-                E::put_left(out + j, x, y);
+                E::put_left(out + E::kParts * j, x, y);
                 if constexpr (rounds) rounded = E::plus_left(rounded, out + j);
             }
             store(sums, even + odd);
@@ -317,7 +321,8 @@ private:
         }
         // Rows that only fill up a tile.
         for (int64_t i = b.queries; i < round_up(b.queries, E::kRowStep); ++i)
-            std::memset(weights + i * kWeightStride, 0, static_cast<size_t>(keys) * sizeof(Operand));
+            std::memset(weights + i * kWeightStride, 0,
+                        static_cast<size_t>(E::kParts * keys) * sizeof(Operand));
     }
 
     void finish(int64_t head, const QueryBlock& b, C scale) {
@@ -333,8 +338,7 @@ private:
                 divisor =
                     across_rows(rounded_sum_ + (b.row + i) * lanes, [](auto x, auto y) { return x + y; });
             store(correction_ + i, total == 0 ? Vector<C>{} : scale / divisor);
-            const Vector<C> row_lse =
-                total == 0 ? broadcast(-infinity) : reference * Exp::natural + log<C>(total);
+            const Vector<C> row_lse = total == 0 ? broadcast(-infinity) : reference * unit_ + log<C>(total);
             const int64_t n = std::min(lanes, b.queries - i);
             if (n == lanes)
                 store(lse + i, row_lse);
@@ -343,20 +347,24 @@ private:
         }
         // A row that saw no key is zero, also where a NaN among the values met its weights of 0.
         for (int64_t i = 0; i < b.queries; ++i)
-            if (correction_[i] == C(0) || !b.begun) std::fill_n(acc_ + (b.row + i) * width_, width_, C(0));
-        unpack(Block<C>{acc_ + b.row * width_, width_}, b.queries, D_, out.data, out.row_stride,
-               out.column_stride, [&](int64_t i) { return correction_[i]; });
+            if (correction_[i] == C(0) || !b.begun)
+                std::fill_n(acc_ + (b.row + i) * columns_, columns_, C(0));
+        E::write_rows(Block<C>{acc_ + b.row * columns_, columns_}, b.queries, D_, out,
+                      streams(out, D_, p_.batch * p_.heads * p_.n_q * D_),
+                      [&](int64_t i) { return correction_[i]; });
     }
 
     const AttentionParams& p_;
     const QueryTask task_;
     const Sequence s_;
-    const int64_t D_, width_;
+    const int64_t D_, width_, columns_;  // width_: of a packed row
     int64_t keys_at_once_, rows_together_;
     bool in_parts_;
     int64_t packed_from_ = -1;
     bool bounds_ = false, values_finite_ = true;
     C k_square_ = 0;
+    bool scales_ = false;      // whether raw scores are scaled before all else
+    C unit_ = 1, factor_ = 1;  // what a score then counts in natural units, and in those of Exp
     Operand *q_, *k_, *v_, *weights_;
     C *acc_, *row_sum_, *rounded_sum_, *row_max_, *correction_;
     Block<C> scores_;
@@ -370,8 +378,10 @@ void attention_forward(const AttentionParams& p) {
     with_engine(static_cast<Dtype>(p.dtype), [&](auto engine) {
         using E = typename decltype(engine)::type;
         const auto tasks = query_tasks(p, E::kQueries * kBlocksTogether);
-        parallel_for(static_cast<int64_t>(tasks.size()), p.threads,
-                     [&](int64_t task) { Forward<E>(p, tasks[task]).run(); });
+        parallel_for(static_cast<int64_t>(tasks.size()), p.threads, [&](int64_t task) {
+            Forward<E>(p, tasks[task]).run();
+            end_streams();
+        });
     });
 }
 

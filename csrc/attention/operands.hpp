@@ -1,12 +1,14 @@
 // The two ways in which attention's products are computed: on vectors, for every type and processor, and on
-// AMX tiles, for bfloat16. An engine says how operands lie and multiplies them; the passes say which.
+// AMX tiles, for bfloat16 and float32. An engine says how operands lie and multiplies them; the passes say
+// which.
 //
 //     Left          (rows, depth)     rows as they lie: queries, weights, gradients
 //     Right         (depth, columns)  keys and values; transposed from rows, or rows themselves
 //     put_left      two vectors of one row of a product's result, rounded to a left operand
 //     put_right     two vectors of each of two rows, rounded to a right operand
 //
-// Operands are padded with zeros to whole blocks. Sums are kept in C.
+// Operands are padded with zeros to whole blocks. A number of theirs takes kParts of Operand. Sums are kept
+// in C.
 #pragma once
 
 #include <algorithm>
@@ -37,6 +39,17 @@ Matrix<T> head_of(const void* tensor, const Strides& strides, int64_t batch, int
     return {data, strides.row, strides.column};
 }
 
+// Bytes of a result from which on it passes by the caches: whoever reads it next finds little of it there.
+constexpr int64_t kStreamed = int64_t{2} << 20;
+
+// Whether rows of a result of so many elements are streamed.
+template <class T>
+bool streams(const Matrix<T>& to, int64_t D, int64_t elements) {
+    constexpr int64_t size = sizeof(T);
+    return elements * size >= kStreamed && to.column_stride == 1 && D * size % 64 == 0 &&
+           streams_to(to.data, to.row_stride * size);
+}
+
 inline int64_t round_up(int64_t n, int64_t step) {
     return ceil_div(n, step) * step;
 }
@@ -60,6 +73,7 @@ struct VectorEngine {
     using T = T_;
     using C = Compute<T>;
     using Operand = C;
+    static constexpr int64_t kParts = 1;
     using Right = Block<C>;
     struct Left {
         const C* data;
@@ -73,8 +87,9 @@ struct VectorEngine {
     static constexpr int64_t kStep = std::max<int64_t>(2 * kLanes<C>, 8);
     // A multiple of the rows of a product's tile, and of the lanes: statistics of rows are vectors.
     static constexpr int64_t kQueries = 48;
-    // Keys of a block of scores; keys packed together.
-    static constexpr int64_t kStrip = 64, kKeys = 64;
+    // Keys of a block of scores; keys packed together; keys whose weights meet the values together, where no
+    // maximum is looked for.
+    static constexpr int64_t kStrip = 64, kKeys = 64, kKeysWeighed = 64;
     // Cache lines of keys, and of values, that are worth fetching beside a row of a strip's weights.
     static constexpr int64_t kLinesAhead = 64;
     // The backward pass: queries of a block of scores, and queries and keys whose products are computed
@@ -83,7 +98,9 @@ struct VectorEngine {
     static constexpr int64_t kRowStep = 2;
     static constexpr bool kOneLayout = true;  // a block of results is a left and a right operand
 
+    // Of a packed row, in Operand; of a row of results, in C.
     static int64_t width(int64_t D) { return padded<C>(D); }
+    static int64_t columns(int64_t D) { return padded<C>(D); }
 
     // Rows as a left operand, zeros up to padded_rows. Without `norms` the largest square is not looked for.
     template <bool norms = true>
@@ -157,7 +174,6 @@ struct VectorEngine {
     static Right right_rows(const C* packed, int64_t key, int64_t D) {
         return {const_cast<C*>(packed) + key * width(D), width(D)};
     }
-    static Right right_depth(Right right, int64_t k) { return {right.data + k * right.stride, right.stride}; }
     static Right right_column(Right right, int64_t j) { return {right.data + j, right.stride}; }
 
     // 0 for what is not finite.
@@ -174,8 +190,23 @@ struct VectorEngine {
         put_left(block + row * stride + column, v[0], v[1]);
         put_left(block + (row + 1) * stride + column, v[2], v[3]);
     }
-    // The key that stands in a column of what put_right wrote.
-    static int64_t key_of_column(int64_t column) { return column; }
+    // Rows of a result, row i times factor(i). streams: past the caches, where the engine can.
+    template <class Factor>
+    static void write_rows(Block<C> from, int64_t rows, int64_t D, Matrix<T> to, bool, const Factor& factor) {
+        unpack(from, rows, D, to.data, to.row_stride, to.column_stride, factor);
+    }
+    // The transpose of a result (D, keys) whose right factor put_right wrote.
+    static void write_transposed(Block<C> from, int64_t keys, int64_t D, Matrix<T> to, bool, C factor) {
+        constexpr int64_t lanes = kLanes<C>;
+        const int64_t stride = width(D);
+        C square[lanes * 256];
+        for (int64_t key = 0; key < keys; key += lanes) {
+            for (int64_t d = 0; d < stride; d += lanes)
+                transpose_square(from.data + d * from.stride + key, from.stride, square + d, stride);
+            unpack(Block<C>{square, stride}, std::min(lanes, keys - key), D, to.row(key), to.row_stride,
+                   to.column_stride, [&](int64_t) { return factor; });
+        }
+    }
 
     static void product(Left a, Right b, int64_t rows, int64_t columns, int64_t depth, Block<C> c,
                         bool accumulate) {
@@ -191,45 +222,54 @@ struct VectorEngine {
 
 #if defined(__AMX_BF16__)
 
+// T: bfloat16, or float32 in three parts.
+template <class T_>
 struct AmxEngine {
-    using T = bfloat16;
+    using T = T_;
     using C = float;
     using Operand = bfloat16;
     using Left = AmxLeft;
     using Right = AmxRight;
     using Session = AmxTiles;
 
+    static constexpr int64_t kParts = sizeof(T) == 4 ? 3 : 1;
+    // Elements of a tile, and of 32 numbers of a row, with all parts.
+    static constexpr int64_t kTile = kParts * kAmxTile, kGroup = kParts * 32;
     static constexpr int64_t kStep = 32;
     static constexpr int64_t kQueries = 32;
-    static constexpr int64_t kStrip = 64, kKeys = 256;
+    static constexpr int64_t kStrip = 64, kKeys = 256, kKeysWeighed = kParts == 1 ? 512 : 256;
     static constexpr int64_t kLinesAhead = 4;
-    static constexpr int64_t kRows = 32, kQueriesTogether = 128, kKeysTogether = 512;
+    static constexpr int64_t kRows = kParts == 1 ? 32 : 64;
+    static constexpr int64_t kQueriesTogether = kParts == 1 ? 128 : 64;
+    static constexpr int64_t kKeysTogether = kParts == 1 ? 512 : 256;
     static constexpr int64_t kRowStep = 32;
     static constexpr bool kOneLayout = false;
 
-    static int64_t width(int64_t D) { return round_up(D, 32); }
+    static int64_t width(int64_t D) { return kParts * round_up(D, 32); }
+    static int64_t columns(int64_t D) { return round_up(D, 32); }
 
     template <bool norms = true>
-    static Packed<float> pack_left(Matrix<const bfloat16> from, int64_t rows, int64_t D, int64_t padded_rows,
+    static Packed<float> pack_left(Matrix<const T> from, int64_t rows, int64_t D, int64_t padded_rows,
                                    bfloat16* to) {
-        const int64_t stride = width(D);
         Facts facts;
         for (int64_t i = 0; i < padded_rows; i += 16) {
             alignas(64) float squares[16 * 16];
             for (int64_t r = 0; r < 16; ++r) {
-                const bfloat16* row = i + r < rows ? from.row(i + r) : nullptr;
-                prefetch_row(from, i + r + kRowsAhead, rows, stride);
-                bfloat16 gathered[256];
+                const T* row = i + r < rows ? from.row(i + r) : nullptr;
+                prefetch_row(from, i + r + kRowsAhead, rows, D);
+                T gathered[256];
                 if (row != nullptr && from.column_stride != 1) {
                     for (int64_t d = 0; d < D; ++d) gathered[d] = row[d * from.column_stride];
                     row = gathered;
                 }
                 __m512 sum = _mm512_setzero_ps();
-                for (int64_t d = 0; d < stride; d += 32) {
-                    const __m512i v = amx_load_row(row, d, D);
-                    _mm512_store_si512(to + (i + r) * stride + d, v);
-                    facts.element(v);
-                    if (norms) sum = _mm512_dpbf16_ps(sum, (__m512bh)v, (__m512bh)v);
+                for (int64_t d = 0; d < D; d += 32) {
+                    __m512i v[kParts];
+                    amx_load_row(row, d, D, v);
+                    for (int64_t p = 0; p < kParts; ++p)
+                        _mm512_store_si512(to + (i + r) * width(D) + group(d) + 32 * p, v[p]);
+                    facts.element(v[0]);
+                    if (norms) sum = _mm512_dpbf16_ps(sum, (__m512bh)v[0], (__m512bh)v[0]);
                 }
                 if (norms) _mm512_store_ps(squares + r * 16, sum);
             }
@@ -246,43 +286,46 @@ struct AmxEngine {
     static Left scores_left(const bfloat16* block, int64_t stride) { return {block, stride}; }
     // Of put_right's tiles: `stride` columns, tile after tile along the columns.
     static Right scores_right(const bfloat16* block, int64_t stride) {
-        return {block, stride / 16 * kAmxTile, kAmxTile};
+        return {block, stride / 16 * kTile, kTile};
     }
 
     static int64_t left_transposed_size(int64_t rows, int64_t D) { return round_up(rows, 32) * width(D); }
     static Left left_transposed(const bfloat16* left, int64_t rows, int64_t D, bfloat16* to) {
-        const int64_t stride = width(D), depth = round_up(rows, 32);
+        const int64_t depth = round_up(rows, 32), stride = kParts * depth;
         for (int64_t i = 0; i < depth; i += 32)
-            for (int64_t d = 0; d < stride; d += 16) {
-                __m512i block[16];
-                pairs(left + i * stride + d, stride, block);
-                transpose_registers(block);
-                for (int j = 0; j < 16; ++j) _mm512_store_si512(to + (d + j) * depth + i, block[j]);
-            }
-        return {to, depth};
+            for (int64_t d = 0; d < columns(D); d += 16)
+                for (int64_t part = 0; part < kParts; ++part) {
+                    __m512i block[16];
+                    pairs({left + i * width(D), width(D)}, d, part, [](int row) { return row; }, block);
+                    transpose_registers(block);
+                    bfloat16* place = to + d * stride + group(i) + 32 * part;
+                    for (int j = 0; j < 16; ++j) _mm512_store_si512(place + j * stride, block[j]);
+                }
+        return {to, stride};
     }
 
     static int64_t right_transposed_size(int64_t keys, int64_t D) { return round_up(keys, 32) * width(D); }
-    static Packed<float> pack_right_transposed(Matrix<const bfloat16> from, int64_t rows, int64_t D,
-                                               int64_t first, bfloat16* to) {
-        const int64_t stride = width(D);
-        to += first * stride;
+    static Packed<float> pack_right_transposed(Matrix<const T> from, int64_t rows, int64_t D, int64_t first,
+                                               bfloat16* to) {
+        to += first * width(D);
         Facts facts;
-        alignas(64) bfloat16 scratch[32 * 256];
+        alignas(64) bfloat16 scratch[32 * 256 * kParts];
         for (int64_t i = 0; i < rows; i += 32) {
             const AmxLeft source = whole_rows(from, i, rows, D, scratch);
             for (int64_t half = 0; half < 32; half += 16) {
                 __m512 norms = _mm512_setzero_ps();
-                for (int64_t d = 0; d < stride; d += 32, to += kAmxTile) {
+                // Tile after tile along the depth, of each the parts.
+                for (int64_t k = 0; k < width(D); k += 32, to += kAmxTile) {
                     __m512i block[16];
 #pragma GCC unroll 16
                     for (int j = 0; j < 16; ++j)
-                        block[j] = _mm512_loadu_si512(source.data + (half + j) * source.stride + d);
+                        block[j] = _mm512_loadu_si512(source.data + (half + j) * source.stride + k);
                     transpose_registers(block);
 #pragma GCC unroll 16
                     for (int j = 0; j < 16; ++j) {
                         _mm512_store_si512(to + j * 32, block[j]);
-                        norms = _mm512_dpbf16_ps(norms, (__m512bh)block[j], (__m512bh)block[j]);
+                        if (k % kGroup == 0)
+                            norms = _mm512_dpbf16_ps(norms, (__m512bh)block[j], (__m512bh)block[j]);
                     }
                 }
                 facts.square(norms);
@@ -291,34 +334,33 @@ struct AmxEngine {
         return facts.packed();
     }
     static Right right_transposed(const bfloat16* packed, int64_t key, int64_t D) {
-        return {packed + key * width(D), kAmxTile, 16 * width(D)};
+        return {packed + key * width(D), kTile, 16 * width(D)};
     }
 
     static int64_t right_rows_size(int64_t keys, int64_t D) { return round_up(keys, 32) * width(D); }
-    static Packed<float> pack_right_rows(Matrix<const bfloat16> from, int64_t rows, int64_t D, int64_t first,
+    static Packed<float> pack_right_rows(Matrix<const T> from, int64_t rows, int64_t D, int64_t first,
                                          bfloat16* to, bool clean = false) {
-        const int64_t stride = width(D);
-        to += first * stride;
+        to += first * width(D);
         Facts facts;
-        alignas(64) bfloat16 scratch[32 * 256];
+        alignas(64) bfloat16 scratch[32 * 256 * kParts];
         for (int64_t i = 0; i < rows; i += 32) {
             const AmxLeft source = whole_rows(from, i, rows, D, scratch, clean);
-            for (int64_t d = 0; d < stride; d += 16, to += kAmxTile) {
-                __m512i block[16];
-                pairs(source.data + d, source.stride, block);
+            for (int64_t d = 0; d < columns(D); d += 16)
+                for (int64_t part = 0; part < kParts; ++part, to += kAmxTile) {
+                    __m512i block[16];
+                    pairs(source, d, part, row_by_turns, block);
 #pragma GCC unroll 16
-                for (int j = 0; j < 16; ++j) {
-                    _mm512_store_si512(to + j * 32, block[j]);
-                    facts.element(block[j]);
+                    for (int j = 0; j < 16; ++j) {
+                        _mm512_store_si512(to + j * 32, block[j]);
+                        if (part == 0) facts.element(block[j]);
+                    }
                 }
-            }
         }
         return facts.packed();
     }
     static Right right_rows(const bfloat16* packed, int64_t key, int64_t D) {
-        return {packed + key * width(D), 32 * width(D), kAmxTile};
+        return {packed + key * width(D), 32 * width(D), kTile};
     }
-    static Right right_depth(Right right, int64_t k) { return right.depth(k); }
     static Right right_column(Right right, int64_t j) { return right.column(j); }
 
     static void clear_left(bfloat16* left, int64_t rows, int64_t D) {
@@ -333,8 +375,14 @@ struct AmxEngine {
     static __m512i rounded(Vector<float> a, Vector<float> b) {
         return (__m512i)_mm512_cvtne2ps_pbh(bit_cast<__m512>(b), bit_cast<__m512>(a));
     }
+    // Parts come by turns: see row_by_turns.
     static void put_left(bfloat16* place, Vector<float> a, Vector<float> b) {
-        _mm512_store_si512(place, rounded(a, b));
+        if constexpr (kParts == 1) return _mm512_store_si512(place, rounded(a, b));
+        __m512i first[3], second[3];
+        amx_split(bit_cast<__m512>(a), first);
+        amx_split(bit_cast<__m512>(b), second);
+        for (int64_t p = 0; p < kParts; ++p)
+            _mm512_store_si512(place + 32 * p, amx_by_turns(first[p], second[p]));
     }
     // Plus the 32 elements that lie there.
     static Vector<float> plus_left(Vector<float> sums, const bfloat16* place) {
@@ -344,33 +392,101 @@ struct AmxEngine {
     }
     static void put_right(bfloat16* block, int64_t stride, int64_t row, int64_t column,
                           const Vector<float> v[4]) {
-        const __m512i even = rounded(v[0], v[1]), odd = rounded(v[2], v[3]);
-        put_pairs(block, stride, row, column, even, odd);
+        bfloat16* tile = block + row / 32 * (stride / 16 * kTile) + column / 16 * kTile + row % 32 / 2 * 32;
+        if constexpr (kParts == 1) {
+            // Unpacking interleaves within 128 bits, so the keys of 32 columns come in the order of
+            // key_of_column.
+            const __m512i even = rounded(v[0], v[1]), odd = rounded(v[2], v[3]);
+            _mm512_store_si512(tile, _mm512_unpacklo_epi16(even, odd));
+            _mm512_store_si512(tile + kTile, _mm512_unpackhi_epi16(even, odd));
+        } else {
+            for (int64_t half = 0; half < 2; ++half) {
+                __m512i even[3], odd[3];
+                amx_split(bit_cast<__m512>(v[half]), even);
+                amx_split(bit_cast<__m512>(v[2 + half]), odd);
+                for (int64_t p = 0; p < kParts; ++p)
+                    _mm512_store_si512(tile + half * kTile + p * kAmxTile, amx_by_turns(even[p], odd[p]));
+            }
+        }
     }
-    // Unpacking interleaves within 128 bits, so the keys of 32 columns come in the order of key_of_column.
-    static void put_pairs(bfloat16* block, int64_t stride, int64_t row, int64_t column, __m512i even,
-                          __m512i odd) {
-        bfloat16* tile =
-            block + row / 32 * (stride / 16 * kAmxTile) + column / 16 * kAmxTile + row % 32 / 2 * 32;
-        _mm512_store_si512(tile, _mm512_unpacklo_epi16(even, odd));
-        _mm512_store_si512(tile + kAmxTile, _mm512_unpackhi_epi16(even, odd));
+    template <class Factor>
+    static void write_rows(Block<float> from, int64_t rows, int64_t D, Matrix<T> to, bool streams,
+                           const Factor& factor) {
+        for (int64_t i = 0; i < rows; ++i) {
+            const float scale = factor(i);
+            for (int64_t d = 0; d < D; d += kLine)
+                write_line(to, i, d, D, line(from.data + i * from.stride + d, scale), streams);
+        }
     }
-    static int64_t key_of_column(int64_t column) {
-        const int64_t c = column % 32;
-        return column - c + c % 16 / 4 * 8 + c / 16 * 4 + c % 4;
+    static void write_transposed(Block<float> from, int64_t keys, int64_t D, Matrix<T> to, bool streams,
+                                 float factor) {
+        alignas(64) uint16_t order[32];
+        for (uint16_t i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
+        const __m512i side_by_side = _mm512_load_si512(order);
+        for (int64_t column = 0; column < round_up(keys, 32); column += 16)
+            for (int64_t d = 0; d < D; d += kLine) {
+                __m512i block[16];
+                const float* place = from.data + d * from.stride + column;
+#pragma GCC unroll 16
+                for (int p = 0; p < 16; ++p, place += kLine / 16 * from.stride)
+                    if constexpr (kParts == 1)
+                        block[p] = _mm512_permutexvar_epi16(
+                            side_by_side, rounded(load(place) * factor, load(place + from.stride) * factor));
+                    else
+                        block[p] = line(place, factor);
+                transpose_registers(block);
+#pragma GCC unroll 16
+                for (int i = 0; i < 16; ++i) {
+                    const int64_t key = key_of_column(column + i);
+                    if (key < keys) write_line(to, key, d, D, block[i], streams);
+                }
+            }
     }
 
     static void product(Left a, Right b, int64_t rows, int64_t columns, int64_t depth, Block<float> c,
                         bool accumulate) {
-        amx_product(a, b, rows, columns, round_up(depth, 32), c.data, c.stride, accumulate);
+        amx_product<kParts>(a, b, rows, columns, round_up(depth, 32), c.data, c.stride, accumulate);
     }
 
 private:
+    // Where a row's numbers from `column` on lie, a multiple of 32.
+    static int64_t group(int64_t column) { return column / 32 * kGroup; }
+
+    // The key that stands in a column of what put_right wrote.
+    static int64_t key_of_column(int64_t column) {
+        if (kParts > 1) return column;
+        const int64_t c = column % 32;
+        return column - c + c % 16 / 4 * 8 + c / 16 * 4 + c % 4;
+    }
+
+    // Elements of a cache line.
+    static constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+
+    // A line of results out of sums, times factor.
+    static __m512i line(const float* place, float factor) {
+        if constexpr (kParts == 1)
+            return rounded(load(place) * factor, load(place + 16) * factor);
+        else
+            return bit_cast<__m512i>(load(place) * factor);
+    }
+
+    // Up to a line of elements of row i from column d on.
+    static void write_line(Matrix<T> to, int64_t i, int64_t d, int64_t D, __m512i line, bool streams) {
+        T* place = to.row(i) + d * to.column_stride;
+        if (streams) return stream_line(place, &line);
+        const int64_t count = std::min(kLine, D - d);
+        if (to.column_stride == 1 && count == kLine) return _mm512_storeu_si512(place, line);
+        alignas(64) T elements[kLine];
+        _mm512_store_si512(elements, line);
+        for (int64_t j = 0; j < count; ++j) place[j * to.column_stride] = elements[j];
+    }
+
     // Rows that are a stride apart come from memory too late if they are only asked for when they are needed.
     static constexpr int64_t kRowsAhead = 32;
-    static void prefetch_row(Matrix<const bfloat16> from, int64_t row, int64_t rows, int64_t width) {
+    static void prefetch_row(Matrix<const T> from, int64_t row, int64_t rows, int64_t D) {
         if (row >= rows) return;
-        for (int64_t d = 0; d < width; d += 32) __builtin_prefetch(from.row(row) + d);
+        for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(T)))
+            __builtin_prefetch(from.row(row) + d);
     }
 
     // Collects what is known of packed elements.
@@ -406,23 +522,31 @@ private:
 
     // 32 rows from row i on that may be read to the full width: the matrix itself where it is whole there,
     // else a copy.
-    static AmxLeft whole_rows(Matrix<const bfloat16> from, int64_t i, int64_t rows, int64_t D,
-                              bfloat16* scratch, bool clean = false) {
-        if (from.column_stride == 1 && D % 32 == 0 && i + 32 <= rows && !clean) {
-            for (int64_t r = i; r < i + 32; ++r) prefetch_row(from, r + kRowsAhead, rows, D);
-            return {from.row(i), from.row_stride};
-        }
-        pack_left({from.row(i), from.row_stride, from.column_stride}, std::min<int64_t>(rows - i, 32), D, 32,
-                  scratch);
+    static AmxLeft whole_rows(Matrix<const T> from, int64_t i, int64_t rows, int64_t D, bfloat16* scratch,
+                              bool clean = false) {
+        if constexpr (kParts == 1)
+            if (from.column_stride == 1 && D % 32 == 0 && i + 32 <= rows && !clean) {
+                for (int64_t r = i; r < i + 32; ++r) prefetch_row(from, r + kRowsAhead, rows, D);
+                return {from.row(i), from.row_stride};
+            }
+        pack_left<false>({from.row(i), from.row_stride, from.column_stride}, std::min<int64_t>(rows - i, 32),
+                         D, 32, scratch);
         if (clean) clear_left(scratch, 32, D);
         return {scratch, width(D)};
     }
 
-    static void pairs(const bfloat16* rows, int64_t stride, __m512i block[16]) {
+    // One part of 16 columns of 32 rows as pairs; row(i): the row that stands in place i.
+    template <class Row>
+    static void pairs(AmxLeft rows, int64_t column, int64_t part, const Row& row, __m512i block[16]) {
+        const bfloat16* first = rows.data + group(column) + 32 * part + column % 32;
         amx_pairs(
-            [&](int i) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + i * stride)); },
+            [&](int i) {
+                return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + row(i) * rows.stride));
+            },
             block);
     }
+    // What put_left makes of 32 columns.
+    static int64_t row_by_turns(int i) { return kParts == 1 ? i : i / 2 + i % 2 * 16; }
 };
 
 #endif

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "attention/operands.hpp"
+#include "simd/elementary.hpp"
 #include "simd/philox.hpp"
 #include "simd/tanh.hpp"
 
@@ -17,19 +18,24 @@ struct BlockPlace {
     int64_t first_key, keys;  // keys: columns that are computed, some of them perhaps beyond the last key
 };
 
-// Scores are counted in units in which the exponential is cheapest: bits for 16-bit types, whose weights need
-// no more, natural units for the others.
-template <class T, class C = Compute<T>>
+// Scores are counted in units in which the exponential is cheapest: bits, or natural units where their
+// rounding would show.
+template <class T, bool bits = sizeof(T) == 2>
 struct Exponential {
-    static constexpr bool base2 = sizeof(T) == 2;
-    static constexpr C unit = base2 ? C(1.44269504088896340736) : C(1);
-    static constexpr C natural = base2 ? C(0.693147180559945309417) : C(1);
+    using C = Compute<T>;
+    static constexpr double unit = bits ? 1.44269504088896340736 : 1;
 
-    static Vector<C> of(Vector<C> x) {
-        if constexpr (base2)
-            return exp2(x);
+    // Of x factor, in these units.
+    [[gnu::always_inline]] static Vector<C> of(Vector<C> x, C factor) {
+        if constexpr (sizeof(T) == 2) return exp2(x * factor);
+#if defined(__AVX512F__)
+        else if constexpr (bits)
+            return exp2_of_product<LongSeries>(x, factor);
+        else if constexpr (sizeof(T) == 4)
+            return exp2_of_product<LongSeries>(x * factor, 1.44269504f);
+#endif
         else
-            return exp<C>(x);
+            return exp<C>(x * factor);
     }
 };
 

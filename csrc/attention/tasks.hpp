@@ -4,20 +4,26 @@
 #include <algorithm>
 #include <vector>
 
+#include "attention/cpu.hpp"
 #include "attention/operands.hpp"
 #include "core/parallel_for.hpp"
 
 namespace lmkern {
 
-// body(Type<engine>{}): AMX for bfloat16 where the module has it, vectors for the rest.
+// body(Type<engine>{}): AMX where the module has it, vectors elsewhere.
 template <class Body>
 void with_engine(Dtype dtype, const Body& body) {
-    with_type(dtype, [&](auto type) {
+    with_any_type(dtype, [&](auto type) {
         using T = typename decltype(type)::type;
+        if constexpr ((kAttentionTypes >> static_cast<int64_t>(kDtype<T>) & 1) == 0)
+            throw std::invalid_argument("lmkern: this module does not compute in that dtype");
 #if defined(__AMX_BF16__)
-        if constexpr (std::is_same_v<T, bfloat16>) return body(Type<AmxEngine>{});
+        else
+            body(Type<AmxEngine<T>>{});
+#else
+        else
+            body(Type<VectorEngine<T>>{});
 #endif
-        body(Type<VectorEngine<T>>{});
     });
 }
 

@@ -1,6 +1,8 @@
 // One loop over tasks, shared out among the threads of torch's own pool.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <exception>
 
@@ -94,6 +96,26 @@ void parallel_for(int64_t tasks, int64_t threads, const Body& body) {
         }
     }
     if (failure) std::rethrow_exception(failure);
+}
+
+// As parallel_for, body(task, next): next() is the task that this thread will do after this one, if that is
+// known yet, else `tasks`. It is this thread's from then on, so the last ones are left to whoever is free.
+template <class Body>
+void parallel_for_ahead(int64_t tasks, int64_t threads, const Body& body) {
+    const int64_t workers = std::min(tasks, threads);
+    std::atomic<int64_t> handed_out{workers};
+    auto take = [&] { return std::min(tasks, handed_out.fetch_add(1, std::memory_order_relaxed)); };
+    parallel_for(workers, workers, [&](int64_t task) {
+        while (task < tasks) {
+            int64_t after = tasks;
+            body(task, [&] {
+                if (after == tasks && handed_out.load(std::memory_order_relaxed) < tasks - workers)
+                    after = take();
+                return after;
+            });
+            task = after < tasks ? after : take();
+        }
+    });
 }
 
 }  // namespace lmkern

@@ -77,14 +77,23 @@ template <int terms>
     return value;
 }
 
+#if defined(__AVX512F__)
+// 2^(x factor) for x factor <= 0, the product not rounded; under 2^-126 it is 0.
+template <class Series>
+[[gnu::always_inline]] inline Vector<float> exp2_of_product(Vector<float> x, float factor) {
+    const __m512 n = _mm512_maskz_roundscale_ps(0xffff, bit_cast<__m512>(x * factor),
+                                                _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 rest = _mm512_fmsub_ps(bit_cast<__m512>(x), _mm512_set1_ps(factor), n);
+    const Vector<float> fraction = polynomial(Series::exp2, bit_cast<Vector<float>>(rest));
+    return bit_cast<Vector<float>>(_mm512_maskz_scalef_ps(0xffff, bit_cast<__m512>(fraction), n));
+}
+#endif
+
 // 2^x for x <= 0; under 2^-126 it is 0.
 template <class Series>
 [[gnu::always_inline]] inline Vector<float> exp2(Vector<float> x) {
 #if defined(__AVX512F__)
-    const __m512 z = bit_cast<__m512>(x);
-    const __m512 n = _mm512_maskz_roundscale_ps(0xffff, z, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const Vector<float> fraction = polynomial(Series::exp2, x - bit_cast<Vector<float>>(n));
-    return bit_cast<Vector<float>>(_mm512_maskz_scalef_ps(0xffff, bit_cast<__m512>(fraction), n));
+    return exp2_of_product<Series>(x, 1.0f);
 #else
     using K = ExpConstants<float>;
     x = max(broadcast(-127.0f), x);

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-# Best first. Each is the module lmkern._cpu_<name>, compiled from the same sources (CMakeLists.txt) for the
-# dtypes that its instructions serve: AMX's are for bfloat16.
+# Best first. Each is the module lmkern._cpu_<name>, compiled from the same sources (CMakeLists.txt), every
+# kernel for the dtypes that its instructions serve: AMX's are for bfloat16, and in attention for float32.
 INSTRUCTION_SETS = ("amx", "avx512", "avx2", "baseline")
 
 # enum class Dtype in csrc/core/types.hpp.
@@ -25,9 +26,9 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.floa
 _import_errors: dict[str, str] = {}
 
 
-def module(dtype: torch.dtype) -> ModuleType:
-    """The module for tensors of dtype: from the chosen instruction set down, the first that serves it."""
-    return _serving(instruction_set(), dtype)
+def function(name: str, dtype: torch.dtype) -> Callable[[bytes], None]:
+    """A kernel for tensors of dtype: of the chosen instruction set, or the first below that has it."""
+    return _function(instruction_set(), name, dtype)
 
 
 @cache
@@ -48,13 +49,17 @@ def instruction_set() -> str:
     return forced or next(iter(modules))
 
 
+def serves(chosen: str, name: str, dtype: torch.dtype) -> bool:
+    """Whether the module of an instruction set has this kernel for dtype."""
+    return bool(cpu_modules()[chosen].serves(name, DTYPE_CODES[dtype]))
+
+
 @cache
-def _serving(chosen: str, dtype: torch.dtype) -> ModuleType:
-    modules = cpu_modules()
+def _function(chosen: str, name: str, dtype: torch.dtype) -> Callable[[bytes], None]:
     upto = INSTRUCTION_SETS[INSTRUCTION_SETS.index(chosen) :]
-    return next(
-        modules[name] for name in upto if name in modules and modules[name].serves(DTYPE_CODES[dtype])
-    )
+    first = next(isa for isa in upto if isa in cpu_modules() and serves(isa, name, dtype))
+    kernel: Callable[[bytes], None] = getattr(cpu_modules()[first], name)
+    return kernel
 
 
 @cache

@@ -25,7 +25,7 @@ class Engine:
 
     def run(self, entry: str, packed: bytes, x: Tensor) -> None:
         """Calls an entry point of the compiled module. x: of the dtype that it computes in."""
-        getattr(native.module(x.dtype), entry)(packed)
+        native.function(entry, x.dtype)(packed)
 
     def seed(self, seed: Tensor) -> int:
         """The field `seed` of params.hpp."""

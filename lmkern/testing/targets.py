@@ -63,8 +63,9 @@ class Target:
         if backends.load(self.op, self.backend).unavailable():
             return True
         if self.instruction_set is not None:
-            module = native.cpu_modules()[self.instruction_set]
-            if not module.serves(native.DTYPE_CODES[dtype]):
+            # Attention alone takes more than its module's other kernels.
+            kernel = "attention_forward" if self.op == "attention" else "norm_forward"
+            if not native.serves(self.instruction_set, kernel, dtype):
                 return False
         x = torch.empty(1, 1, 1, 1, dtype=dtype, device=self.device)
         tensors = {"q": x, "k": x, "v": x} if self.op == "attention" else {"x": x.view(1, 1)}

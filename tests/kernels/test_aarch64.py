@@ -114,7 +114,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     with monkeypatch.context() as patched, poisoned_memory():
         patched.setattr(torch.Tensor, "data_ptr", noted)
         patched.setattr(native, "instruction_set", lambda: "baseline")
-        patched.setattr(native, "module", lambda dtype: recorder)
+        patched.setattr(native, "function", lambda name, dtype: getattr(recorder, name))
         yield recorder
 
 

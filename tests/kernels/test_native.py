@@ -80,14 +80,14 @@ def test_an_instruction_set_can_be_forced(name: str, chosen_again: pytest.Monkey
     chosen_again.setenv("LMKERN_CPU_ISA", name)
     if name in native.cpu_modules():
         assert native.instruction_set() == name
-        served = [
-            dtype for dtype, code in native.DTYPE_CODES.items() if native.cpu_modules()[name].serves(code)
-        ]
-        assert served, "a module that serves nothing"
-        for dtype in native.DTYPE_CODES:
-            module = native.module(dtype).__name__.rpartition("_cpu_")[2]
-            assert module == name or dtype not in served
-            assert native.INSTRUCTION_SETS.index(module) >= native.INSTRUCTION_SETS.index(name)
+        below = list(native.cpu_modules())[list(native.cpu_modules()).index(name) :]
+        for kernel in set(ENTRY_POINTS) - ON_TILES:
+            served = [dtype for dtype in native.DTYPE_CODES if native.serves(name, kernel, dtype)]
+            assert served, "a module that serves nothing"
+            for dtype in native.DTYPE_CODES:
+                chosen = next(isa for isa in below if native.serves(isa, kernel, dtype))
+                assert chosen == name or dtype not in served
+                assert native.function(kernel, dtype) is getattr(native.cpu_modules()[chosen], kernel)
     else:
         with pytest.raises(ValueError, match=f"instruction set of this machine .*; got '{name}'"):
             native.instruction_set()

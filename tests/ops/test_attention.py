@@ -181,6 +181,21 @@ def test_strides_are_free(target: Target, layout: str) -> None:
         torch.testing.assert_close(value, contiguous[result], **tolerance(dtype))
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "columns"])
+@pytest.mark.parametrize("target", [t for t in TARGETS if t.backend == "cpu"], ids=str)
+def test_large_results_have_the_bits_of_their_parts(target: Target, layout: str) -> None:
+    # 2.3 MB each: where their rows are whole cache lines they are written past the caches.
+    shape = AttentionShape(16, 4, 70, 256, 70, 4, causal=True)
+    inputs = attention_inputs(shape, torch.bfloat16, layout=layout)
+    call = our_attention(shape, "cpu")
+    with poisoned_memory(), target.active():
+        whole = attention_results(call, *inputs)
+        for batch in range(0, shape.B, 5):
+            part = attention_results(call, *(x[batch : batch + 1] for x in inputs))
+            for result, value in part.items():
+                assert torch.equal(value[0], whole[result][batch]), result
+
+
 @pytest.mark.parametrize("target", IN_FLOAT32, ids=str)
 def test_gradient_with_stride_zero(target: Target) -> None:
     shape, dtype = AttentionShape(2, 2, 37, 24, 37, 2), widest(target)

@@ -197,6 +197,22 @@ def test_every_16_bit_number_comes_through(target: Target, dtype: torch.dtype) -
     assert kept.all(), numbers[~kept]
 
 
+@pytest.mark.parametrize("target", IN_FLOAT32, ids=str)
+def test_every_bit_of_float32_comes_through(target: Target) -> None:
+    # One key has all the weight: out is its value, dv the gradient of out.
+    D = 256
+    magnitudes = torch.logspace(-30, 38, D, dtype=torch.float64).float()
+    numbers = torch.randn(64, D).sign() * torch.rand(64, D).add(0.5) * magnitudes
+    numbers[:, :3] = torch.tensor([torch.finfo(torch.float32).max, -3.4e38, 3.39e38])
+    quiet = numbers.view(torch.int32)
+    quiet[0, 0], quiet[1, 1], quiet[2, 2], quiet[3, 3] = -1, 0x7FFFFFFF, 0x7FC00000, 0x7F800001  # NaN
+    v, dout = (x.view(64, 1, 1, D).to(target.device) for x in (numbers, numbers.flip(0)))
+    q = torch.zeros_like(v)
+    results = run(target, AttentionShape(64, 1, 1, D, 1, 1), q, q.clone(), v, dout)
+    torch.testing.assert_close(results["out"], v, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(results["dv"], dout, rtol=0, atol=0, equal_nan=True)
+
+
 def tensors(
     q: tuple[int, ...] = (1, 2, 3, 4),
     k: tuple[int, ...] = (1, 2, 3, 4),

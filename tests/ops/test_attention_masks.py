@@ -90,6 +90,21 @@ def test_window_is_a_band_of_keys() -> None:
         torch.testing.assert_close(out, lmkern.attention(q, k, v, mask=seen))
 
 
+@pytest.mark.parametrize("target", [t for t in FAST if t.backend == "cpu"], ids=str)
+def test_keys_that_no_query_sees_have_gradient_zero(target: Target) -> None:
+    shape = AttentionShape(1, 2, 150, 32, 1100, 1)
+    q, k, v, dout = attention_inputs(shape, torch.bfloat16)
+    q, k, v = leaves(q, k, v)
+    with poisoned_memory(), target.active():
+        # Scratch memory that the next call finds.
+        lmkern.attention(q, k, v, backend="cpu").backward(dout)
+        for left in (20, 300):
+            out = lmkern.attention(q, k, v, window=(left, 0), backend="cpu")
+            for gradient in torch.autograd.grad(out, (k, v), dout):
+                seen = (gradient != 0).any(-1)[0, 0]
+                assert seen.equal(torch.arange(1100) >= 950 - left)
+
+
 HIDING = {
     f"{name}{'-sinks' * sinks}": AttentionFeatures(**{name: "q"}, sinks=sinks)
     for name in ("mask", "bias")

@@ -34,7 +34,7 @@ def forward(x: Tensor, bias: Tensor | None, *, function: str, gated: bool) -> Te
     rows, width = x.shape
     y = on_huge_pages(x.new_empty(rows, width // 2 if gated else width))
     pointers = (x, bias, y, None, None, None, None)
-    native.module(x.dtype).activation_forward(
+    native.function("activation_forward", x.dtype)(
         _PARAMS.pack(
             *(pointer(tensor) for tensor in pointers),
             x.stride(0),
@@ -62,7 +62,7 @@ def backward(
     dbias = x.new_empty(width, dtype=statistics_dtype(x)) if needs[1] else None
     partials = dbias.new_empty(chunks, width) if dbias is not None else None
     pointers = (x, bias, None, dy, dx, partials, dbias)
-    native.module(x.dtype).activation_backward(
+    native.function("activation_backward", x.dtype)(
         _PARAMS.pack(
             *(pointer(tensor) for tensor in pointers),
             x.stride(0),

@@ -36,7 +36,7 @@ def step(
     step: int,
     grad_scale: float,
 ) -> None:
-    native.module(param.dtype).adamw_step(
+    native.function("adamw_step", param.dtype)(
         _PARAMS.pack(
             *(pointer(tensor) for tensor in (param, grad, exp_avg, exp_avg_sq, copy)),
             param.numel(),

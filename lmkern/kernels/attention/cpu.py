@@ -37,7 +37,9 @@ def unsupported(call: Call) -> str | None:
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     out = on_huge_pages(torch.empty_like(q))
     lse = q.new_empty(q.shape[:3], dtype=statistics_dtype(q))
-    native.module(q.dtype).attention_forward(pack({"q": q, "k": k, "v": v, "out": out, "lse": lse}, options))
+    native.function("attention_forward", q.dtype)(
+        pack({"q": q, "k": k, "v": v, "out": out, "lse": lse}, options)
+    )
     return out, lse
 
 
@@ -70,7 +72,7 @@ def backward(
         "dlse": None if dlse is None else dlse.contiguous(),
         "dq": dq, "dk": dk, "dv": dv, "dbias": dbias, "drelative_bias": drelative,
     }  # fmt: skip
-    native.module(q.dtype).attention_backward(pack(tensors, options))
+    native.function("attention_backward", q.dtype)(pack(tensors, options))
     if drelative is not None and options.relative_bias is not None:
         drelative = drelative.sum(0)
         if options.relative_bias.shape[0] == 1:

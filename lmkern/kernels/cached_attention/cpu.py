@@ -38,7 +38,7 @@ def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> tu
     width = 2 + -(-D // _WIDTH_STEP) * _WIDTH_STEP
     partials = lse.new_empty(B * -(-N_max // _SPLIT) * H * N_q * width)
     pointers = (q, k_cache, v_cache, out, lse, options.lengths, table, options.sinks, options.alibi_slopes)
-    native.module(q.dtype).cached_attention_forward(
+    native.function("cached_attention_forward", q.dtype)(
         _PARAMS.pack(
             *(pointer(x) for x in (*pointers, partials)),
             *(stride for x in (q, k_cache, v_cache, out) for stride in x.stride()),

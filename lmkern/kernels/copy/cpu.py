@@ -49,7 +49,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _call(x: Tensor, y: Tensor, *, transposed: bool) -> None:
-    native.module(x.dtype).copy_forward(
+    native.function("copy_forward", x.dtype)(
         _PARAMS.pack(
             x.data_ptr(),
             y.data_ptr(),

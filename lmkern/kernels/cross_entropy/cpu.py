@@ -33,7 +33,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss, row_max, log_sum = _statistics(logits)
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    native.module(logits.dtype).cross_entropy_forward(
+    native.function("cross_entropy_forward", logits.dtype)(
         _pack(logits, targets, loss, row_max, log_sum, None, None, *options)
     )
     return loss, row_max, log_sum
@@ -52,7 +52,7 @@ def forward_in_place(
     """The loss; the gradient for dloss takes the place of the logits."""
     loss, row_max, log_sum = _statistics(logits)
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    native.module(logits.dtype).cross_entropy_forward(
+    native.function("cross_entropy_forward", logits.dtype)(
         _pack(logits, targets, loss, row_max, log_sum, dloss, logits, *options)
     )
     return loss
@@ -77,7 +77,7 @@ def forward_in_tiles(
     loss, row_max, log_sum = (logits.new_empty(R, dtype=statistics_dtype(logits)) for _ in range(3))
     options = (ignore_index, label_smoothing, z_loss, softcap)
     dlogits = None if dloss is None else logits
-    native.module(logits.dtype).cross_entropy_forward(
+    native.function("cross_entropy_forward", logits.dtype)(
         _pack(logits, targets, loss, row_max, log_sum, dloss, dlogits, *options, shape=(R, columns))
     )
     return loss
@@ -97,7 +97,7 @@ def backward(
 ) -> Tensor:
     dlogits = on_huge_pages(logits.new_empty(*logits.shape))
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    native.module(logits.dtype).cross_entropy_backward(
+    native.function("cross_entropy_backward", logits.dtype)(
         _pack(logits, targets, None, row_max, log_sum, dloss, dlogits, *options)
     )
     return dlogits

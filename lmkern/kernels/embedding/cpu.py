@@ -23,7 +23,7 @@ def unsupported(call: Call) -> str | None:
 def forward(tokens: Tensor, weight: Tensor) -> Tensor:
     y = on_huge_pages(weight.new_empty(tokens.shape[0], weight.shape[1]))
     pointers = (tokens, weight, y, None, None, None, None)
-    native.module(weight.dtype).embedding_forward(
+    native.function("embedding_forward", weight.dtype)(
         _PARAMS.pack(
             *(pointer(tensor) for tensor in pointers),
             0,
@@ -41,7 +41,7 @@ def backward(dy: Tensor, tokens: Tensor, *, vocabulary: int, padding_idx: int) -
     dweight = on_huge_pages(dy.new_empty(vocabulary, dy.shape[1]))
     starts, order = tokens.new_empty(vocabulary + 1), tokens.new_empty(tokens.shape)
     pointers = (tokens, None, None, dy, dweight, starts, order)
-    native.module(dy.dtype).embedding_backward(
+    native.function("embedding_backward", dy.dtype)(
         _PARAMS.pack(
             *(pointer(tensor) for tensor in pointers),
             dy.stride(0),

@@ -24,7 +24,7 @@ _TILE = (16, 32)
 
 
 def usable(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and hasattr(native.module(x.dtype), "linear_logits")
+    return native.serves(native.instruction_set(), "linear_logits", x.dtype)
 
 
 def forward(
@@ -94,7 +94,7 @@ class _Products:
     def _run(self, product: str, dx: Tensor | None = None, dweight: Tensor | None = None) -> None:
         x, weight = self.x, self.weight
         tensors = (x, weight, self.bias, self.tiles, self.packed_x, self.sums, dx, dweight)
-        getattr(native.module(weight.dtype), product)(
+        native.function(product, weight.dtype)(
             PARAMS.pack(
                 *(pointer(tensor) for tensor in tensors),
                 x.stride(0),

@@ -35,7 +35,7 @@ def forward(
 ) -> Tensor:
     source = x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
     y = x if inplace and source is x else on_huge_pages(empty_like(x))
-    native.module(x.dtype).rotary_forward(
+    native.function("rotary_forward", x.dtype)(
         _PARAMS.pack(
             *(pointer(tensor) for tensor in (source, y, cos, sin, positions)),
             *source.stride()[:3],
