@@ -346,7 +346,9 @@ private:
             // A query with no visible key, or none at all, has lse = +inf here: its weights are exp(-inf) =
             // 0.
             const bool sees = i < count && lse[i] != -infinity;
-            lse_[i] = sees ? lse[i] * static_cast<C>(Exp::unit) : infinity;
+            const C scaled = lse[i < count ? i : 0] * static_cast<C>(Exp::unit);
+            // Where every score is near the least number, bits of lse can be -inf: no score is then over it.
+            lse_[i] = !sees ? infinity : scaled == -infinity ? std::numeric_limits<C>::lowest() : scaled;
             delta_[i] = i < count ? delta[i] : C(0);
         }
     }

@@ -97,7 +97,7 @@ private:
     void rows(int64_t head, int64_t first_query, int64_t queries) {
         const ScoreRows<T> score_rows(p_, s_, head);
         // Times a negative scale -inf would be seen, and times 0 it would be NaN; a sink is no score.
-        scales_ = !score_rows.adjusts() && (p_.softmax_scale <= 0 || p_.sinks != nullptr);
+        scales_ = !score_rows.adjusts() && (static_cast<C>(p_.softmax_scale) <= 0 || p_.sinks != nullptr);
         unit_ = score_rows.adjusts() || scales_ ? C(1) : static_cast<C>(p_.softmax_scale);
         factor_ = static_cast<C>((score_rows.adjusts() || scales_ ? 1 : p_.softmax_scale) * Exp::unit);
         const Dropout<C> dropout(p_, s_.index, head);

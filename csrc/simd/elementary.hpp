@@ -78,9 +78,11 @@ template <int terms>
 }
 
 #if defined(__AVX512F__)
-// 2^(x factor) for x factor <= 0, the product not rounded; under 2^-126 it is 0.
+// 2^(x factor) for x factor <= 0 and a factor over 0, the product not rounded; under 2^-126 it is 0.
 template <class Series>
 [[gnu::always_inline]] inline Vector<float> exp2_of_product(Vector<float> x, float factor) {
+    // Of a huge product the rest below would be anything.
+    x = max(broadcast(-200.0f / factor), x);
     const __m512 n = _mm512_maskz_roundscale_ps(0xffff, bit_cast<__m512>(x * factor),
                                                 _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 rest = _mm512_fmsub_ps(bit_cast<__m512>(x), _mm512_set1_ps(factor), n);

@@ -298,7 +298,7 @@ def test_large_results_have_the_bits_of_small_ones(
     R, small = 8195, slice(4095)
     inputs, directions = inputs_of(LayerNormShape(R, 1024), (torch.bfloat16, residual_dtype, torch.float32))
     (x, residual, *parameters), (dy, dh) = inputs, directions
-    call = ours("cpu", dropout_p=dropout_p, dropout_seed=SEED)
+    call = ours("cpu", dropout_p=dropout_p, dropout_seed=torch.tensor(SEED))
     with target.active(), poisoned_memory():
         mine = results(call, inputs, directions)
         part = results(call, (x[small], residual[small], *parameters), (dy[small], dh[small]))
@@ -307,7 +307,7 @@ def test_large_results_have_the_bits_of_small_ones(
     last = slice(R - 100, R)
     wide = [t.double() for t in (x[last], residual[last], *parameters, dy[last], dh[last])]
     if dropout_p:
-        kept = philox.keep_mask(SEED, dropout_p, x.shape)[last] * philox.keep_scale(dropout_p)
+        kept = philox.keep_mask(torch.tensor(SEED), dropout_p, x.shape)[last] * philox.keep_scale(dropout_p)
         wide[0] = wide[0] * kept
     exact = results(torchs("layer"), tuple(wide[:4]), tuple(wide[4:]))
     if dropout_p:

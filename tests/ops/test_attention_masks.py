@@ -65,6 +65,33 @@ def test_bias_and_mask_may_lie_in_memory_in_any_way(target: Target, name: str, l
         torch.testing.assert_close(value, dense[result], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("target", [t for t in FAST if t.backend != "reference"], ids=str)
+def test_bias_of_the_least_number_hides_as_a_mask_does(target: Target, dtype: torch.dtype) -> None:
+    # As transformers writes its masks.
+    if not target.takes(dtype):
+        pytest.skip("another instruction set takes it")
+    inputs = attention_inputs(SHAPE, dtype, device=target.device)
+    mask = attention_options(SHAPE, AttentionFeatures(mask="BHqk"), dtype, device=target.device)["mask"]
+    mask[..., 0] = True
+    blind = torch.full_like(mask, False)
+    blind[:, :, 7] = True
+    bias = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask | blind, torch.finfo(dtype).min)
+    call = our_attention(SHAPE, target.backend)
+    with poisoned_memory(), target.active():
+        least = attention_results(call, *inputs, options={"bias": bias})
+        hidden = attention_results(call, *inputs, options={"mask": mask})
+    # A query whose keys all have it sees them all alike.
+    v = inputs[2].repeat_interleave(SHAPE.H // SHAPE.H_kv, 1)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(least["out"][:, :, 7], v.mean(2), rtol=tolerance, atol=tolerance)
+    for name in ("out", "dq"):
+        least[name][:, :, 7] = hidden[name][:, :, 7]
+        torch.testing.assert_close(least[name], hidden[name], rtol=tolerance, atol=tolerance)
+    for name in ("dk", "dv"):
+        assert least[name].isfinite().all(), name
+
+
 @pytest.mark.parametrize("dims", range(5))
 def test_bias_and_mask_of_fewer_dimensions(dims: int) -> None:
     q, k, v, _ = attention_inputs(SHAPE)
