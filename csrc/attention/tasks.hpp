@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "attention/amx_operands.hpp"
 #include "attention/cpu.hpp"
-#include "attention/operands.hpp"
 #include "core/parallel_for.hpp"
 
 namespace lmkern {

@@ -23,7 +23,6 @@ IN_FLOAT32 = [target for target in TARGETS if target.takes(torch.float32)]
 KERNELS = [target for target in TARGETS if target.backend != "reference"]
 # Keys that a kernel may take at once: a NaN in v may reach the queries that see another key of its block.
 KEY_BLOCK = 128
-# AMX multiplies bfloat16 alone.
 KERNELS_DTYPES = [
     (target, dtype)
     for target in KERNELS

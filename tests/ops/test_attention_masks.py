@@ -65,13 +65,15 @@ def test_bias_and_mask_may_lie_in_memory_in_any_way(target: Target, name: str, l
         torch.testing.assert_close(value, dense[result], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("target", [t for t in FAST if t.backend != "reference"], ids=str)
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [(t, d) for t in FAST if t.backend != "reference" for d in (torch.float32, torch.bfloat16) if t.takes(d)],
+    ids=str,
+)
 def test_bias_of_the_least_number_hides_as_a_mask_does(target: Target, dtype: torch.dtype) -> None:
     # As transformers writes its masks.
-    if not target.takes(dtype):
-        pytest.skip("another instruction set takes it")
     inputs = attention_inputs(SHAPE, dtype, device=target.device)
+    inputs[3][:, :, 7] = 0
     mask = attention_options(SHAPE, AttentionFeatures(mask="BHqk"), dtype, device=target.device)["mask"]
     mask[..., 0] = True
     blind = torch.full_like(mask, False)
@@ -85,11 +87,10 @@ def test_bias_of_the_least_number_hides_as_a_mask_does(target: Target, dtype: to
     v = inputs[2].repeat_interleave(SHAPE.H // SHAPE.H_kv, 1)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(least["out"][:, :, 7], v.mean(2), rtol=tolerance, atol=tolerance)
-    for name in ("out", "dq"):
-        least[name][:, :, 7] = hidden[name][:, :, 7]
+    least["out"][:, :, 7] = hidden["out"][:, :, 7]
+    # Nor does a gradient of 0 become one that is not.
+    for name in ("out", "dq", "dk", "dv"):
         torch.testing.assert_close(least[name], hidden[name], rtol=tolerance, atol=tolerance)
-    for name in ("dk", "dv"):
-        assert least[name].isfinite().all(), name
 
 
 @pytest.mark.parametrize("dims", range(5))
