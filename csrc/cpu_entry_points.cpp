@@ -44,7 +44,7 @@ constexpr EntryPoint kEntryPoints[] = {
     entry<NormParams, norm_backward>("norm_backward"),
     entry<NormParams, norm_forward>("norm_forward"),
     entry<RotaryParams, rotary_forward>("rotary_forward"),
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
     entry<LinearCrossEntropyParams, linear_input_gradient>("linear_input_gradient"),
     entry<LinearCrossEntropyParams, linear_logits>("linear_logits"),
     entry<LinearCrossEntropyParams, linear_weight_gradient_add>("linear_weight_gradient_add"),

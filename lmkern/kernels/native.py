@@ -17,7 +17,7 @@ import torch
 
 # Best first. Each is the module lmkern._cpu_<name>, compiled from the same sources (CMakeLists.txt), every
 # kernel for the dtypes that its instructions serve: AMX's are for bfloat16, and in attention for float32.
-INSTRUCTION_SETS = ("amx", "avx512", "avx2", "baseline")
+INSTRUCTION_SETS = ("amx", "avx512_bf16", "avx512", "avx2", "baseline")
 
 # enum class Dtype in csrc/core/types.hpp.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}

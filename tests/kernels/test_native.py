@@ -21,7 +21,7 @@ from lmkern.kernels.cached_attention import cpu as cached_attention
 from lmkern.kernels.copy import cpu as copy
 from lmkern.kernels.cross_entropy import cpu as cross_entropy
 from lmkern.kernels.embedding import cpu as embedding
-from lmkern.kernels.linear_cross_entropy import amx as linear_cross_entropy
+from lmkern.kernels.linear_cross_entropy import bf16 as linear_cross_entropy
 from lmkern.kernels.rotary import cpu as rotary_cpu
 from lmkern.testing import AttentionShape, attention_inputs
 
