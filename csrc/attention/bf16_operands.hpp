@@ -312,7 +312,7 @@ private:
     // 32 rows from row i on that may be read to the full width: the matrix itself where it is whole there,
     // else a copy.
     static Bf16Left whole_rows(Matrix<const T> from, int64_t i, int64_t rows, int64_t D, bfloat16* scratch,
-                              bool clean = false) {
+                               bool clean = false) {
         if constexpr (kParts == 1)
             if (from.column_stride == 1 && D % 32 == 0 && i + 32 <= rows && !clean) {
                 for (int64_t r = i; r < i + 32; ++r) prefetch_row(from, r + kRowsAhead, rows, D);

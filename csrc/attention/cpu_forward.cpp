@@ -22,8 +22,9 @@ constexpr int64_t kCachedBytes = int64_t{1} << 20;
 
 // Of so few keys the errors of exponentials do not cancel in the lse: with a maximum the largest weight is 1.
 constexpr int64_t kKeysOfMaximum = 16;
-// Of few keys one may have nearly all of the weight. Without a maximum, whose weight would be 1, that weight is
-// rounded; the error goes where the rounded weights are what out is divided by. Of many keys the errors cancel.
+// Of few keys one may have nearly all of the weight. Without a maximum, whose weight would be 1, that weight
+// is rounded; the error goes where the rounded weights are what out is divided by. Of many keys the errors
+// cancel.
 constexpr int64_t kFewKeys = 128;
 
 // Blocks of kQueries queries that are worked on together; more where the keys are packed in parts.
@@ -125,8 +126,7 @@ private:
             for (int64_t b = 0; b < count; ++b) {
                 const int64_t seen = band.end(blocks[b].first_query + blocks[b].queries - 1) -
                                      band.begin(blocks[b].first_query);
-                blocks[b].bounded =
-                    boundable && seen > kKeysOfMaximum && bound(blocks[b].largest_square);
+                blocks[b].bounded = boundable && seen > kKeysOfMaximum && bound(blocks[b].largest_square);
                 blocks[b].rounds =
                     blocks[b].bounded && kRounds && p_.dropout_threshold == 0 && seen <= kFewKeys;
             }

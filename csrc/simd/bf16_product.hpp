@@ -1,5 +1,5 @@
-// The product of packed bfloat16 operands, on AMX tiles or a pair of the depth at a time, and how the operands
-// are packed.
+// The product of packed bfloat16 operands, on AMX tiles or a pair of the depth at a time, and how the
+// operands are packed.
 #pragma once
 
 #include <cstring>
