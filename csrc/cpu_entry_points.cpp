@@ -30,11 +30,19 @@ constexpr EntryPoint entry(const char* name, int64_t types = kServedTypes) {
 }
 
 constexpr EntryPoint kEntryPoints[] = {
+    entry<AttentionParams, attention_backward>("attention_backward", kAttentionTypes),
+    entry<AttentionParams, attention_forward>("attention_forward", kAttentionTypes),
+#if defined(__AVX512BF16__)
+    entry<LinearCrossEntropyParams, linear_input_gradient>("linear_input_gradient"),
+    entry<LinearCrossEntropyParams, linear_logits>("linear_logits"),
+    entry<LinearCrossEntropyParams, linear_weight_gradient_add>("linear_weight_gradient_add"),
+    entry<LinearCrossEntropyParams, linear_weight_gradient_store>("linear_weight_gradient_store"),
+#endif
+// To these tiles add nothing.
+#if !defined(__AMX_BF16__)
     entry<ActivationParams, activation_backward>("activation_backward"),
     entry<ActivationParams, activation_forward>("activation_forward"),
     entry<AdamwParams, adamw_step>("adamw_step"),
-    entry<AttentionParams, attention_backward>("attention_backward", kAttentionTypes),
-    entry<AttentionParams, attention_forward>("attention_forward", kAttentionTypes),
     entry<CachedAttentionParams, cached_attention_forward>("cached_attention_forward"),
     entry<CopyParams, copy_forward>("copy_forward"),
     entry<CrossEntropyParams, cross_entropy_backward>("cross_entropy_backward"),
@@ -44,11 +52,6 @@ constexpr EntryPoint kEntryPoints[] = {
     entry<NormParams, norm_backward>("norm_backward"),
     entry<NormParams, norm_forward>("norm_forward"),
     entry<RotaryParams, rotary_forward>("rotary_forward"),
-#if defined(__AMX_BF16__)
-    entry<LinearCrossEntropyParams, linear_input_gradient>("linear_input_gradient"),
-    entry<LinearCrossEntropyParams, linear_logits>("linear_logits"),
-    entry<LinearCrossEntropyParams, linear_weight_gradient_add>("linear_weight_gradient_add"),
-    entry<LinearCrossEntropyParams, linear_weight_gradient_store>("linear_weight_gradient_store"),
 #endif
 };
 

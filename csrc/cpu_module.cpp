@@ -29,7 +29,9 @@ py::tuple supported_instruction_sets() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && __builtin_cpu_supports("avx512bf16") && lmkern::amx_usable()) names.append("amx");
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    if (bf16 && lmkern::amx_usable()) names.append("amx");
+    if (bf16) names.append("avx512_bf16");
     if (avx512) names.append("avx512");
     if (avx2) names.append("avx2");
 #endif
@@ -56,6 +58,9 @@ void define(py::module_& m) {
 
 // Python calls the one that is named like the file.
 PYBIND11_MODULE(_cpu_amx, m) {
+    define(m);
+}
+PYBIND11_MODULE(_cpu_avx512_bf16, m) {
     define(m);
 }
 PYBIND11_MODULE(_cpu_avx512, m) {

@@ -20,6 +20,11 @@ constexpr int64_t kPackedBytes = int64_t{8} << 20;
 // queries.
 constexpr int64_t kCachedBytes = int64_t{1} << 20;
 
+// Of so few keys the errors of exponentials do not cancel in the lse: with a maximum the largest weight is 1.
+constexpr int64_t kKeysOfMaximum = 16;
+// Of few keys one may have nearly all of the weight. Without a maximum, whose weight would be 1, that weight
+// is rounded; the error goes where the rounded weights are what out is divided by. Of many keys the errors
+// cancel.
 constexpr int64_t kFewKeys = 128;
 
 // Blocks of kQueries queries that are worked on together; more where the keys are packed in parts.
@@ -119,8 +124,11 @@ private:
             pack_keys(packed);
             const bool boundable = !in_parts_ && !score_rows.adjusts() && p_.sinks == nullptr && bounds_;
             for (int64_t b = 0; b < count; ++b) {
-                blocks[b].bounded = boundable && bound(blocks[b].largest_square);
-                blocks[b].rounds = blocks[b].bounded && few_keys(band, blocks[b]);
+                const int64_t seen = band.end(blocks[b].first_query + blocks[b].queries - 1) -
+                                     band.begin(blocks[b].first_query);
+                blocks[b].bounded = boundable && seen > kKeysOfMaximum && bound(blocks[b].largest_square);
+                blocks[b].rounds =
+                    blocks[b].bounded && kRounds && p_.dropout_threshold == 0 && seen <= kFewKeys;
             }
             const int64_t end_packed = std::min(end, packed + keys_at_once_);
             const int64_t bytes = static_cast<int64_t>(sizeof(Operand)) * 2 * width_ * (end_packed - packed);
@@ -140,14 +148,6 @@ private:
     bool bound(C largest_square) const {
         const C largest = std::sqrt(largest_square) * std::sqrt(k_square_) * std::abs(factor_);
         return largest <= kBound;
-    }
-
-    // Of few keys one may have nearly all of the weight. Without a maximum, whose weight would be 1, that
-    // weight is rounded; the error goes where the rounded weights are what out is divided by. Of many keys
-    // the errors cancel.
-    bool few_keys(const Band& band, const QueryBlock& b) const {
-        return kRounds && p_.dropout_threshold == 0 &&
-               band.end(b.first_query + b.queries - 1) - band.begin(b.first_query) <= kFewKeys;
     }
 
     void start(int64_t head, const QueryBlock& b) {

@@ -1,5 +1,5 @@
 // The two ways in which attention's products are computed: on vectors, for every type and processor (here),
-// and on AMX tiles, for bfloat16 and float32 (amx_operands.hpp). An engine says how operands lie and
+// and of pairs of bfloat16 (bf16_operands.hpp). An engine says how operands lie and
 // multiplies them; the passes say which.
 //
 //     Left          (rows, depth)     rows as they lie: queries, weights, gradients

@@ -4,22 +4,22 @@
 #include <algorithm>
 #include <vector>
 
-#include "attention/amx_operands.hpp"
+#include "attention/bf16_operands.hpp"
 #include "attention/cpu.hpp"
 #include "core/parallel_for.hpp"
 
 namespace lmkern {
 
-// body(Type<engine>{}): AMX where the module has it, vectors elsewhere.
+// body(Type<engine>{}): products of bfloat16 pairs where the module has them.
 template <class Body>
 void with_engine(Dtype dtype, const Body& body) {
     with_any_type(dtype, [&](auto type) {
         using T = typename decltype(type)::type;
         if constexpr ((kAttentionTypes >> static_cast<int64_t>(kDtype<T>) & 1) == 0)
             throw std::invalid_argument("lmkern: this module does not compute in that dtype");
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
         else
-            body(Type<AmxEngine<T>>{});
+            body(Type<Bf16Engine<T>>{});
 #else
         else
             body(Type<VectorEngine<T>>{});

@@ -41,7 +41,7 @@ struct Rows {
     static int64_t columns(int64_t columns) { return columns; }
 };
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 // Rows in tiles (linear_cross_entropy/params.hpp). The 16 of a tile come from memory together, so they are
 // worked on together.
 struct TileRows {
@@ -305,7 +305,7 @@ void with_rows(const CrossEntropyParams& p, const Body& body) {
                 body(Type<Row<Layout, false>>{});
         };
         using T = typename decltype(type)::type;
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
         if (p.tiles) return with_layout(Type<TileRows>{});
 #endif
         with_layout(Type<Rows<T>>{});

@@ -19,7 +19,7 @@ struct CrossEntropyParams {
     double softcap;  // 0: none
     int64_t dtype;   // Dtype of logits and dlogits
     int64_t tiles;   // 1: logits and dlogits lie in tiles, as linear_cross_entropy/params.hpp has them, whose
-                     // rows of tiles are the strides apart. For bfloat16 in the module for AMX
+                     // rows of tiles are the strides apart. For bfloat16 where it is multiplied in pairs
     int64_t threads;
 };
 

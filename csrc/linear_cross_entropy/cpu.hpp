@@ -1,4 +1,4 @@
-// The products under linear + cross-entropy, in bfloat16 with AMX. In the module for AMX alone.
+// The products under linear + cross-entropy, in bfloat16. In the modules that multiply pairs of them.
 #pragma once
 
 #include "linear_cross_entropy/params.hpp"

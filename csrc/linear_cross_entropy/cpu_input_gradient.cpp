@@ -1,11 +1,11 @@
-// dx (T, E) = dlogits (T, V) weight (V, E) with AMX.
+// dx (T, E) = dlogits (T, V) weight (V, E).
 //
 // A task owns a part of dx, whose sums stay in the second cache while V goes by in parts: a is dlogits, as it
 // lies, b is the weight, packed as it comes.
-#include "linear_cross_entropy/amx_block.hpp"
+#include "linear_cross_entropy/blocks.hpp"
 #include "linear_cross_entropy/cpu.hpp"
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 
 namespace lmkern {
 namespace {
@@ -57,7 +57,7 @@ void linear_input_gradient(const LinearCrossEntropyParams& p) {
         workspace.reserve(static_cast<size_t>(2 * columns * kDepth * kStep + 4 * blocks * columns * kSums));
         uint16_t* weight = workspace.take<uint16_t>(columns * kDepth * kStep);
         float* sums = workspace.take<float>(blocks * columns * kSums);
-        const AmxTiles tiles;
+        [[maybe_unused]] const Bf16Session session;
         for (int64_t part = 0; part < all; part += kDepth) {
             const int64_t depth = std::min(kDepth, all - part);
             pack_weight(p, first_column, columns, part, depth, weight);

@@ -1,11 +1,11 @@
-// logits (T, V) = x (T, E) weight^T (E, V) + bias with AMX.
+// logits (T, V) = x (T, E) weight^T (E, V) + bias.
 //
 // a is x, packed once a chunk; b is the weight, transposed, packed by the task that uses it.
-#include "linear_cross_entropy/amx_block.hpp"
+#include "linear_cross_entropy/blocks.hpp"
 #include "linear_cross_entropy/cpu.hpp"
 #include "simd/transpose.hpp"
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 
 namespace lmkern {
 namespace {
@@ -70,7 +70,7 @@ void linear_logits(const LinearCrossEntropyParams& p) {
         workspace.reserve(static_cast<size_t>(2 * together * steps * kStep + 4 * kSums));
         uint16_t* weight = workspace.take<uint16_t>(together * steps * kStep);
         float* sums = workspace.take<float>(kSums);
-        const AmxTiles tiles;
+        [[maybe_unused]] const Bf16Session session;
         const int64_t first = task * together, end = std::min(panels, first + together);
         for (int64_t panel = first; panel < end; ++panel)
             pack_weight(p, panel, weight + (panel - first) * steps * kStep);

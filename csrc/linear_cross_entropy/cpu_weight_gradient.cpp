@@ -1,13 +1,12 @@
-// dweight^T (E, V) = x^T (E, T) dlogits (T, V) with AMX, summed in float32 over chunks of T tokens.
+// dweight^T (E, V) = x^T (E, T) dlogits (T, V), summed in float32 over chunks of T tokens.
 //
 // a is x, transposed, packed once a chunk; b is dlogits, packed by the task that uses it. sums holds, for
 // each 32 columns of dlogits and in it for each 32 columns of x, the tiles c00 c01 c10 c11 one after the
 // other: they are read and written in the order of the addresses.
-#include "linear_cross_entropy/amx_block.hpp"
+#include "linear_cross_entropy/blocks.hpp"
 #include "linear_cross_entropy/cpu.hpp"
-#include "simd/amx_product.hpp"
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 
 namespace lmkern {
 namespace {
@@ -20,7 +19,7 @@ void pack_x(const LinearCrossEntropyParams& p, int64_t block, uint16_t* packed) 
             const int64_t token = step * kSide, e = block * kSide + half * 16;
             const auto mask = static_cast<__mmask16>(column_mask(p.width, block * kSide) >> (16 * half));
             __m512i rows[16];
-            amx_pairs(
+            bf16_pairs(
                 [&](int t) {
                     return _mm256_maskz_loadu_epi16(token + t < p.tokens ? mask : __mmask16{0},
                                                     x + (token + t) * p.x_stride + e);
@@ -65,7 +64,7 @@ void linear_weight_gradient_add(const LinearCrossEntropyParams& p) {
         Workspace& workspace = Workspace::of_this_thread();
         workspace.reserve(static_cast<size_t>(2 * together * steps * kStep));
         uint16_t* dlogits = workspace.take<uint16_t>(together * steps * kStep);
-        const AmxTiles tiles;
+        [[maybe_unused]] const Bf16Session session;
         const int64_t first = task * together, end = std::min(panels, first + together);
         for (int64_t panel = first; panel < end; ++panel)
             pack_dlogits(p, panel, dlogits + (panel - first) * steps * kStep);

@@ -1,5 +1,5 @@
 // What the products under linear + cross-entropy pass, for one chunk of tokens: filled by
-// lmkern/kernels/linear_cross_entropy/amx.py, field for field, 8 bytes each.
+// lmkern/kernels/linear_cross_entropy/bf16.py, field for field, 8 bytes each.
 //
 // logits and, in their place, dlogits lie in tiles of 16 tokens x 32 columns, row by row of tiles, T rounded
 // up to 32 tokens. Tiles are what a product reads, and come from memory whole.

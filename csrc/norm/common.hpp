@@ -18,7 +18,7 @@ constexpr int64_t kRowsPerTask = 16;
 
 // Bytes from which on an operand lies in memory: a result passes by the caches, where whoever reads it next
 // would find little of it.
-constexpr int64_t kLarge = int64_t{16} << 20;
+constexpr int64_t kLarge = int64_t{8} << 20;
 // Rows of at most so many bytes are asked for while the last ones are written, if they lie in memory: the
 // processor's own prefetching starts anew with every page. For longer ones it does better alone.
 constexpr int64_t kShortRow = 2048;

@@ -9,6 +9,8 @@
 //
 // dweight and dbias are summed chunk by chunk of rows, the chunks fixed by the shape alone, then over the
 // chunks in order: the result does not depend on the threads.
+#include <unistd.h>
+
 #include "norm/common.hpp"
 #include "norm/cpu.hpp"
 
@@ -38,11 +40,33 @@ struct Scratch {
     }
 };
 
-// body(row, number of rows) over [begin, end), kRowsTogether at a time and what is left one by one.
+// Of a core, for data; where the system does not say, what most have at least.
+int64_t first_cache_bytes() {
+    static const int64_t bytes = [] {
+        long said = 0;
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+        said = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#endif
+        return said > 0 ? static_cast<int64_t>(said) : int64_t{32} << 10;
+    }();
+    return bytes;
+}
+
+// Whether kRowsTogether rows, what is kept of them, and the parameters and their sums leave room in the first
+// cache.
+template <class T, class S>
+bool fit_together(const NormParams& p) {
+    constexpr auto row = static_cast<int64_t>(2 * sizeof(Compute<T>) + sizeof(T) + sizeof(S));
+    constexpr int64_t column = static_cast<int64_t>(3 * sizeof(Compute<T>)) + kRowsTogether * row;
+    return p.columns * column <= first_cache_bytes() * 4 / 5;
+}
+
+// body(row, number of rows) over [begin, end): kRowsTogether of them if they are taken together, and what is
+// left one by one.
 template <class Body>
-void for_rows(int64_t begin, int64_t end, const Body& body) {
+void for_rows(int64_t begin, int64_t end, bool together, const Body& body) {
     int64_t row = begin;
-    for (; row + kRowsTogether <= end; row += kRowsTogether)
+    for (; together && row + kRowsTogether <= end; row += kRowsTogether)
         body(row, std::integral_constant<int, kRowsTogether>{});
     for (; row < end; ++row) body(row, std::integral_constant<int, 1>{});
 }
@@ -159,6 +183,7 @@ void norm_backward(const NormParams& p) {
         // Dropout's factors come in order.
         constexpr bool pairs_exist = std::is_same_v<T, bfloat16> && std::is_same_v<S, bfloat16>;
         const bool in_pairs = pairs_exist && p.columns % (2 * kLanes<C>) == 0 && p.keep_threshold == 0;
+        const bool together = fit_together<T, S>(p);
         const int64_t rows_per_chunk = ceil_div(p.rows, p.chunks);
         // Neighbouring chunks go to one thread: two threads that write to one fresh page both wait for it.
         const int64_t tasks = std::min(p.threads, p.chunks), chunks_per_task = ceil_div(p.chunks, tasks);
@@ -169,7 +194,7 @@ void norm_backward(const NormParams& p) {
                 C* dweight = static_cast<C*>(p.partials) + chunk * 2 * p.columns;
                 C* dbias = dweight + p.columns;
                 std::fill_n(dweight, 2 * p.columns, C(0));
-                for_rows(chunk * rows_per_chunk, std::min(p.rows, (chunk + 1) * rows_per_chunk),
+                for_rows(chunk * rows_per_chunk, std::min(p.rows, (chunk + 1) * rows_per_chunk), together,
                          [&](int64_t row, auto rows) {
                              constexpr bool with_mean = decltype(centred)::value;
                              constexpr int count = decltype(rows)::value;

@@ -15,9 +15,9 @@ from types import ModuleType
 
 import torch
 
-# Best first. Each is the module lmkern._cpu_<name>, compiled from the same sources (CMakeLists.txt), every
-# kernel for the dtypes that its instructions serve: AMX's are for bfloat16, and in attention for float32.
-INSTRUCTION_SETS = ("amx", "avx512", "avx2", "baseline")
+# Best first. Each is the module lmkern._cpu_<name>, compiled from the same sources (CMakeLists.txt), those
+# kernels and dtypes that its instructions serve: BF16's are for bfloat16, AMX's for what multiplies matrices.
+INSTRUCTION_SETS = ("amx", "avx512_bf16", "avx512", "avx2", "baseline")
 
 # enum class Dtype in csrc/core/types.hpp.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}

@@ -142,6 +142,7 @@ ATTENTION_SHAPES = (
     AttentionShape(2, 4, 50, 24, 70, 1, True, "one key/value head for all"),
     AttentionShape(6, 12, 1, 64, 130, 4, True, "one new token against a cache"),
     AttentionShape(4, 4, 7, 128, 300, 4, False, "few queries, many keys"),
+    AttentionShape(6, 6, 8, 72, 300, 3, True, "few queries, the last of many keys"),
     AttentionShape(2, 4, 150, 128, 7, 4, True, "whole blocks of queries that see no key"),
     AttentionShape(4, 4, 40, 16, 1, 4, False, "one key: every weight is 1"),
     _square(1, 1, 600, 8, "one head, longer than two parts of the backward pass", causal=True),

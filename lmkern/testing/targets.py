@@ -16,6 +16,12 @@ from lmkern.testing.interpreter import quicken
 
 Item = TypeVar("Item")
 
+# What tells whether a module serves an op, where that is not what it does for all others.
+_KERNELS_OF = {
+    "attention": ("attention_forward",),
+    "linear_cross_entropy": ("linear_logits", "cross_entropy_forward"),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -63,9 +69,8 @@ class Target:
         if backends.load(self.op, self.backend).unavailable():
             return True
         if self.instruction_set is not None:
-            # Attention alone takes more than its module's other kernels.
-            kernel = "attention_forward" if self.op == "attention" else "norm_forward"
-            if not native.serves(self.instruction_set, kernel, dtype):
+            kernels = _KERNELS_OF.get(self.op, ("norm_forward",))
+            if not any(native.serves(self.instruction_set, kernel, dtype) for kernel in kernels):
                 return False
         x = torch.empty(1, 1, 1, 1, dtype=dtype, device=self.device)
         tensors = {"q": x, "k": x, "v": x} if self.op == "attention" else {"x": x.view(1, 1)}

@@ -21,7 +21,7 @@ from lmkern.kernels.cached_attention import cpu as cached_attention
 from lmkern.kernels.copy import cpu as copy
 from lmkern.kernels.cross_entropy import cpu as cross_entropy
 from lmkern.kernels.embedding import cpu as embedding
-from lmkern.kernels.linear_cross_entropy import amx as linear_cross_entropy
+from lmkern.kernels.linear_cross_entropy import bf16 as linear_cross_entropy
 from lmkern.kernels.rotary import cpu as rotary_cpu
 from lmkern.testing import AttentionShape, attention_inputs
 
@@ -51,8 +51,15 @@ ENTRY_POINTS = {
     "norm_backward": norm_call.PARAMS,
     "rotary_forward": rotary_cpu._PARAMS,
 }
-# Products on tiles, which only one module has.
-ON_TILES = {name for name in ENTRY_POINTS if name.startswith("linear_")}
+PAIRS = {name for name in ENTRY_POINTS if name.startswith("linear_")}
+TILES = PAIRS | {"attention_forward", "attention_backward"}
+# What a module has.
+ENTRIES = {"amx": TILES, "avx512_bf16": set(ENTRY_POINTS)}
+
+
+def entries(name: str) -> set[str]:
+    return ENTRIES.get(name, set(ENTRY_POINTS) - PAIRS)
+
 
 # Seconds; a hang, not a slow machine.
 PATIENCE = 60
@@ -81,9 +88,9 @@ def test_an_instruction_set_can_be_forced(name: str, chosen_again: pytest.Monkey
     if name in native.cpu_modules():
         assert native.instruction_set() == name
         below = list(native.cpu_modules())[list(native.cpu_modules()).index(name) :]
-        for kernel in set(ENTRY_POINTS) - ON_TILES:
+        for kernel in set(ENTRY_POINTS) - PAIRS:
             served = [dtype for dtype in native.DTYPE_CODES if native.serves(name, kernel, dtype)]
-            assert served, "a module that serves nothing"
+            assert bool(served) == (kernel in entries(name))
             for dtype in native.DTYPE_CODES:
                 chosen = next(isa for isa in below if native.serves(isa, kernel, dtype))
                 assert chosen == name or dtype not in served
@@ -104,10 +111,8 @@ def test_every_entry_point_is_known_here(name: str) -> None:
     module = native.cpu_modules().get(name)
     if module is None:
         pytest.skip(f"this processor has no {name}")
-    others = {"serves", "supported_instruction_sets", "workspace_bytes"} | (
-        set() if name == "amx" else ON_TILES
-    )
-    assert {x for x in dir(module) if not x.startswith("_")} - others == set(ENTRY_POINTS) - others
+    others = {"serves", "supported_instruction_sets", "workspace_bytes"}
+    assert {x for x in dir(module) if not x.startswith("_")} - others == entries(name)
 
 
 @pytest.mark.parametrize("name", native.INSTRUCTION_SETS)
@@ -116,7 +121,7 @@ def test_packed_call_has_the_size_that_was_compiled(entry: str, name: str) -> No
     module = native.cpu_modules().get(name)
     if module is None:
         pytest.skip(f"this processor has no {name}")
-    if entry in ON_TILES and name != "amx":
+    if entry not in entries(name):
         return
     function, size_in_python = getattr(module, entry), ENTRY_POINTS[entry].size
     for size in (0, size_in_python - 8, size_in_python + 8):

@@ -1,5 +1,6 @@
 """Every feature of `lmkern.attention`, alone and in company: values, gradients, bits."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -40,6 +41,15 @@ EVERYTHING = ATTENTION_FEATURES[-1]
 # More keys than queries, and fewer: the first queries then see no key where it is causal.
 SHAPES = (AttentionShape(2, 4, 70, 24, 90, 2), AttentionShape(2, 4, 90, 24, 70, 4, causal=True))
 SMALL = AttentionShape(1, 2, 4, 3, 5, 1)
+# The CPU takes few queries of many keys to the keys as they lie, where what is asked for allows it.
+FEW = AttentionShape(6, 4, 5, 40, 200, 2, causal=True)
+FEATURES_OF_FEW = (
+    AttentionFeatures(window=(20, 0)),
+    AttentionFeatures(softcap=1.5, sinks=True),
+    AttentionFeatures(alibi=True),
+    AttentionFeatures(mask="Bk"),
+    AttentionFeatures(dropout_p=0.25),
+)
 
 
 def takes(target: Target, dtype: torch.dtype, features: AttentionFeatures) -> bool:
@@ -88,6 +98,25 @@ def test_errors_are_at_most_twice_torchs(
     target: Target, dtype: torch.dtype, features: AttentionFeatures, shape: AttentionShape
 ) -> None:
     found = verdicts(functools.partial(errors, target, shape, features, dtype), target.units_beside)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("N_q", [1, 5])
+@pytest.mark.parametrize(
+    ("target", "dtype", "features"),
+    cases([t for t in FAST if t.backend == "cpu"], DTYPES, FEATURES_OF_FEW),
+    ids=ids,
+)
+def test_errors_of_few_queries_are_at_most_twice_torchs(
+    target: Target, dtype: torch.dtype, features: AttentionFeatures, N_q: int
+) -> None:
+    shape = dataclasses.replace(FEW, N_q=N_q)
+
+    def of_results(seed: int) -> dict[str, Errors]:
+        found = errors(target, shape, features, dtype, seed)
+        return {name: found[name] for name in ("out", "lse")}
+
+    found = verdicts(of_results, target.units_beside)
     assert not found, "\n".join(found)
 
 

@@ -1,6 +1,6 @@
 """Linear + cross-entropy on the CPU, by chunks of tokens whose logits are held one chunk at a time.
 
-torch multiplies matrices, but for bfloat16 with AMX (amx.py); csrc/cross_entropy turns a chunk's logits into
+torch multiplies matrices, but for bfloat16 with AMX (bf16.py); csrc/cross_entropy turns a chunk's logits into
 its loss and, in their place, their gradient.
 """
 
@@ -15,7 +15,7 @@ from lmkern.kernels import cpu_call
 from lmkern.kernels.backends import Call
 from lmkern.kernels.cpu_call import unavailable
 from lmkern.kernels.cross_entropy import cpu as cross_entropy
-from lmkern.kernels.linear_cross_entropy import amx
+from lmkern.kernels.linear_cross_entropy import bf16
 from lmkern.kernels.linear_cross_entropy.chunks import WeightSum, by_chunks
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
@@ -77,8 +77,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     arguments = (x, weight, bias, targets, dloss, needs, options)
     chunk = _chunk_tokens(x.shape[0], weight.shape[0] * x.element_size())
-    if amx.usable(x):
-        return amx.forward(*arguments, chunk=chunk)
+    if bf16.usable(x):
+        return bf16.forward(*arguments, chunk=chunk)
     return by_chunks(
         *arguments,
         chunk=chunk,

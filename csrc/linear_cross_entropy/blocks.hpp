@@ -1,14 +1,14 @@
-// Blocks of 32 x 32 sums with AMX: what the products under linear + cross-entropy share.
+// Blocks of 32 x 32 sums: what the products under linear + cross-entropy share.
 //
-//     tile       16 rows x 64 bytes
-//     a0 a1      16 rows each x 32 steps of depth, bfloat16
-//     b0 b1      32 steps of depth, paired, x 16 columns each
-//     c00 .. c11 16 x 16 sums in float32 of each a tile with each b tile
+//     tile  16 rows x 64 bytes
+//     a     two tiles, 16 rows each x 32 steps of depth, bfloat16
+//     b     two tiles, 32 steps of depth, paired, x 16 columns each
+//     sums  four tiles, 16 x 16 in float32 of each a tile with each b tile
 #pragma once
 
-#include "simd/amx.hpp"
+#include "simd/bf16_product.hpp"
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 
 #include <immintrin.h>
 
@@ -23,12 +23,10 @@ namespace lmkern {
 
 constexpr int64_t kSide = 32;    // rows, columns and depth of a step
 constexpr int64_t kStep = 1024;  // bfloat16 elements of the two tiles of a step
-constexpr int64_t kTile = 512;   // and of one
+constexpr int64_t kTile = kBf16Tile;
 constexpr int64_t kSums = 1024;  // float32 elements of the four tiles of sums
 // What a task packs for itself of one factor, while all of the other goes by, stays in the second cache.
 constexpr int64_t kPackedBytes = int64_t{512} << 10;
-
-enum Tile { a0, a1, b0, b1, c00, c01, c10, c11 };
 
 inline int64_t sides(int64_t n) {
     return ceil_div(n, kSide);
@@ -61,32 +59,10 @@ struct BlockRows {
 
 // The four tiles of one block = a b over `depth` steps, or += with `accumulate`. The tiles of b lie one after
 // the other.
-inline void add_block(BlockRows a, const uint16_t* b, int64_t depth, bool accumulate, float* sums) {
-    if (accumulate) {
-        tile_load<c00>(sums, kTileRowBytes);
-        tile_load<c01>(sums + 256, kTileRowBytes);
-        tile_load<c10>(sums + 512, kTileRowBytes);
-        tile_load<c11>(sums + 768, kTileRowBytes);
-    } else {
-        tile_zero<c00>();
-        tile_zero<c01>();
-        tile_zero<c10>();
-        tile_zero<c11>();
-    }
-    for (int64_t step = 0; step < depth; ++step, a.upper += a.stride, a.lower += a.stride, b += kStep) {
-        tile_load<a0>(a.upper, kTileRowBytes);
-        tile_load<b0>(b, kTileRowBytes);
-        tile_product<c00, a0, b0>();
-        tile_load<b1>(b + kTile, kTileRowBytes);
-        tile_product<c01, a0, b1>();
-        tile_load<a1>(a.lower, kTileRowBytes);
-        tile_product<c10, a1, b0>();
-        tile_product<c11, a1, b1>();
-    }
-    tile_store<c00>(sums, kTileRowBytes);
-    tile_store<c01>(sums + 256, kTileRowBytes);
-    tile_store<c10>(sums + 512, kTileRowBytes);
-    tile_store<c11>(sums + 768, kTileRowBytes);
+inline void add_block(const BlockRows& a, const uint16_t* b, int64_t depth, bool accumulate, float* sums) {
+    auto bf16 = [](const uint16_t* bits) { return reinterpret_cast<const bfloat16*>(bits); };
+    bf16_block<1>({bf16(a.upper), bf16(a.lower), kSide, a.stride}, {bf16(b), kStep, kTile}, depth,
+                  {{sums, sums + 256, sums + 512, sums + 768}, 16}, accumulate);
 }
 
 // Rows of a that are packed in steps, the two tiles of each side by side.

@@ -1,26 +1,26 @@
-// Attention's products on AMX tiles; see operands.hpp.
+// Attention's products of bfloat16 pairs, on AMX tiles where there are some; see operands.hpp.
 #pragma once
 
 #include "attention/operands.hpp"
-#include "simd/amx_product.hpp"
+#include "simd/bf16_product.hpp"
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 
 namespace lmkern {
 
 // T: bfloat16, or float32 in three parts.
 template <class T_>
-struct AmxEngine {
+struct Bf16Engine {
     using T = T_;
     using C = float;
     using Operand = bfloat16;
-    using Left = AmxLeft;
-    using Right = AmxRight;
-    using Session = AmxTiles;
+    using Left = Bf16Left;
+    using Right = Bf16Right;
+    using Session = Bf16Session;
 
     static constexpr int64_t kParts = sizeof(T) == 4 ? 3 : 1;
     // Elements of a tile, and of 32 numbers of a row, with all parts.
-    static constexpr int64_t kTile = kParts * kAmxTile, kGroup = kParts * 32;
+    static constexpr int64_t kTile = kParts * kBf16Tile, kGroup = kParts * 32;
     static constexpr int64_t kStep = 32;
     static constexpr int64_t kQueries = 32;
     static constexpr int64_t kStrip = 64, kKeys = 256, kKeysWeighed = kParts == 1 ? 512 : 256;
@@ -51,7 +51,7 @@ struct AmxEngine {
                 __m512 sum = _mm512_setzero_ps();
                 for (int64_t d = 0; d < D; d += 32) {
                     __m512i v[kParts];
-                    amx_load_row(row, d, D, v);
+                    bf16_load_row(row, d, D, v);
                     for (int64_t p = 0; p < kParts; ++p)
                         _mm512_store_si512(to + (i + r) * width(D) + group(d) + 32 * p, v[p]);
                     facts.element(v[0]);
@@ -97,11 +97,11 @@ struct AmxEngine {
         Facts facts;
         alignas(64) bfloat16 scratch[32 * 256 * kParts];
         for (int64_t i = 0; i < rows; i += 32) {
-            const AmxLeft source = whole_rows(from, i, rows, D, scratch);
+            const Bf16Left source = whole_rows(from, i, rows, D, scratch);
             for (int64_t half = 0; half < 32; half += 16) {
                 __m512 norms = _mm512_setzero_ps();
                 // Tile after tile along the depth, of each the parts.
-                for (int64_t k = 0; k < width(D); k += 32, to += kAmxTile) {
+                for (int64_t k = 0; k < width(D); k += 32, to += kBf16Tile) {
                     __m512i block[16];
 #pragma GCC unroll 16
                     for (int j = 0; j < 16; ++j)
@@ -130,9 +130,9 @@ struct AmxEngine {
         Facts facts;
         alignas(64) bfloat16 scratch[32 * 256 * kParts];
         for (int64_t i = 0; i < rows; i += 32) {
-            const AmxLeft source = whole_rows(from, i, rows, D, scratch, clean);
+            const Bf16Left source = whole_rows(from, i, rows, D, scratch, clean);
             for (int64_t d = 0; d < columns(D); d += 16)
-                for (int64_t part = 0; part < kParts; ++part, to += kAmxTile) {
+                for (int64_t part = 0; part < kParts; ++part, to += kBf16Tile) {
                     __m512i block[16];
                     pairs(source, d, part, row_by_turns, block);
 #pragma GCC unroll 16
@@ -167,10 +167,10 @@ struct AmxEngine {
             _mm512_store_si512(place, rounded(a, b));
         } else {
             __m512i first[3], second[3];
-            amx_split(bit_cast<__m512>(a), first);
-            amx_split(bit_cast<__m512>(b), second);
+            bf16_split(bit_cast<__m512>(a), first);
+            bf16_split(bit_cast<__m512>(b), second);
             for (int64_t p = 0; p < kParts; ++p)
-                _mm512_store_si512(place + 32 * p, amx_by_turns(first[p], second[p]));
+                _mm512_store_si512(place + 32 * p, bf16_by_turns(first[p], second[p]));
         }
     }
     // Plus the 32 elements that lie there.
@@ -191,10 +191,10 @@ struct AmxEngine {
         } else {
             for (int64_t half = 0; half < 2; ++half) {
                 __m512i even[3], odd[3];
-                amx_split(bit_cast<__m512>(v[half]), even);
-                amx_split(bit_cast<__m512>(v[2 + half]), odd);
+                bf16_split(bit_cast<__m512>(v[half]), even);
+                bf16_split(bit_cast<__m512>(v[2 + half]), odd);
                 for (int64_t p = 0; p < kParts; ++p)
-                    _mm512_store_si512(tile + half * kTile + p * kAmxTile, amx_by_turns(even[p], odd[p]));
+                    _mm512_store_si512(tile + half * kTile + p * kBf16Tile, bf16_by_turns(even[p], odd[p]));
             }
         }
     }
@@ -234,7 +234,7 @@ struct AmxEngine {
 
     static void product(Left a, Right b, int64_t rows, int64_t columns, int64_t depth, Block<float> c,
                         bool accumulate) {
-        amx_product<kParts>(a, b, rows, columns, round_up(depth, 32), c.data, c.stride, accumulate);
+        bf16_product<kParts>(a, b, rows, columns, round_up(depth, 32), c.data, c.stride, accumulate);
     }
 
 private:
@@ -311,8 +311,8 @@ private:
 
     // 32 rows from row i on that may be read to the full width: the matrix itself where it is whole there,
     // else a copy.
-    static AmxLeft whole_rows(Matrix<const T> from, int64_t i, int64_t rows, int64_t D, bfloat16* scratch,
-                              bool clean = false) {
+    static Bf16Left whole_rows(Matrix<const T> from, int64_t i, int64_t rows, int64_t D, bfloat16* scratch,
+                               bool clean = false) {
         if constexpr (kParts == 1)
             if (from.column_stride == 1 && D % 32 == 0 && i + 32 <= rows && !clean) {
                 for (int64_t r = i; r < i + 32; ++r) prefetch_row(from, r + kRowsAhead, rows, D);
@@ -326,9 +326,9 @@ private:
 
     // One part of 16 columns of 32 rows as pairs; row(i): the row that stands in place i.
     template <class Row>
-    static void pairs(AmxLeft rows, int64_t column, int64_t part, const Row& row, __m512i block[16]) {
+    static void pairs(Bf16Left rows, int64_t column, int64_t part, const Row& row, __m512i block[16]) {
         const bfloat16* first = rows.data + group(column) + 32 * part + column % 32;
-        amx_pairs(
+        bf16_pairs(
             [&](int i) {
                 return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + row(i) * rows.stride));
             },
