@@ -9,7 +9,7 @@
 #include "core/workspace.hpp"
 
 #if defined(__SSE2__)
-#include <immintrin.h>
+#include <xmmintrin.h>
 #endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
