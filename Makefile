@@ -31,7 +31,7 @@ demo: $(READY)
 	$(BIN)/lmkern demo $(DATA) --minutes $(MINUTES) $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadscope $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder $(ARGS)
 
 lint: $(LINT_READY)
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

@@ -22,6 +22,18 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 THREADS = 2
 
+# Files that take half a minute and more, begun first: one that is left for the end has a core to itself.
+LONGEST = (
+    "test_triton_compile", "test_cuda_build", "test_attention_torch", "test_attention_packed", "test_gpu",
+    "test_attention_features", "test_attention", "test_linear_cross_entropy", "test_triton_attention",
+    "test_cross_entropy_torch",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
+
 
 @pytest.fixture(autouse=True)
 def known_state() -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 
 from lmkern.kernels import backends, native, triton_runtime
 from lmkern.testing.interpreter import quicken
+from lmkern.testing.shapes import AttentionShape
 
 Item = TypeVar("Item")
 
@@ -59,6 +60,10 @@ class Target:
     def some(self, items: Iterable[Item], step: int) -> list[Item]:
         """The items; of a slow target every step-th of them."""
         return list(items)[:: step if self.slow else 1]
+
+    def lighter(self, shape: AttentionShape) -> AttentionShape:
+        """The shape, of an even number of heads; of a slow target with half of them, in groups as large."""
+        return replace(shape, H=shape.H // 2, H_kv=shape.H_kv // 2) if self.slow else shape
 
     def takes(self, dtype: torch.dtype, **options: Any) -> bool:
         """Whether the backend takes this dtype and these options of the call; a missing one is said to.

@@ -82,6 +82,7 @@ def run(
 def errors(
     target: Target, shape: AttentionShape, features: AttentionFeatures, dtype: torch.dtype, seed: int = 0
 ) -> dict[str, Errors]:
+    shape = target.lighter(shape)
     return attention_errors(run(target, shape, features, dtype, seed), shape, features, dtype, seed)
 
 
