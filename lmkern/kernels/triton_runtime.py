@@ -25,6 +25,7 @@ NOTE = "has not been run on a GPU yet; its tests ran in Triton's interpreter"
 INTERPRETED_PROGRAMS = 3
 
 
+@cache
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET, read when Triton is imported)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
@@ -54,25 +55,25 @@ def unsupported(call: Call, *, float64: bool = False) -> str | None:
     """
     if reason := unavailable():
         return reason
-    tensors = [x for x in call.tensors.values() if x is not None]
-    for x in tensors:
-        if x.dtype not in DTYPES and not (float64 and x.dtype == torch.float64):
-            return f"takes float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
-    device = tensors[0].device
-    if interpreted():
-        # The interpreter is a thousand times slower than any other backend: never an automatic choice.
-        return (
-            None
-            if call.backend == "triton"
-            else "is Triton's interpreter here; ask for it with backend='triton'"
-        )
-    if device.type != "cuda":
-        return f"needs tensors on a GPU; these are on {device}"
-    return _too_old(device.index or 0)
+    device = None
+    for x in call.tensors.values():
+        if x is not None:
+            if x.dtype not in DTYPES and not (float64 and x.dtype == torch.float64):
+                return f"takes float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
+            device = device or x.device
+    if not interpreted():
+        return _unfit(device)
+    # The interpreter is a thousand times slower than any other backend: never an automatic choice.
+    return (
+        None if call.backend == "triton" else "is Triton's interpreter here; ask for it with backend='triton'"
+    )
 
 
 @cache
-def _too_old(device: int) -> str | None:
+def _unfit(device: torch.device) -> str | None:
+    """Why Triton cannot launch kernels on this device; None when it can."""
+    if device.type != "cuda":
+        return f"needs tensors on a GPU; these are on {device}"
     if torch.version.hip is not None:
         return None
     major, minor = torch.cuda.get_device_capability(device)

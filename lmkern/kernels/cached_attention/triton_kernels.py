@@ -3,11 +3,11 @@
 # Triton compiles these functions; annotations would be read as types of arguments.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
-import triton
 import triton.language as tl
 
 from lmkern.kernels.attention.triton_parts import dot, exp, unit_of
 from lmkern.kernels.triton_kernels import rounded, tanh
+from lmkern.kernels.triton_launch import kernel
 
 # Values that change from call to call: a kernel is not compiled again for them.
 RUNTIME = [
@@ -16,7 +16,7 @@ RUNTIME = [
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel(do_not_specialize=RUNTIME)
 def split_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn, stride_qd,  # (B, H, N_q, D)
     k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,  # (B, H_kv, N_max or page_size, D)
@@ -115,7 +115,7 @@ def split_kernel(
     tl.store(sums_ptr + results[:, None] * D + columns[None, :], acc, mask=q_inside)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel(do_not_specialize=RUNTIME)
 def combine_kernel(
     out_ptr, stride_ob, stride_oh, stride_on, stride_od,  # (B, H, N_q, D)
     lse_ptr,  # (B, H, N_q), contiguous

@@ -3,13 +3,13 @@
 # Triton compiles these functions; annotations would be read as types of arguments.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
-import triton
 import triton.language as tl
 
 from lmkern.kernels.triton_kernels import rounded, wide
+from lmkern.kernels.triton_launch import kernel
 
 
-@triton.jit(do_not_specialize=["N", "P", "offset", "token_blocks"])
+@kernel(do_not_specialize=["N", "P", "offset", "token_blocks"])
 def forward_kernel(
     x_ptr, stride_xb, stride_xh, stride_xn, stride_xd,  # (B, H, N, D)
     y_ptr, stride_yb, stride_yh, stride_yn, stride_yd,  # (B, H, N, D); may be x
