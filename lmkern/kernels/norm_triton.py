@@ -73,7 +73,7 @@ def forward(
     rstd = x.new_empty(rows, dtype=statistics_dtype(x))
     mean = torch.empty_like(rstd) if centred else None
     dropout = _dropout(dropout_p, seed)
-    options = constants("forward", width, x.element_size(), tuning.architecture(x.device))
+    options = constants("forward", width, x.dtype.itemsize, x.device)
     held = _held("forward", width, seed is not None)
     kernel = triton_kernels.forward_kernel if held else triton_kernels.wide_forward_kernel
     if programs := -(-rows // options["BLOCK_R"]):
@@ -117,7 +117,7 @@ def backward(
                 *results, *dropout, rows, width, offset, **options,
             )  # fmt: skip
 
-    kind = h.element_size(), tuning.architecture(h.device)
+    kind = h.dtype.itemsize, h.device
     by_row, sums, dropped = any(needs[:2]), any(needs[2:]), seed is not None
     fused = by_row and sums and _held("backward", width, dropped)
     if by_row and not fused:
@@ -139,13 +139,15 @@ def backward(
     return dx, dresidual, dweight, dbias
 
 
+@tuning.remembered
 def constants(
-    kernel: str, width: int, itemsize: int, architecture: str, *, dropout: bool = False
+    kernel: str, width: int, itemsize: int, device: torch.device, *, dropout: bool = False
 ) -> dict[str, int]:
     """The compile-time arguments of a kernel for rows of this width and elements of so many bytes.
 
     kernel: "forward"; "backward", dx or dresidual with the sums; "rows", those alone; "sums", these alone.
     """
+    architecture = tuning.architecture(device)
     if kernel == "sums":
         width = min(width, SUMS_BLOCK)
     held = kernel == "sums" or _held(kernel, width, dropout)

@@ -90,6 +90,34 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+Layout = tuple[Tensor | None, int, int, int, int]
+
+
+def strided(*tensors: Tensor | None) -> tuple[int, list[Layout]]:
+    """GRAIN, and each tensor (B, H, N, D) followed by its strides, as kernels take them: all but the last are
+    counted in GRAIN elements, and 0 along dimensions of size 1.
+
+    GRAIN is the most elements, up to 16, that all these strides are multiples of: a property of a layout and
+    its head_dim. A stride over heads is one of the length too, and Triton, which would look at each stride,
+    would compile anew for it.
+    """
+    outer = [(0, 0, 0, 0) if x is None else _outer(x) for x in tensors]
+    bits = 0
+    for b, h, n, _ in outer:
+        bits |= b | h | n
+    # The lowest bit that any of them has.
+    grain = bits & -bits & 15 or 16
+    return grain, [
+        (x, b // grain, h // grain, n // grain, d) for x, (b, h, n, d) in zip(tensors, outer, strict=True)
+    ]
+
+
+def _outer(x: Tensor) -> tuple[int, int, int, int]:
+    """x's strides, 0 along the dimensions of size 1 but the last."""
+    (B, H, N, _), (b, h, n, d) = x.shape, x.stride()
+    return b if B > 1 else 0, h if H > 1 else 0, n if N > 1 else 0, d
+
+
 def device_of(x: Tensor) -> AbstractContextManager[None]:
     """Makes x's GPU the current one, where Triton launches; nothing for a CPU tensor."""
     return torch.cuda.device_of(x)

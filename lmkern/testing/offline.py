@@ -21,7 +21,6 @@ from unittest import mock
 
 from lmkern.kernels import triton_runtime, tuning
 
-
 _numbers = count()
 
 
@@ -128,12 +127,16 @@ def launching(architecture: str, launcher: Callable[..., None]) -> Iterator[None
         compiled._run = partial(launcher, compiled)
         return compiled
 
+    # As quick as what it stands for: time may be taken within.
+    def no_reason(*_: Any) -> None:
+        return None
+
     # A device of its own: what is kept for one is not what a compiler made.
     device = Driver(architecture, f"{architecture}, launched {next(_numbers)}")
     with (
         tuning.assume(architecture),
-        mock.patch.object(triton_runtime, "unavailable", return_value=None),
-        mock.patch.object(triton_runtime, "_unfit", return_value=None),
+        mock.patch.object(triton_runtime, "unavailable", no_reason),
+        mock.patch.object(triton_runtime, "_unfit", no_reason),
         mock.patch.object(triton.compiler, "compile", compile),
         mock.patch.object(driver, "_active", device),
         mock.patch("torch.version.hip", None if architecture.startswith("sm_") else "offline"),

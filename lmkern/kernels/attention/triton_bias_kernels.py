@@ -15,12 +15,12 @@ from lmkern.kernels.attention.triton_parts import (
     kept_anywhere,
     load,
     load_statistics,
-    long,
     offset_of,
     scored,
     unit_of,
     visible,
 )
+from lmkern.kernels.triton_kernels import long
 from lmkern.kernels.triton_launch import kernel
 
 

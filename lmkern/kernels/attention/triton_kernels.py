@@ -18,7 +18,6 @@ from lmkern.kernels.attention.triton_parts import (
     key_range,
     load,
     load_statistics,
-    long,
     offset_of,
     query_range,
     scored,
@@ -27,7 +26,7 @@ from lmkern.kernels.attention.triton_parts import (
     unit_of,
     visible,
 )
-from lmkern.kernels.triton_kernels import rounded, wide
+from lmkern.kernels.triton_kernels import long, rounded, wide
 from lmkern.kernels.triton_launch import kernel
 
 # Values that change from call to call: a kernel is not compiled again for them.

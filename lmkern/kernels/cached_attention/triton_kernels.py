@@ -13,6 +13,7 @@ from lmkern.kernels.triton_launch import kernel
 RUNTIME = [
     "H", "H_kv", "N_q", "N_max", "splits", "pages", "page_size", "stride_table", "left",
     "softmax_scale", "softcap",
+    *(f"stride_{tensor}{dimension}" for tensor in "qkvo" for dimension in "bhn"),
 ]  # fmt: skip
 
 
@@ -29,6 +30,7 @@ def split_kernel(
     H, H_kv, N_q, N_max, splits,
     left, softmax_scale, softcap,  # left, softcap: None without
     D: tl.constexpr,
+    GRAIN: tl.constexpr,  # elements that strides but the last are counted in
     SPLIT: tl.constexpr,  # keys of a program, a multiple of BLOCK_N
     BLOCK_M: tl.constexpr,  # rows: the queries of all heads that share a key
     BLOCK_N: tl.constexpr,  # keys
@@ -60,7 +62,7 @@ def split_kernel(
 
     q_rows = (
         batch.to(tl.int64) * stride_qb + heads.to(tl.int64) * stride_qh + queries.to(tl.int64) * stride_qn
-    )
+    ) * GRAIN
     q_inside = there[:, None] & (columns < D)[None, :]
     q = tl.load(q_ptr + q_rows[:, None] + columns[None, :] * stride_qd, mask=q_inside, other=0.0)
     if alibi_ptr is not None:
@@ -81,7 +83,7 @@ def split_kernel(
             holder = batch.to(tl.int64)
             places = keys.to(tl.int64)
         inside = used[:, None] & (columns < D)[None, :]
-        k_rows = holder * stride_kb + head_kv.to(tl.int64) * stride_kh + places * stride_kn
+        k_rows = (holder * stride_kb + head_kv.to(tl.int64) * stride_kh + places * stride_kn) * GRAIN
         k = tl.load(k_ptr + k_rows[:, None] + columns[None, :] * stride_kd, mask=inside, other=0.0)
         scores = dot(q, tl.trans(k), None)
         if softcap is not None:
@@ -102,7 +104,7 @@ def split_kernel(
         weights = exp(scores - subtract[:, None], q.dtype)
         rescale = exp(row_max - subtract, q.dtype)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
-        v_rows = holder * stride_vb + head_kv.to(tl.int64) * stride_vh + places * stride_vn
+        v_rows = (holder * stride_vb + head_kv.to(tl.int64) * stride_vh + places * stride_vn) * GRAIN
         v = tl.load(v_ptr + v_rows[:, None] + columns[None, :] * stride_vd, mask=inside, other=0.0)
         acc = dot(rounded(weights, v.dtype), v, acc * rescale[:, None])
         row_max = new_max
@@ -124,6 +126,7 @@ def combine_kernel(
     sinks_ptr,  # (H,) or None
     H, N_q, splits,
     D: tl.constexpr,
+    GRAIN: tl.constexpr,  # elements that strides but the last are counted in
     BLOCK_S: tl.constexpr,  # ranges
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -164,5 +167,5 @@ def combine_kernel(
     total = tl.where(empty, 1.0, total)
     lse = tl.where(empty, float("-inf"), total_max / unit + tl.log(total))
     tl.store(lse_ptr + row, lse)
-    out = out_ptr + batch * stride_ob + head * stride_oh + query * stride_on
+    out = out_ptr + (batch * stride_ob + head * stride_oh + query * stride_on) * GRAIN
     tl.store(out + columns * stride_od, rounded(acc / total, dtype), mask=columns < D)
