@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -23,6 +23,8 @@ NOTE = "has not been run on a GPU yet; its tests ran in Triton's interpreter"
 
 # Programs of a persistent kernel under the interpreter: more than one, so that partial sums are summed.
 INTERPRETED_PROGRAMS = 3
+
+_HERE = nullcontext()
 
 
 @cache
@@ -119,5 +121,6 @@ def _outer(x: Tensor) -> tuple[int, int, int, int]:
 
 
 def device_of(x: Tensor) -> AbstractContextManager[None]:
-    """Makes x's GPU the current one, where Triton launches; nothing for a CPU tensor."""
-    return torch.cuda.device_of(x)
+    """Makes x's GPU the current one, where Triton launches; nothing where it is, and for a CPU tensor."""
+    device = x.get_device()
+    return _HERE if device < 0 or device == torch.cuda.current_device() else torch.cuda.device(device)
