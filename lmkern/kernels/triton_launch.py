@@ -23,6 +23,10 @@ except ImportError:  # A Triton unlike those known here: all launches are its ow
     native_specialize_impl = None
 
 
+# Versions whose launchers take arguments as `Kernel` gives them, without the way around through hooks.
+KNOWN = triton.__version__.startswith(("3.6.", "3.7."))
+
+
 def kernel(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """triton.jit, with its options, for a kernel that is launched from Python."""
     if function is None:
@@ -76,9 +80,22 @@ class Kernel:
                 self.compiled[key] = compiled, self._rest(len(arguments), constants)
             return compiled
         compiled, rest = found
-        compiled[(*grid, 1, 1)](*arguments, *rest)
+        if not KNOWN or _calls(knobs.runtime.launch_enter_hook) or _calls(knobs.runtime.launch_exit_hook):
+            compiled[(*grid, 1, 1)](*arguments, *rest)
+            return compiled
+        x, y, z, *_ = (*grid, 1, 1)
+        stream = driver.active.get_current_stream(device)
+        # The three None: what hooks are told, and the hooks.
+        compiled.run(
+            x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *rest
+        )
         return compiled
 
     def _rest(self, given: int, constants: dict[str, Any]) -> tuple[Any, ...]:
         """The compile-time arguments in their order, which the launcher counts and does not read."""
         return tuple(constants.get(x.name, x.default) for x in self.function.params[given:])
+
+
+def _calls(hook: Any) -> bool:
+    """Whether a hook, or a chain of them, would call anything."""
+    return bool(getattr(hook, "calls", hook))
