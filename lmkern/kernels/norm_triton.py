@@ -5,6 +5,7 @@ No atomics: forward and backward give the same bits every time.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def backward(
     dropout = _dropout(dropout_p, seed)
 
     def launch(
-        kernel: Any, grid: tuple[int, int], results: tuple[Tensor | None, ...], options: dict[str, int]
+        kernel: Any, grid: tuple[int, int], results: tuple[Tensor | None, ...], options: Mapping[str, int]
     ) -> None:
         if not all(grid):
             return
@@ -172,7 +173,7 @@ def _held(kernel: str, width: int, dropout: bool) -> bool:
     return width <= most
 
 
-def _programs(h: Tensor, kernel: str, options: dict[str, int], blocks: int) -> int:
+def _programs(h: Tensor, kernel: str, options: Mapping[str, int], blocks: int) -> int:
     """Programs that share the rows of a block of columns: as many as are resident at once."""
     resident = triton_runtime.processors(h.device) * RESIDENT[kernel].get(options["num_warps"], 4)
     return min(-(-h.shape[0] // options["BLOCK_R"]), max(1, resident // max(1, blocks)))

@@ -13,18 +13,14 @@ from itertools import repeat
 from typing import Any
 
 import triton
-from triton.runtime.driver import driver
 
-try:
+# Versions whose ways `Kernel` knows. Any other makes all launches itself.
+KNOWN = triton.__version__.startswith(("3.6.", "3.7."))
+if KNOWN:
     from triton import knobs
     from triton.compiler import CompiledKernel
+    from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction, native_specialize_impl
-except ImportError:  # A Triton unlike those known here: all launches are its own.
-    native_specialize_impl = None
-
-
-# Versions whose launchers take arguments as `Kernel` gives them, without the way around through hooks.
-KNOWN = triton.__version__.startswith(("3.6.", "3.7."))
 
 
 def kernel(function: Callable[..., Any] | None = None, **options: Any) -> Any:
@@ -49,9 +45,9 @@ class Kernel:
     def __init__(self, function: Any) -> None:
         self.function = function
         self.compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
-        # None: every launch is Triton's own, in its interpreter for one.
+        # None: every launch is Triton's own, as in its interpreter.
         self.flags: list[list[bool]] | None = None
-        if native_specialize_impl is not None and isinstance(function, JITFunction):
+        if KNOWN and isinstance(function, JITFunction):
             arguments = [x for x in function.params if not x.is_constexpr]
             self.flags = [
                 [x.is_const for x in arguments],
@@ -64,7 +60,7 @@ class Kernel:
 
     def launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> Any:
         """The compiled kernel; None under Triton's interpreter."""
-        if self.flags is None or self.function.pre_run_hooks or knobs.runtime.add_stages_inspection_hook:
+        if self.flags is None or self._watched():
             return self.function[grid](*arguments, **constants)
         device = driver.active.get_current_device()
         backend = self.function.device_caches[device][3]
@@ -74,18 +70,17 @@ class Kernel:
         )  # fmt: skip
         found = self.compiled.get(key)
         if found is None:
+            if len(arguments) != len(self.flags[0]):
+                raise TypeError(f"{self.function}: give compile-time arguments, and them alone, by name")
             compiled = self.function[grid](*arguments, **constants)
             # Neither what a test or a hook returns in its place, nor what is still being compiled.
             if isinstance(compiled, CompiledKernel):
                 self.compiled[key] = compiled, self._rest(len(arguments), constants)
             return compiled
         compiled, rest = found
-        if not KNOWN or _calls(knobs.runtime.launch_enter_hook) or _calls(knobs.runtime.launch_exit_hook):
-            compiled[(*grid, 1, 1)](*arguments, *rest)
-            return compiled
         x, y, z, *_ = (*grid, 1, 1)
         stream = driver.active.get_current_stream(device)
-        # The three None: what hooks are told, and the hooks.
+        # None: what hooks are told, and the hooks.
         compiled.run(
             x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *rest
         )
@@ -95,7 +90,14 @@ class Kernel:
         """The compile-time arguments in their order, which the launcher counts and does not read."""
         return tuple(constants.get(x.name, x.default) for x in self.function.params[given:])
 
-
-def _calls(hook: Any) -> bool:
-    """Whether a hook, or a chain of them, would call anything."""
-    return bool(getattr(hook, "calls", hook))
+    def _watched(self) -> bool:
+        """Whether a hook is to be called at a launch, or changes what is compiled."""
+        runtime = knobs.runtime
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        # None, one function, or a chain of them.
+        return bool(
+            getattr(enter, "calls", enter)
+            or getattr(leave, "calls", leave)
+            or runtime.add_stages_inspection_hook
+            or self.function.pre_run_hooks
+        )
