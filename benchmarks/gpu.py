@@ -113,7 +113,6 @@ def plan() -> Iterator[Step]:
             command = (sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *pytest(name))
             step = f"compute-sanitizer {name}"
             yield Step("test", step, command, SLOW, about, backend_of(name), alone=False)
-    yield Step("bench", HOST_TIME, python("-m", "benchmarks.host_time"), SLOW)
     for file, direction, backend in gpu_benchmarks():
         op = Path(file).stem.removeprefix("bench_")
         command = pytest(
@@ -121,6 +120,7 @@ def plan() -> Iterator[Step]:
             "--benchmark-enable", "--record", "--tested", "make gpu-test",
         )  # fmt: skip
         yield Step("bench", f"{op} {direction} {backend}", command, BENCH, op, backend)
+    yield Step("report", HOST_TIME, python("-m", "benchmarks.host_time"), SLOW)
     yield Step("report", "pages", python("-m", "benchmarks.report"), SLOW)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -22,9 +21,6 @@ Gradients = tuple[Tensor | None, ...]
 _FIELDS = [field.name for field in dataclasses.fields(Options)]
 _SCALARS, _TENSORS = _FIELDS[: _FIELDS.index("seed")], _FIELDS[_FIELDS.index("seed") :]
 _DIFFERENTIABLE = ("bias", "relative_bias", "sinks")
-_fields, _scalars, _tensors, _differentiable = (
-    attrgetter(*names) for names in (_FIELDS, _SCALARS, _TENSORS, _DIFFERENTIABLE)
-)
 _POSITIONS = (0, 1, 2, *(3 + _FIELDS.index(name) for name in _DIFFERENTIABLE))
 _OPTIONS = (
     "float softmax_scale, SymInt? left, SymInt? right, bool top_left, float softcap, float dropout_p, "
@@ -35,9 +31,9 @@ _OPTIONS = (
 
 def attend(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str | None) -> tuple[Tensor, Tensor]:
     """out and lse."""
-    if not direct(q, k, v, *_tensors(options)):
-        return torch.ops.lmkern.attention(q, k, v, *_fields(options), backend)  # type: ignore[no-any-return]
-    differentiable = (q, k, v, *_differentiable(options))
+    if not direct(q, k, v, *_of(options, _TENSORS)):
+        return torch.ops.lmkern.attention(q, k, v, *_of(options, _FIELDS), backend)  # type: ignore[no-any-return]
+    differentiable = (q, k, v, *_of(options, _DIFFERENTIABLE))
     if wants_gradient(*differentiable):
         return _Attention.apply(*differentiable, options, backend)  # type: ignore[no-any-return]
     return _forward(q, k, v, options, backend)
@@ -93,7 +89,7 @@ class _Attention(torch.autograd.Function):
         rest = (options, ctx.backend, ctx.needs_input_grad[:6])
         # Gradients are on in here where the caller asked for a graph of them, and nowhere else.
         if torch.is_grad_enabled():
-            differentiable = _differentiable(options)
+            differentiable = _of(options, _DIFFERENTIABLE)
             gradients = _Backward.apply(dout, dlse, q, k, v, out, lse, *differentiable, *rest)
         else:
             gradients = _backward(dout, dlse, q, k, v, out, lse, *rest)
@@ -119,7 +115,7 @@ class _Backward(torch.autograd.Function):
         *saved, options = _saved(ctx)
         q, k, v, dout, dlse = (_leaf(x) for x in saved)
         options = dataclasses.replace(options, **{n: _leaf(getattr(options, n)) for n in _DIFFERENTIABLE})
-        inputs = (q, k, v, *_differentiable(options))
+        inputs = (q, k, v, *_of(options, _DIFFERENTIABLE))
         with torch.enable_grad():
             first = _vjp(reference.attention(q, k, v, options), (dout, dlse), inputs)
             ddout, ddlse, dq, dk, dv, *others = _vjp(first, directions, (dout, dlse, *inputs))
@@ -136,14 +132,18 @@ def _save(
     options: Options,
     backend: str | None,
 ) -> None:
-    ctx.scalars, ctx.backend = _scalars(options), backend
-    ctx.save_for_backward(q, k, v, *further, *_tensors(options))
+    ctx.scalars, ctx.backend = _of(options, _SCALARS), backend
+    ctx.save_for_backward(q, k, v, *further, *_of(options, _TENSORS))
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
     """q, k, v, the two further tensors and the options."""
     q, k, v, first, second, *tensors = ctx.saved_tensors
     return q, k, v, first, second, Options(*ctx.scalars, *tensors)
+
+
+def _of(options: Options, names: Sequence[str]) -> list[Any]:
+    return [getattr(options, name) for name in names]
 
 
 def _leaf(x: Tensor | None) -> Any:
@@ -209,7 +209,7 @@ def _(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     *fields, _, needs = rest
-    inputs = zip((q, k, v, *_differentiable(Options(*fields))), needs, strict=True)
+    inputs = zip((q, k, v, *_of(Options(*fields), _DIFFERENTIABLE)), needs, strict=True)
     return tuple(torch.empty_like(x) if x is not None and need else dout.new_empty(0) for x, need in inputs)
 
 
@@ -224,7 +224,7 @@ def _registered_gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) ->
     dout = torch.zeros_like(out) if dout is None else dout
     needs = [ctx.needs_input_grad[position] for position in _POSITIONS]
     gradients = torch.ops.lmkern.attention_backward(
-        dout, dlse, q, k, v, out, lse, *_fields(options), ctx.backend, needs
+        dout, dlse, q, k, v, out, lse, *_of(options, _FIELDS), ctx.backend, needs
     )
     placed: list[Tensor | None] = [None] * (3 + len(_FIELDS) + 1)
     for position, gradient, need in zip(_POSITIONS, gradients, needs, strict=True):
