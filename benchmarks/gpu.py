@@ -51,8 +51,8 @@ LARGE = "2_31_elements"
 UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h
 NOTHING_SELECTED = 5  # pytest's
 PASSED, FAILED, HUNG = "passed", "failed", "hung"
-# The step that says what can run here.
-DOCTOR = "doctor"
+# The step that says what can run here, and the one that says what calls cost the host: printed whole.
+DOCTOR, HOST_TIME = "doctor", "host time"
 GPU_BACKENDS = ("triton", "cuda")
 # The ops whose rows are wanted most, should the time not be enough for all.
 FIRST = ("attention", "layer_norm", "rms_norm", "add_norm", "linear_cross_entropy")
@@ -120,6 +120,7 @@ def plan() -> Iterator[Step]:
             "--benchmark-enable", "--record", "--tested", "make gpu-test",
         )  # fmt: skip
         yield Step("bench", f"{op} {direction} {backend}", command, BENCH, op, backend)
+    yield Step("report", HOST_TIME, python("-m", "benchmarks.host_time"), SLOW)
     yield Step("report", "pages", python("-m", "benchmarks.report"), SLOW)
 
 
@@ -274,9 +275,10 @@ def run_stage(stage: str, steps: Sequence[Step], record: Record, deadline: float
                 return False
         record.keep(step, outcome)
         print(f"{outcome.status:6} {outcome.seconds:6.1f} s  {step.stage}: {step.name}", flush=True)
-        if outcome.status != PASSED or step.name == DOCTOR:
+        whole = step.name in (DOCTOR, HOST_TIME)
+        if outcome.status != PASSED or whole:
             lines = outcome.output.splitlines()
-            print("    " + "\n    ".join(lines if step.name == DOCTOR else lines[-12:]), flush=True)
+            print("    " + "\n    ".join(lines if whole else lines[-12:]), flush=True)
         return True
 
     # The longest first, or they would end alone.

@@ -167,16 +167,16 @@ def gpu_seconds(call: Call) -> float:
 @contextmanager
 def launched() -> Iterator[list[Any]]:
     """Collects the compiled kernels that are launched within it."""
-    import triton
+    from lmkern.kernels.triton_launch import Kernel
 
     kernels: list[Any] = []
-    original = triton.JITFunction.run
+    original = Kernel.launch
 
-    def run(*arguments: Any, **options: Any) -> Any:
-        kernels.append(original(*arguments, **options))
+    def launch(*arguments: Any, **constants: Any) -> Any:
+        kernels.append(original(*arguments, **constants))
         return kernels[-1]
 
-    with mock.patch.object(triton.JITFunction, "run", run):
+    with mock.patch.object(Kernel, "launch", launch):
         yield kernels
 
 

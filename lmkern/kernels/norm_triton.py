@@ -5,6 +5,7 @@ No atomics: forward and backward give the same bits every time.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def forward(
     rstd = x.new_empty(rows, dtype=statistics_dtype(x))
     mean = torch.empty_like(rstd) if centred else None
     dropout = _dropout(dropout_p, seed)
-    options = constants("forward", width, x.element_size(), tuning.architecture(x.device))
+    options = constants("forward", width, x.dtype.itemsize, x.device)
     held = _held("forward", width, seed is not None)
     kernel = triton_kernels.forward_kernel if held else triton_kernels.wide_forward_kernel
     if programs := -(-rows // options["BLOCK_R"]):
@@ -107,7 +108,7 @@ def backward(
     dropout = _dropout(dropout_p, seed)
 
     def launch(
-        kernel: Any, grid: tuple[int, int], results: tuple[Tensor | None, ...], options: dict[str, int]
+        kernel: Any, grid: tuple[int, int], results: tuple[Tensor | None, ...], options: Mapping[str, int]
     ) -> None:
         if not all(grid):
             return
@@ -117,7 +118,7 @@ def backward(
                 *results, *dropout, rows, width, offset, **options,
             )  # fmt: skip
 
-    kind = h.element_size(), tuning.architecture(h.device)
+    kind = h.dtype.itemsize, h.device
     by_row, sums, dropped = any(needs[:2]), any(needs[2:]), seed is not None
     fused = by_row and sums and _held("backward", width, dropped)
     if by_row and not fused:
@@ -139,13 +140,15 @@ def backward(
     return dx, dresidual, dweight, dbias
 
 
+@tuning.remembered
 def constants(
-    kernel: str, width: int, itemsize: int, architecture: str, *, dropout: bool = False
+    kernel: str, width: int, itemsize: int, device: torch.device, *, dropout: bool = False
 ) -> dict[str, int]:
     """The compile-time arguments of a kernel for rows of this width and elements of so many bytes.
 
     kernel: "forward"; "backward", dx or dresidual with the sums; "rows", those alone; "sums", these alone.
     """
+    architecture = tuning.architecture(device)
     if kernel == "sums":
         width = min(width, SUMS_BLOCK)
     held = kernel == "sums" or _held(kernel, width, dropout)
@@ -170,7 +173,7 @@ def _held(kernel: str, width: int, dropout: bool) -> bool:
     return width <= most
 
 
-def _programs(h: Tensor, kernel: str, options: dict[str, int], blocks: int) -> int:
+def _programs(h: Tensor, kernel: str, options: Mapping[str, int], blocks: int) -> int:
     """Programs that share the rows of a block of columns: as many as are resident at once."""
     resident = triton_runtime.processors(h.device) * RESIDENT[kernel].get(options["num_warps"], 4)
     return min(-(-h.shape[0] // options["BLOCK_R"]), max(1, resident // max(1, blocks)))

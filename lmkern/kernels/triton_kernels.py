@@ -22,6 +22,12 @@ def compute_dtype(dtype):
 
 
 @triton.jit
+def long(number):
+    """In 64 bits; the interpreter counts loops in Python's integers."""
+    return tl.full((), 0, tl.int64) + number
+
+
+@triton.jit
 def wide(x):
     """x in the dtype that it is computed in."""
     if INTERPRETED and x.dtype == tl.bfloat16:

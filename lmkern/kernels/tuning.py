@@ -16,11 +16,11 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 
@@ -39,11 +39,15 @@ LEAST_SHARED_MEMORY = 64 * 1024
 
 Key = tuple[str, str, str, str]
 Constants = Mapping[str, int]
+P = ParamSpec("P")
 
 # Set by `assume`, `override` and `observe`.
 _assumed: str | None = None
 _overrides: Mapping[Key, Constants] | None = None
 _observed: dict[Key, dict[str, int]] | None = None
+
+# What is kept of files and look-ups.
+_kept: list[Any] = []
 
 
 def lookup(op: str, kernel: str, architecture: str, shape_class: str, default: Constants) -> dict[str, int]:
@@ -66,6 +70,27 @@ def lookup(op: str, kernel: str, architecture: str, shape_class: str, default: C
         )
         return dict(default)
     return {**default, **chosen}
+
+
+def remembered(function: Callable[P, dict[str, Any]]) -> Callable[P, Mapping[str, Any]]:
+    """Keeps what a function makes of `lookup` for each of its arguments, until what that says may change.
+
+    All callers get one dictionary, to be read alone. Arguments: what constants depend on, never a length.
+    """
+    keep = cache(function)
+
+    @wraps(function)
+    def found(*arguments: P.args, **options: P.kwargs) -> Mapping[str, Any]:
+        # Who observes must see each look-up.
+        return keep(*arguments, **options) if _observed is None else function(*arguments, **options)  # type: ignore[arg-type]
+
+    _kept.append(keep)
+    return found
+
+
+def _forget() -> None:
+    for keep in _kept:
+        keep.cache_clear()
 
 
 def architecture(device: torch.device | None = None) -> str:
@@ -113,10 +138,12 @@ def override(constants: Mapping[Key, Constants]) -> Iterator[None]:
     """Within it these keys have these constants, all others their defaults: for searching."""
     global _overrides
     before, _overrides = _overrides, constants
+    _forget()
     try:
         yield
     finally:
         _overrides = before
+        _forget()
 
 
 @contextmanager
@@ -157,7 +184,7 @@ def save(path: Path, architecture: str, entries: Mapping[Key, Constants], about:
     sections[architecture] = {**about, "kernels": kernels}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"format": FORMAT, "architectures": sections})
-    _chosen.cache_clear()
+    _forget()
 
 
 @cache
@@ -171,6 +198,9 @@ def _chosen() -> dict[Key, dict[str, int]]:
     except (ValueError, OSError) as error:
         _warn_once(f"lmkern: {error}; the kernels' defaults are used: {REMEDY}")
         return {}
+
+
+_kept.append(_chosen)
 
 
 @cache

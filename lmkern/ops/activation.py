@@ -201,7 +201,7 @@ def _check(x: Tensor, bias: Tensor | None, function: str, gated: bool) -> None:
     if not x.dim() or (gated and x.shape[-1] % 2):
         width = "an even last dimension, gate and value side by side" if gated else "at least one dimension"
         raise ValueError(f"activation: x must have {width}; got {tuple(x.shape)}")
-    check_dtype("activation", "x", x)
+    check_dtype("activation", "x", x.dtype)
     if bias is None:
         return
     if tuple(bias.shape) != x.shape[-1:]:

@@ -140,8 +140,8 @@ def _check(
     step: int,
 ) -> None:
     """ValueError in words for what no backend can make sense of."""
-    check_dtype("adamw_", "param", param)
-    check_dtype("adamw_", "grad", grad)
+    check_dtype("adamw_", "param", param.dtype)
+    check_dtype("adamw_", "grad", grad.dtype)
     if not dense(param):
         raise ValueError(
             f"adamw_: param must be dense in memory; got {tuple(param.shape)} with strides {param.stride()}"

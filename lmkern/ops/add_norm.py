@@ -244,7 +244,7 @@ def _check(
         raise ValueError("add_norm: RMS norm has no bias; got one. Leave it out, or use norm='layer'")
     if x.dim() == 0:
         raise ValueError("add_norm: x must have a last dimension to normalize; got a tensor without any")
-    check_dtype("add_norm", "x", x)
+    check_dtype("add_norm", "x", x.dtype)
     check_beside("add_norm", "residual", residual, tuple(x.shape), x, of="x")
     for name, parameter in (("weight", weight), ("bias", bias)):
         check_beside("add_norm", name, parameter, (x.shape[-1],), x, of="x")

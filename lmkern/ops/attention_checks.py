@@ -180,6 +180,8 @@ def check_documents(name: str, options: Options, n_q: int, n_k: int) -> None:
     Only on the CPU, where looking costs nothing; on a GPU it would wait for everything queued there, and is
     done with LMKERN_CHECKED=1 alone.
     """
+    if options.cu_seqlens_q is None:
+        return
     for what, x, tokens in (
         ("cu_seqlens", options.cu_seqlens_q, n_q),
         ("cu_seqlens_k", options.cu_seqlens_k, n_k),

@@ -57,9 +57,8 @@ def cached_attention(
     q, k_cache, v_cache = _cast(q, k_cache, v_cache)
     left = _checked_left(window)
     cap = _checked_softcap(softcap)
-    alibi_slopes, sinks = (
-        _checked_per_head(name, x, q) for name, x in (("alibi_slopes", alibi_slopes), ("sinks", sinks))
-    )
+    alibi_slopes = _checked_per_head("alibi_slopes", alibi_slopes, q)
+    sinks = _checked_per_head("sinks", sinks, q)
     scale = 1.0 / math.sqrt(q.shape[3]) if softmax_scale is None else float(softmax_scale)
     tensors = (q, k_cache, v_cache, _indices(lengths), _indices(page_table), alibi_slopes, sinks)
     call = _forward if direct(*tensors) else torch.ops.lmkern.cached_attention
@@ -133,17 +132,20 @@ def _check(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None, page_table: Tensor | None
 ) -> None:
     """ValueError in words for what no backend can make sense of."""
-    shapes = f"q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}"
+
+    def fail(what: str) -> None:
+        _fail(what, f"q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}")
+
     if not (q.dim() == k_cache.dim() == v_cache.dim() == 4):
-        _fail("q, k_cache and v_cache must be (B, H, N, D), or pages (pages, H, page_size, D)", shapes)
+        fail("q, k_cache and v_cache must be (B, H, N, D), or pages (pages, H, page_size, D)")
     if k_cache.shape != v_cache.shape:
-        _fail("k_cache and v_cache must have one shape", shapes)
+        fail("k_cache and v_cache must have one shape")
     if q.shape[3] != k_cache.shape[3] or q.shape[3] < 1:
-        _fail("q, k_cache and v_cache must share head_dim", shapes)
+        fail("q, k_cache and v_cache must share head_dim")
     if q.shape[1] != k_cache.shape[1] and (k_cache.shape[1] == 0 or q.shape[1] % k_cache.shape[1]):
-        _fail("the number of query heads must be a multiple of the key/value heads", shapes)
+        fail("the number of query heads must be a multiple of the key/value heads")
     if page_table is None and q.shape[0] != k_cache.shape[0]:
-        _fail("q, k_cache and v_cache must share the batch size unless a page_table is given", shapes)
+        fail("q, k_cache and v_cache must share the batch size unless a page_table is given")
     for name, x, dimensions in (("lengths", lengths, 1), ("page_table", page_table, 2)):
         if x is None:
             continue
@@ -155,7 +157,7 @@ def _check(
         if x.dtype not in (torch.int32, torch.int64):
             _fail(f"{name} must be int32 or int64", x.dtype)
     if page_table is not None and k_cache.shape[2] == 0:
-        _fail("pages must hold at least one key each", shapes)
+        fail("pages must hold at least one key each")
     tensors = {"k_cache": k_cache, "v_cache": v_cache, "lengths": lengths, "page_table": page_table}
     for name, x in tensors.items():
         if x is not None and x.device != q.device:
@@ -204,7 +206,9 @@ def _cast(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def _checked_left(window: tuple[int | None, int | None] | None) -> int | None:
-    left, right = (None, None) if window is None else window
+    if window is None:
+        return None
+    left, right = window
     if any(bound is not None and bound < 0 for bound in (left, right)):
         _fail("window must be (left, right), each at least 0 or None for no bound", window)
     return left

@@ -35,8 +35,8 @@ def transposed_copy(x: Tensor, dtype: torch.dtype | None = None, *, backend: str
 
 
 def _copy(op: str, x: Tensor, dtype: torch.dtype, transposed: bool, backend: str | None) -> Tensor:
-    check_dtype(op, "x", x)
-    check_dtype(op, "dtype", torch.empty(0, dtype=dtype, device="meta"))
+    check_dtype(op, "x", x.dtype)
+    check_dtype(op, "dtype", dtype)
     if not direct(x):
         return torch.ops.lmkern.copy(x, dtype, transposed, backend)  # type: ignore[no-any-return]
     if wants_gradient(x):

@@ -104,8 +104,8 @@ def as_optional(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Ten
     return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
 
 
-def check_dtype(op: str, name: str, x: Tensor) -> None:
+def check_dtype(op: str, name: str, dtype: torch.dtype) -> None:
     """ValueError in words for a dtype that no op computes in."""
-    if x.dtype not in DTYPES:
+    if dtype not in DTYPES:
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise ValueError(f"{op}: {name} must be one of {dtypes}; got {x.dtype}")
+        raise ValueError(f"{op}: {name} must be one of {dtypes}; got {dtype}")

@@ -102,7 +102,7 @@ torch.library.register_autograd("lmkern::embedding", _registered_gradients, setu
 
 def _check(tokens: Tensor, weight: Tensor, padding_idx: int | None) -> int:
     """padding_idx in [0, V), -1 for None; ValueError in words for what no backend can make sense of."""
-    check_dtype("embedding", "weight", weight)
+    check_dtype("embedding", "weight", weight.dtype)
     if weight.dim() != 2:
         raise ValueError(f"embedding: weight must be (V, E); got {tuple(weight.shape)}")
     if tokens.dtype not in (torch.int64, torch.int32):

@@ -14,7 +14,7 @@ def check_input(name: str, input: Tensor, shape: tuple[int, ...]) -> None:
     """ValueError unless input ends in normalized_shape and has a dtype that is served."""
     if not shape or input.dim() < len(shape) or input.shape[-len(shape) :] != shape:
         raise ValueError(f"{name}: input must end in normalized_shape {shape}; got {tuple(input.shape)}")
-    check_dtype(name, "input", input)
+    check_dtype(name, "input", input.dtype)
 
 
 def check_beside(

@@ -169,7 +169,7 @@ def _check_range(positions: Tensor, count: int) -> None:
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor, offset: int, positions: Tensor | None, inplace: bool) -> None:
     """ValueError in words for what no backend can make sense of."""
-    check_dtype("rotary", "x", x)
+    check_dtype("rotary", "x", x.dtype)
     if x.dim() != 4:
         raise ValueError(f"rotary: x must be (B, H, N, D); got {tuple(x.shape)}")
     if cos.dim() != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > x.shape[3]:

@@ -10,15 +10,18 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from lmkern.kernels import triton_runtime, tuning
+
+_numbers = count()
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,12 @@ class Launch:
 class Driver:
     """What Triton asks of a driver before a launch."""
 
-    def __init__(self, architecture: str) -> None:
+    def __init__(self, architecture: str, device: str = "") -> None:
         self.architecture = architecture
+        self.device = device or architecture
 
     def get_current_device(self) -> str:
-        return self.architecture
+        return self.device
 
     def get_current_stream(self, device: str) -> int:
         return 0
@@ -98,6 +102,46 @@ def recording(architecture: str, *, compiled: bool) -> Iterator[list[Launch]]:
         mock.patch("torch.version.hip", None if architecture.startswith("sm_") else "offline"),
     ):
         yield launches
+
+
+@contextmanager
+def launching(architecture: str, launcher: Callable[..., None]) -> Iterator[None]:
+    """Launches of explicit Triton calls within it do all that the host does, and end in `launcher`.
+
+    It is called as Triton's launchers are, after the compiled kernel: with the grid, the stream, what names
+    the function, hooks, and the arguments. Nothing is compiled.
+    """
+    import triton
+    from triton.runtime.driver import driver
+
+    def compile(src: Any, **_: Any) -> Any:
+        # Triton's own, with its handles in place.
+        compiled = object.__new__(triton.compiler.CompiledKernel)
+        compiled.src, compiled.name, compiled.metadata, compiled.packed_metadata = (
+            src,
+            src.fn.__name__,
+            None,
+            None,
+        )
+        compiled.module = compiled.function = compiled
+        compiled._run = partial(launcher, compiled)
+        return compiled
+
+    # As quick as what it stands for: time may be taken within.
+    def no_reason(*_: Any) -> None:
+        return None
+
+    # A device of its own: what is kept for one is not what a compiler made.
+    device = Driver(architecture, f"{architecture}, launched {next(_numbers)}")
+    with (
+        tuning.assume(architecture),
+        mock.patch.object(triton_runtime, "unavailable", no_reason),
+        mock.patch.object(triton_runtime, "_unfit", no_reason),
+        mock.patch.object(triton.compiler, "compile", compile),
+        mock.patch.object(driver, "_active", device),
+        mock.patch("torch.version.hip", None if architecture.startswith("sm_") else "offline"),
+    ):
+        yield
 
 
 def report(launch: Launch) -> dict[str, Any]:

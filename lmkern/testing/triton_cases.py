@@ -61,7 +61,10 @@ def _all_cases() -> Iterator[TritonCase]:
         yield TritonCase("attention", f"bfloat16-D64-{features}", run, further=not most)
     packed = AttentionFeatures(documents=((1, 1),))
     yield TritonCase("attention", "bfloat16-D128-packed", partial(_attention, BF16, 128, packed, True))
-    for dtype, D, paged in ((BF16, 128, False), (BF16, 128, True), (FP32, 64, False), (BF16, 80, False)):
+    # A cache is contiguous: where 16 does not divide D, only every other length makes it divide a head's.
+    for dtype, D, paged in (
+        (BF16, 128, False), (BF16, 128, True), (FP32, 64, False), (BF16, 80, False), (FP16, 40, False),
+    ):  # fmt: skip
         name = f"{_word(dtype)}-D{D}{'-paged' if paged else ''}"
         yield TritonCase(
             "cached_attention", name, partial(_cached_attention, dtype, D, paged), name == "bfloat16-D128"
@@ -95,6 +98,8 @@ def _all_cases() -> Iterator[TritonCase]:
             name = f"{_word(dtype)}{'-interleaved' if interleaved else ''}"
             run = partial(_rotary, dtype, 128, interleaved)
             yield TritonCase("rotary", name, run, name == "bfloat16")
+            odd = partial(_rotary, dtype, 40, interleaved)
+            yield TritonCase("rotary", f"{name}-D40", odd, further=dtype == FP32)
         for function in ("gelu", "gelu_tanh", "swiglu", "geglu"):
             run = partial(_activation, dtype, function)
             name, sample = f"{_word(dtype)}-{function}", (dtype, function) == (BF16, "swiglu")
@@ -193,7 +198,13 @@ def _linear_cross_entropy(dtype: torch.dtype, plain: bool, B: int, N: int) -> No
 
 
 def _rotary(dtype: torch.dtype, D: int, interleaved: bool, B: int, N: int) -> None:
-    x = torch.zeros(B, N, 4, D, dtype=dtype).transpose(1, 2).requires_grad_()
+    # As _attention's.
+    x = (
+        torch.zeros(B, 4, N, D, dtype=dtype)
+        if D % 16
+        else torch.zeros(B, N, 4, D, dtype=dtype).transpose(1, 2)
+    )
+    x.requires_grad_()
     cos, sin = torch.zeros(N, D // 2), torch.zeros(N, D // 2)
     _backward(lmkern.rotary(x, cos, sin, interleaved=interleaved, backend="triton"), x)
     if not interleaved:

@@ -22,9 +22,9 @@ KEY = ("interpreter", "layer_norm", "forward", "4-64")
 @pytest.fixture(autouse=True)
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("LMKERN_TUNING", str(tmp_path / "tuning.json"))
-    tuning._chosen.cache_clear()
+    tuning._forget()
     yield tmp_path / "tuning.json"
-    tuning._chosen.cache_clear()
+    tuning._forget()
 
 
 def looked_up(**constants: int) -> dict[str, int]:

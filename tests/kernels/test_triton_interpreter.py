@@ -225,7 +225,7 @@ def test_what_no_triton_kernel_takes_is_refused_in_words() -> None:
 
 def test_without_gpu_or_interpreter_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "0")
+        patch.setattr(triton_runtime, "interpreted", lambda: False)
         patch.setattr(torch.cuda, "is_available", lambda: False)
         triton_runtime.unavailable.cache_clear()
         assert "needs a CUDA or ROCm GPU" in attention.unsupported(call())
@@ -235,7 +235,7 @@ def test_without_gpu_or_interpreter_the_reason_is_given(monkeypatch: pytest.Monk
 
 def test_a_gpu_without_a_compiler_for_the_launchers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "0")
+        patch.setattr(triton_runtime, "interpreted", lambda: False)
         patch.delenv("CC", raising=False)
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(triton_runtime.shutil, "which", lambda name: None)

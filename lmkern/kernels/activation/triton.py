@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lmkern.kernels import triton_runtime, tuning
@@ -36,7 +37,7 @@ def forward(x: Tensor, bias: Tensor | None, *, function: str, gated: bool) -> Te
     R, width = x.shape
     F = width // 2 if gated else width
     y = x.new_empty(R, F)
-    options = constants("forward", x, F, function, gated)
+    options = constants("forward", x.device, x.dtype.itemsize, F, function, gated)
     grid = (-(-R // options["BLOCK_R"]), -(-F // options["BLOCK_F"]))
     if all(grid):
         with triton_runtime.device_of(x):
@@ -57,7 +58,7 @@ def backward(
 
     R, width = x.shape
     F = width // 2 if gated else width
-    options = constants("backward", x, F, function, gated)
+    options = constants("backward", x.device, x.dtype.itemsize, F, function, gated)
     blocks = -(-F // options["BLOCK_F"])
     programs = -(-R // options["BLOCK_R"])
     if needs[1]:
@@ -73,11 +74,14 @@ def backward(
     return dx, None if dbias is None else dbias.sum(0)
 
 
-def constants(kernel: str, x: Tensor, F: int, function: str, gated: bool) -> dict[str, Any]:
+@tuning.remembered
+def constants(
+    kernel: str, device: torch.device, itemsize: int, F: int, function: str, gated: bool
+) -> dict[str, Any]:
     """The compile-time arguments of a kernel for F columns."""
     block_f = min(BLOCK_F, 1 << max(F - 1, 0).bit_length())
     tile = TILE[kernel] // 2 if gated else TILE[kernel]
     default = {"BLOCK_R": max(1, tile // block_f), "BLOCK_F": block_f, "num_warps": NUM_WARPS}
-    shape_class = f"{x.element_size()}-{block_f}-{function}{'-gated' if gated else ''}"
-    chosen = tuning.lookup("activation", kernel, tuning.architecture(x.device), shape_class, default)
+    shape_class = f"{itemsize}-{block_f}-{function}{'-gated' if gated else ''}"
+    chosen = tuning.lookup("activation", kernel, tuning.architecture(device), shape_class, default)
     return {"FUNCTION": function, "GATED": gated, **chosen}

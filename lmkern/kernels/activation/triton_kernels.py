@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from lmkern.kernels.triton_kernels import compute_dtype, load_rows, sigmoid, store_rows
+from lmkern.kernels.triton_launch import kernel
 
 # k(t) of _normal_tail with c = 0.264, by powers of t: as in csrc/simd/elementary.hpp, to 1.4e-8.
 TAIL = tl.constexpr(
@@ -28,7 +29,7 @@ TAIL_DOUBLE = tl.constexpr(
 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["R"])
+@kernel(do_not_specialize=["R"])
 def forward_kernel(
     x_ptr, stride_x,  # (R, F), gated (R, 2 F): gate, then value; elements of a row contiguous
     bias_ptr,  # (F,) or (2 F,); None: 0
@@ -51,7 +52,7 @@ def forward_kernel(
     store_rows(y_ptr, y, rows, R, F, columns, F)
 
 
-@triton.jit(do_not_specialize=["R"])
+@kernel(do_not_specialize=["R"])
 def backward_kernel(
     dy_ptr, stride_dy,  # (R, F), elements of a row contiguous
     x_ptr, stride_x,  # (R, F), gated (R, 2 F), elements of a row contiguous

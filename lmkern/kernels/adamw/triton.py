@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from lmkern.kernels import triton_runtime, tuning
@@ -44,7 +45,7 @@ def step(
     from lmkern.kernels.adamw import triton_kernels
 
     count = param.numel()
-    options = constants(param)
+    options = constants(param.device, param.dtype.itemsize)
     if programs := -(-count // options["BLOCK"]):
         with triton_runtime.device_of(param):
             triton_kernels.step_kernel[(programs,)](
@@ -54,8 +55,8 @@ def step(
             )  # fmt: skip
 
 
-def constants(param: Tensor) -> dict[str, int]:
+@tuning.remembered
+def constants(device: torch.device, itemsize: int) -> dict[str, int]:
     """The compile-time arguments of the kernel."""
     default = {"BLOCK": BLOCK, "num_warps": NUM_WARPS}
-    architecture = tuning.architecture(param.device)
-    return tuning.lookup("adamw", "step", architecture, str(param.element_size()), default)
+    return tuning.lookup("adamw", "step", tuning.architecture(device), str(itemsize), default)

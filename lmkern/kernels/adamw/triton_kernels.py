@@ -3,13 +3,13 @@
 # Triton compiles these functions; annotations would be read as types of arguments.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, valid-type"
 
-import triton
 import triton.language as tl
 
 from lmkern.kernels.triton_kernels import divide, rounded, sqrt, wide
+from lmkern.kernels.triton_launch import kernel
 
 
-@triton.jit
+@kernel
 def step_kernel(
     param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr,  # (count,)
     copy_ptr,  # (count,) bfloat16; None: no copy

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Options:
     """What else a call says: how scores are made, and which of them are seen.
+
+    Never changed. Not frozen: that doubles the time it takes to make one, and every call makes one.
 
         score = softcap(q . k * softmax_scale) + bias + relative_bias
 

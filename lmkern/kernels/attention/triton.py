@@ -6,6 +6,7 @@ every time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,6 +65,9 @@ DELTA_ROWS = 64
 # Bounds of the band beyond this are the same as none, and fit 32 bits with a length beside them.
 _FAR = 1 << 30
 
+# `_features` of a call without any: five arguments each for bias and mask, three each for the others.
+_NO_FEATURES = (None, 0, 0, 0, 0, None, 0, 0, 0, 0, None, 0, 0, None, 0, 1.0)
+
 NOTE = triton_runtime.NOTE
 
 
@@ -86,15 +90,16 @@ def unsupported(call: Call) -> str | None:
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     from lmkern.kernels.attention import triton_kernels
 
+    B, H, N, _ = q.shape
     out = torch.empty_like(q)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    grain = _grain(q, k, v, out)
-    launch = constants("forward", q, options, grain)
+    lse = q.new_empty((B, H, N), dtype=torch.float32)
+    grain, (q_, k_, v_, out_) = triton_runtime.strided(q, k, v, out)
+    launch = constants("forward", grain, *_kind(q, options))
     with triton_runtime.device_of(q):
-        blocks, documents = _blocks(options, options.cu_seqlens_q, q.shape[2], launch["BLOCK_M"])
-        if programs := q.shape[0] * q.shape[1] * blocks:
+        blocks, documents = _blocks(options, options.cu_seqlens_q, N, launch["BLOCK_M"])
+        if programs := B * H * blocks:
             triton_kernels.forward_kernel[(programs,)](
-                *_strided(grain, q, k, v, out), lse, options.sinks, *_features(options, q.shape[1]),
+                *q_, *k_, *v_, *out_, lse, options.sinks, *_features(options),
                 options.cu_seqlens_q, options.cu_seqlens_k, *documents, blocks,
                 *_sizes(q, k, options), **launch,
             )  # fmt: skip
@@ -118,31 +123,33 @@ def backward(
     batch, heads, n_q, head_dim = q.shape
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    features, sizes = _features(options, heads), _sizes(q, k, options)
+    features, sizes = _features(options), _sizes(q, k, options)
     bounds = (options.cu_seqlens_q, options.cu_seqlens_k)
     dq, dk, dv = (torch.empty_like(x) if need else None for x, need in zip((q, k, v), needs[:3], strict=True))
     dbias = drelative = None
-    grain = _grain(q, k, v, out, dout, dq, dk, dv)
+    grain, (q_, k_, v_, out_, dout_, dq_, dk_, dv_) = triton_runtime.strided(q, k, v, out, dout, dq, dk, dv)
+    kind = _kind(q, options)
     with triton_runtime.device_of(q):
         delta = torch.empty_like(lse)
         if programs := batch * heads * -(-n_q // DELTA_ROWS):
             triton_kernels.delta_kernel[(programs,)](
-                *_strided(grain, out, dout), dlse, delta, heads, n_q, **delta_constants(head_dim, grain)
+                *out_, *dout_, dlse, delta, heads, n_q, **delta_constants(head_dim, grain)
             )
-        inputs = (*_strided(grain, q, k, v, dout), lse, delta)
+        inputs = (*q_, *k_, *v_, *dout_, lse, delta)
         if dq is not None:
-            launch = constants("dq", q, options, grain)
+            launch = constants("dq", grain, *kind)
             blocks, documents = _blocks(options, bounds[0], n_q, launch["BLOCK_M"])
             if programs := batch * heads * blocks:
                 triton_kernels.backward_dq_kernel[(programs,)](
-                    *_strided(grain, dq), *inputs, *features, *bounds, *documents, blocks, *sizes, **launch
+                    *dq_, *inputs, *features, *bounds, *documents, blocks, *sizes, **launch
                 )
         if dk is not None or dv is not None:
-            launch = constants("dk_dv", q, options, grain)
+            launch = constants("dk_dv", grain, *kind)
             blocks, documents = _blocks(options, bounds[1], k.shape[2], launch["BLOCK_N"])
             if programs := batch * k.shape[1] * blocks:
                 triton_kernels.backward_dk_dv_kernel[(programs,)](
-                    *_strided(grain, dk, dv),
+                    *dk_,
+                    *dv_,
                     *inputs,
                     *features,
                     *bounds,
@@ -152,7 +159,7 @@ def backward(
                     **launch,
                 )
         if needs[3] and options.bias is not None:
-            launch = constants("dbias", q, options, grain)
+            launch = constants("dbias", grain, *kind)
             dbias = torch.zeros(options.bias.shape, dtype=torch.float32, device=q.device)
             *outer, rows, columns = dbias.shape
             tiles = -(-rows // launch["BLOCK_M"]) * -(-columns // launch["BLOCK_N"])
@@ -162,14 +169,20 @@ def backward(
                 )
             dbias = dbias.to(options.bias.dtype)
         if needs[4] and options.relative_bias is not None:
-            launch = constants("drelative", q, options, grain)
+            launch = constants("drelative", grain, *kind)
             drelative = torch.empty(options.relative_bias.shape, dtype=torch.float32, device=q.device)
             rows, diagonals = drelative.shape
             sequences = batch if bounds[0] is None else bounds[0].numel() - 1
-            del launch["BLOCK_N"]
             if programs := rows * -(-diagonals // launch["BLOCK_M"]):
                 triton_bias_kernels.backward_drelative_kernel[(programs,)](
-                    drelative, rows, *inputs, *features, *bounds, sequences, *sizes, **launch
+                    drelative,
+                    rows,
+                    *inputs,
+                    *features,
+                    *bounds,
+                    sequences,
+                    *sizes,
+                    **{name: x for name, x in launch.items() if name != "BLOCK_N"},
                 )
     dsinks = None
     if needs[5] and options.sinks is not None:
@@ -177,12 +190,37 @@ def backward(
     return dq, dk, dv, dbias, drelative, dsinks
 
 
-def constants(kernel: str, q: Tensor, options: Options, grain: int) -> dict[str, Any]:
+def _kind(q: Tensor, options: Options) -> tuple[Any, ...]:
+    """What the constants of a call's kernels depend on beside GRAIN."""
+    return (
+        q.device, q.dtype.itemsize, q.shape[3], options.left is not None, options.right is not None,
+        options.top_left, options.softcap != 0.0, _beside(options),
+    )  # fmt: skip
+
+
+def _beside(options: Options) -> bool:
+    """Whether something is read or made beside each score."""
+    return not (options.bias is options.mask is options.relative_bias is options.seed is None)
+
+
+@tuning.remembered
+def constants(
+    kernel: str,
+    grain: int,
+    device: torch.device,
+    itemsize: int,
+    head_dim: int,
+    has_left: bool,
+    has_right: bool,
+    top_left: bool,
+    softcap: bool,
+    beside: bool,
+) -> dict[str, Any]:
     """The compile-time arguments and launch options of a kernel of TILES."""
-    head_dim, block_d = q.shape[3], _block_d(q.shape[3])
-    tile = TILES[kernel][q.dtype.itemsize, max(block_d, 32)]
-    shape_class = f"{q.dtype.itemsize}-{max(block_d, 32)}"
-    if any(x is not None for x in (options.bias, options.mask, options.relative_bias, options.seed)):
+    block_d = _block_d(head_dim)
+    tile = TILES[kernel][itemsize, max(block_d, 32)]
+    shape_class = f"{itemsize}-{max(block_d, 32)}"
+    if beside:
         block_m, block_n, num_warps, num_stages = BESIDE[kernel]
         tile = (min(tile[0], block_m), min(tile[1], block_n), num_warps, num_stages)
         shape_class += "-beside"
@@ -190,15 +228,16 @@ def constants(kernel: str, q: Tensor, options: Options, grain: int) -> dict[str,
     return {
         "D": head_dim,
         "GRAIN": grain,
-        "HAS_LEFT": options.left is not None,
-        "HAS_RIGHT": options.right is not None,
-        "TOP_LEFT": options.top_left,
-        "SOFTCAP": options.softcap != 0.0,
+        "HAS_LEFT": has_left,
+        "HAS_RIGHT": has_right,
+        "TOP_LEFT": top_left,
+        "SOFTCAP": softcap,
         "BLOCK_D": block_d,
-        **tuning.lookup("attention", kernel, tuning.architecture(q.device), shape_class, default),
+        **tuning.lookup("attention", kernel, tuning.architecture(device), shape_class, default),
     }
 
 
+@tuning.remembered
 def delta_constants(head_dim: int, grain: int) -> dict[str, int]:
     """The compile-time arguments of the kernel that makes delta."""
     return {"D": head_dim, "GRAIN": grain, "BLOCK_M": DELTA_ROWS, "BLOCK_D": _block_d(head_dim)}
@@ -209,8 +248,10 @@ def _block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def _features(options: Options, heads: int) -> list[Any]:
+def _features(options: Options) -> Sequence[Any]:
     """bias, mask, relative bias and dropout, as the kernels take them."""
+    if not _beside(options):
+        return _NO_FEATURES
     arguments: list[Any] = []
     for x in (options.bias, None if options.mask is None else options.mask.view(torch.uint8)):
         strides = (0,) * 4 if x is None else _broadcast_strides(x)
@@ -254,39 +295,10 @@ def _blocks(
 
 def _sizes(q: Tensor, k: Tensor, options: Options) -> tuple[Any, ...]:
     """H, H_kv, N_q, N_k, left, right (0 where there is none), softmax_scale, softcap."""
-    left, right = (max(-_FAR, min(bound or 0, _FAR)) for bound in (options.left, options.right))
-    lengths = (q.shape[1], k.shape[1], q.shape[2], k.shape[2])
-    return (*lengths, left, right, options.softmax_scale, options.softcap)
+    (_, H, N_q, _), (_, H_kv, N_k, _) = q.shape, k.shape
+    left, right = _within(options.left), _within(options.right)
+    return H, H_kv, N_q, N_k, left, right, options.softmax_scale, options.softcap
 
 
-def _strided(grain: int, *tensors: Tensor | None) -> list[Any]:
-    """Each tensor followed by its strides, as the kernels take them."""
-    arguments: list[Any] = []
-    for x in tensors:
-        if x is None:
-            arguments += (None, 0, 0, 0, 0)
-        else:
-            b, h, n = _outer(x)
-            arguments += (x, b // grain, h // grain, n // grain, x.stride(3))
-    return arguments
-
-
-def _grain(*tensors: Tensor | None) -> int:
-    """The most elements, up to 16, that every stride but the last of every tensor is a multiple of.
-
-    A property of a layout and its head_dim, where a stride over heads is one of the length too: Triton, which
-    looks at each stride, would compile anew for it.
-    """
-    strides = 0
-    for x in tensors:
-        if x is not None:
-            b, h, n = _outer(x)
-            strides |= b | h | n
-    # The lowest bit that any of them has.
-    return strides & -strides & 15 or 16
-
-
-def _outer(x: Tensor) -> tuple[int, int, int]:
-    """x's strides but the last, 0 along the dimensions of size 1."""
-    (B, H, N, _), (b, h, n, _) = x.shape, x.stride()
-    return b if B > 1 else 0, h if H > 1 else 0, n if N > 1 else 0
+def _within(bound: int | None) -> int:
+    return max(-_FAR, min(bound, _FAR)) if bound else 0

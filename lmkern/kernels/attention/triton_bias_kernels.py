@@ -15,12 +15,13 @@ from lmkern.kernels.attention.triton_parts import (
     kept_anywhere,
     load,
     load_statistics,
-    long,
     offset_of,
     scored,
     unit_of,
     visible,
 )
+from lmkern.kernels.triton_kernels import long
+from lmkern.kernels.triton_launch import kernel
 
 
 @triton.jit
@@ -71,7 +72,7 @@ def _gradients(
     return tl.where(scores == float("-inf"), 0.0, weights * (dweights - delta[:, None]))
 
 
-@triton.jit(do_not_specialize=[*RUNTIME, "batches", "heads", "rows", "columns", "B"])
+@kernel(do_not_specialize=[*RUNTIME, "batches", "heads", "rows", "columns", "B"])
 def backward_dbias_kernel(
     dbias_ptr, batches, heads, rows, columns,  # (1 or B, 1 or H, 1 or N_q, 1 or N_k), contiguous, float32
     q_ptr, stride_qb, stride_qh, stride_qn, stride_qd,  # (B, H, N_q, D)
@@ -142,7 +143,7 @@ def backward_dbias_kernel(
     tl.store(dbias_ptr + i.to(tl.int64) * columns + j, tile, mask=(i < rows) & (j < columns))
 
 
-@triton.jit(do_not_specialize=[*RUNTIME, "rows"])
+@kernel(do_not_specialize=[*RUNTIME, "rows"])
 def backward_drelative_kernel(
     drelative_ptr, rows,  # (1 or H, 2 radius + 1), contiguous, float32
     q_ptr, stride_qb, stride_qh, stride_qn, stride_qd,  # (B, H, N_q, D)

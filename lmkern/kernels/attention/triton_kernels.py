@@ -7,7 +7,6 @@ in part. `tl.static_range` writes the body out once for each, the check of place
 # Triton compiles these functions; annotations would be read as types of arguments.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
-import triton
 import triton.language as tl
 
 from lmkern.kernels.attention.triton_parts import (
@@ -19,7 +18,6 @@ from lmkern.kernels.attention.triton_parts import (
     key_range,
     load,
     load_statistics,
-    long,
     offset_of,
     query_range,
     scored,
@@ -28,7 +26,8 @@ from lmkern.kernels.attention.triton_parts import (
     unit_of,
     visible,
 )
-from lmkern.kernels.triton_kernels import rounded, wide
+from lmkern.kernels.triton_kernels import long, rounded, wide
+from lmkern.kernels.triton_launch import kernel
 
 # Values that change from call to call: a kernel is not compiled again for them.
 RUNTIME = [
@@ -38,7 +37,7 @@ RUNTIME = [
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel(do_not_specialize=RUNTIME)
 def forward_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn, stride_qd,  # (B, H, N_q, D)
     k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,  # (B, H_kv, N_k, D)
@@ -146,7 +145,7 @@ def forward_kernel(
     tl.store(lse_ptr + queries, lse, mask=queries < n_q)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel(do_not_specialize=RUNTIME)
 def delta_kernel(
     out_ptr, stride_ob, stride_oh, stride_on, stride_od,  # (B, H, N_q, D)
     dout_ptr, stride_gb, stride_gh, stride_gn, stride_gd,  # (B, H, N_q, D)
@@ -174,7 +173,7 @@ def delta_kernel(
     tl.store(delta_ptr + long(row) * N_q + queries, delta, mask=seen)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel(do_not_specialize=RUNTIME)
 def backward_dq_kernel(
     dq_ptr, stride_xb, stride_xh, stride_xn, stride_xd,  # (B, H, N_q, D)
     q_ptr, stride_qb, stride_qh, stride_qn, stride_qd,  # (B, H, N_q, D)
@@ -264,7 +263,7 @@ def backward_dq_kernel(
     store(dq_ptr, dq * softmax_scale, queries, n_q, stride_xn, stride_xd, D, BLOCK_D, GRAIN)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel(do_not_specialize=RUNTIME)
 def backward_dk_dv_kernel(
     dk_ptr, stride_xb, stride_xh, stride_xn, stride_xd,  # (B, H_kv, N_k, D), or None
     dv_ptr, stride_yb, stride_yh, stride_yn, stride_yd,  # (B, H_kv, N_k, D), or None

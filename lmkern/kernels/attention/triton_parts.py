@@ -10,7 +10,7 @@ and keys as two arrays that broadcast to it.
 import triton
 import triton.language as tl
 
-from lmkern.kernels.triton_kernels import INTERPRETED, keep_factors, rounded, tanh, wide
+from lmkern.kernels.triton_kernels import INTERPRETED, keep_factors, long, rounded, tanh, wide
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -201,12 +201,6 @@ def offset_of(batch, stride_b, head, stride_h, token, stride_n, GRAIN: tl.conste
     Strides are counted in GRAIN elements, here and below, for the compiler to see how far they are aligned.
     """
     return (long(batch) * stride_b + long(head) * stride_h + long(token) * stride_n) * GRAIN
-
-
-@triton.jit
-def long(number):
-    """In 64 bits; the interpreter counts loops in Python's integers."""
-    return tl.full((), 0, tl.int64) + number
 
 
 @triton.jit

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Options:
-    """What else a call says. Tensors lie on q's device.
+    """What else a call says. Tensors lie on q's device. Never changed, as attention's.
 
     softcap(s) = softcap * tanh(s / softcap), nothing if it is 0.
 

@@ -68,34 +68,35 @@ def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> tu
     sums = lse.new_empty((B, H, N_q, splits, D))
     row_max, row_sum = (lse.new_empty((B, H, N_q, splits)) for _ in range(2))
     rows = H // H_kv * N_q
-    chosen = constants(q, rows)
+    grain, (q_, k_, v_, out_) = triton_runtime.strided(q, k_cache, v_cache, out)
+    chosen = constants(q.device, q.dtype.itemsize, D, ROWS[rows > ROWS[0]])
     block_d = chosen["BLOCK_D"]
     # A bound beyond every key fits 32 bits.
     left = None if options.left is None else min(options.left, N_max)
     with triton_runtime.device_of(q):
         if splits:
             triton_kernels.split_kernel[(B * H_kv, splits, -(-rows // chosen["BLOCK_M"]))](
-                q, *q.stride(), k_cache, *k_cache.stride(), v_cache, *v_cache.stride(),
+                *q_, *k_, *v_,
                 sums, row_max, row_sum, options.lengths,
                 table, 0 if table is None else table.stride(0), k_cache.shape[0], page_size,
                 options.alibi_slopes, H, H_kv, N_q, N_max, splits,
-                left, options.softmax_scale, options.softcap or None, D=D, SPLIT=SPLIT, **chosen,
+                left, options.softmax_scale, options.softcap or None, D=D, GRAIN=grain, SPLIT=SPLIT, **chosen,
             )  # fmt: skip
         triton_kernels.combine_kernel[(B * H * N_q,)](
-            out, *out.stride(), lse, sums, row_max, row_sum, options.sinks, H, N_q, splits,
-            D=D, BLOCK_S=BLOCK_S, BLOCK_D=block_d, num_warps=4,
+            *out_, lse, sums, row_max, row_sum, options.sinks, H, N_q, splits,
+            D=D, GRAIN=grain, BLOCK_S=BLOCK_S, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
     return out, lse
 
 
-def constants(q: Tensor, rows: int) -> dict[str, Any]:
+@tuning.remembered
+def constants(device: torch.device, itemsize: int, head_dim: int, block_m: int) -> dict[str, Any]:
     """The compile-time arguments and launch options of the kernel that takes a range of keys."""
-    block_d = max(16, 1 << (q.shape[3] - 1).bit_length())
-    block_m = ROWS[rows > ROWS[0]]
-    block_n, num_warps, num_stages = TILES[q.element_size(), block_d]
+    block_d = max(16, 1 << (head_dim - 1).bit_length())
+    block_n, num_warps, num_stages = TILES[itemsize, block_d]
     default = {"BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
-    shape_class = f"{q.element_size()}-{block_d}-{block_m}"
-    architecture = tuning.architecture(q.device)
+    shape_class = f"{itemsize}-{block_d}-{block_m}"
+    architecture = tuning.architecture(device)
     return {
         "BLOCK_M": block_m,
         "BLOCK_D": block_d,

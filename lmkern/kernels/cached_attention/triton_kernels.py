@@ -3,20 +3,21 @@
 # Triton compiles these functions; annotations would be read as types of arguments.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
-import triton
 import triton.language as tl
 
 from lmkern.kernels.attention.triton_parts import dot, exp, unit_of
 from lmkern.kernels.triton_kernels import rounded, tanh
+from lmkern.kernels.triton_launch import kernel
 
 # Values that change from call to call: a kernel is not compiled again for them.
 RUNTIME = [
     "H", "H_kv", "N_q", "N_max", "splits", "pages", "page_size", "stride_table", "left",
     "softmax_scale", "softcap",
+    *(f"stride_{tensor}{dimension}" for tensor in "qkvo" for dimension in "bhn"),
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel(do_not_specialize=RUNTIME)
 def split_kernel(
     q_ptr, stride_qb, stride_qh, stride_qn, stride_qd,  # (B, H, N_q, D)
     k_ptr, stride_kb, stride_kh, stride_kn, stride_kd,  # (B, H_kv, N_max or page_size, D)
@@ -29,6 +30,7 @@ def split_kernel(
     H, H_kv, N_q, N_max, splits,
     left, softmax_scale, softcap,  # left, softcap: None without
     D: tl.constexpr,
+    GRAIN: tl.constexpr,  # elements that strides but the last are counted in
     SPLIT: tl.constexpr,  # keys of a program, a multiple of BLOCK_N
     BLOCK_M: tl.constexpr,  # rows: the queries of all heads that share a key
     BLOCK_N: tl.constexpr,  # keys
@@ -60,7 +62,7 @@ def split_kernel(
 
     q_rows = (
         batch.to(tl.int64) * stride_qb + heads.to(tl.int64) * stride_qh + queries.to(tl.int64) * stride_qn
-    )
+    ) * GRAIN
     q_inside = there[:, None] & (columns < D)[None, :]
     q = tl.load(q_ptr + q_rows[:, None] + columns[None, :] * stride_qd, mask=q_inside, other=0.0)
     if alibi_ptr is not None:
@@ -81,7 +83,7 @@ def split_kernel(
             holder = batch.to(tl.int64)
             places = keys.to(tl.int64)
         inside = used[:, None] & (columns < D)[None, :]
-        k_rows = holder * stride_kb + head_kv.to(tl.int64) * stride_kh + places * stride_kn
+        k_rows = (holder * stride_kb + head_kv.to(tl.int64) * stride_kh + places * stride_kn) * GRAIN
         k = tl.load(k_ptr + k_rows[:, None] + columns[None, :] * stride_kd, mask=inside, other=0.0)
         scores = dot(q, tl.trans(k), None)
         if softcap is not None:
@@ -102,7 +104,7 @@ def split_kernel(
         weights = exp(scores - subtract[:, None], q.dtype)
         rescale = exp(row_max - subtract, q.dtype)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
-        v_rows = holder * stride_vb + head_kv.to(tl.int64) * stride_vh + places * stride_vn
+        v_rows = (holder * stride_vb + head_kv.to(tl.int64) * stride_vh + places * stride_vn) * GRAIN
         v = tl.load(v_ptr + v_rows[:, None] + columns[None, :] * stride_vd, mask=inside, other=0.0)
         acc = dot(rounded(weights, v.dtype), v, acc * rescale[:, None])
         row_max = new_max
@@ -115,7 +117,7 @@ def split_kernel(
     tl.store(sums_ptr + results[:, None] * D + columns[None, :], acc, mask=q_inside)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@kernel(do_not_specialize=RUNTIME)
 def combine_kernel(
     out_ptr, stride_ob, stride_oh, stride_on, stride_od,  # (B, H, N_q, D)
     lse_ptr,  # (B, H, N_q), contiguous
@@ -124,6 +126,7 @@ def combine_kernel(
     sinks_ptr,  # (H,) or None
     H, N_q, splits,
     D: tl.constexpr,
+    GRAIN: tl.constexpr,  # elements that strides but the last are counted in
     BLOCK_S: tl.constexpr,  # ranges
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -164,5 +167,5 @@ def combine_kernel(
     total = tl.where(empty, 1.0, total)
     lse = tl.where(empty, float("-inf"), total_max / unit + tl.log(total))
     tl.store(lse_ptr + row, lse)
-    out = out_ptr + batch * stride_ob + head * stride_oh + query * stride_on
+    out = out_ptr + (batch * stride_ob + head * stride_oh + query * stride_on) * GRAIN
     tl.store(out + columns * stride_od, rounded(acc / total, dtype), mask=columns < D)

@@ -33,13 +33,13 @@ def forward(x: Tensor, *, dtype: torch.dtype, transposed: bool) -> Tensor:
     if not x.numel():
         return y
     if (x.mT.is_contiguous() if transposed else x.stride() == y.stride()) or x.dim() == 0:
-        options = constants("flat", x, y)
+        options = constants("flat", x.device, x.dtype.itemsize, y.dtype.itemsize)
         programs = -(-x.numel() // options["BLOCK"])
         with triton_runtime.device_of(x):
             triton_kernels.flat_kernel[(programs,)](x, y, x.numel(), **options)
         return y
     batches = x.reshape(-1, *x.shape[-2:]) if x.dim() > 2 else x.reshape((1,) * (3 - x.dim()) + x.shape)
-    options = constants("tile", x, y)
+    options = constants("tile", x.device, x.dtype.itemsize, y.dtype.itemsize)
     B, R, C = batches.shape
     programs = B * -(-R // options["BLOCK_R"]) * -(-C // options["BLOCK_C"])
     with triton_runtime.device_of(x):
@@ -53,9 +53,10 @@ def backward(dy: Tensor, *, dtype: torch.dtype, transposed: bool) -> Tensor:
     return forward(dy, dtype=dtype, transposed=transposed)
 
 
-def constants(kernel: str, x: Tensor, y: Tensor) -> dict[str, int]:
+@tuning.remembered
+def constants(kernel: str, device: torch.device, itemsize: int, itemsize_out: int) -> dict[str, int]:
     """The compile-time arguments of a kernel, but for TRANSPOSED."""
     default = {"BLOCK": BLOCK} if kernel == "flat" else {"BLOCK_R": TILE, "BLOCK_C": TILE}
-    shape_class = f"{x.element_size()}-{y.element_size()}"
-    architecture = tuning.architecture(x.device)
+    shape_class = f"{itemsize}-{itemsize_out}"
+    architecture = tuning.architecture(device)
     return tuning.lookup("copy", kernel, architecture, shape_class, {**default, "num_warps": NUM_WARPS})

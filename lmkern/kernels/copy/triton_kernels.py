@@ -3,13 +3,13 @@
 # Triton compiles these functions; annotations would be read as types of arguments.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
-import triton
 import triton.language as tl
 
 from lmkern.kernels.triton_kernels import rounded
+from lmkern.kernels.triton_launch import kernel
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel(do_not_specialize=["count"])
 def flat_kernel(x_ptr, y_ptr, count, BLOCK: tl.constexpr):
     """One program per BLOCK elements of two tensors that lie alike. Traffic: one read and one write."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -17,7 +17,7 @@ def flat_kernel(x_ptr, y_ptr, count, BLOCK: tl.constexpr):
     tl.store(y_ptr + at, rounded(x, y_ptr.dtype.element_ty), mask=at < count)
 
 
-@triton.jit(do_not_specialize=["B", "R"])
+@kernel(do_not_specialize=["B", "R"])
 def tile_kernel(
     x_ptr, stride_xb, stride_xr, stride_xc,  # (B, R, C)
     y_ptr,  # (B, R, C) contiguous, transposed (B, C, R)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -82,7 +84,7 @@ def backward(
 
     R, V = logits.shape
     dlogits = logits.new_empty(R, V)
-    options = constants("backward", logits, label_smoothing, z_loss, softcap)
+    options = constants("backward", *_kind(logits, label_smoothing, z_loss, softcap))
     grid = (R, -(-V // options["BLOCK_V"]))
     if all(grid):
         with triton_runtime.device_of(logits):
@@ -93,18 +95,31 @@ def backward(
     return dlogits
 
 
+def _kind(logits: Tensor, label_smoothing: float, z_loss: float, softcap: float) -> tuple[Any, ...]:
+    """What the constants of a call's kernels depend on."""
+    itemsize, V = logits.dtype.itemsize, logits.shape[1]
+    return logits.device, itemsize, V, label_smoothing != 0, z_loss != 0, softcap != 0
+
+
+@tuning.remembered
 def constants(
-    kernel: str, logits: Tensor, label_smoothing: float, z_loss: float, softcap: float
+    kernel: str,
+    device: torch.device,
+    itemsize: int,
+    V: int,
+    smoothed: bool,
+    z_loss: bool,
+    capped: bool,
 ) -> dict[str, int]:
     """The compile-time arguments of a kernel."""
-    block = min(BLOCK_V[kernel], max(64, 1 << max(logits.shape[1] - 1, 0).bit_length()))
+    block = min(BLOCK_V[kernel], max(64, 1 << max(V - 1, 0).bit_length()))
     default = {
         "BLOCK_V": block,
         "num_warps": min(8, max(1, block // (32 * ELEMENTS_PER_THREAD[kernel]))),
     }
-    shape_class = f"{logits.element_size()}-{block}{'-capped' if softcap else ''}"
-    chosen = tuning.lookup("cross_entropy", kernel, tuning.architecture(logits.device), shape_class, default)
-    return {"SMOOTHED": label_smoothing != 0, "Z_LOSS": z_loss != 0, "CAPPED": softcap != 0, **chosen}
+    shape_class = f"{itemsize}-{block}{'-capped' if capped else ''}"
+    chosen = tuning.lookup("cross_entropy", kernel, tuning.architecture(device), shape_class, default)
+    return {"SMOOTHED": smoothed, "Z_LOSS": z_loss, "CAPPED": capped, **chosen}
 
 
 def _forward(
@@ -128,7 +143,7 @@ def _forward(
         triton_kernels.forward_kernel[(R,)](
             logits, logits.stride(0), targets, *results, dloss, stride, dlogits, logits.stride(0), V,
             ignore_index, label_smoothing, z_loss, softcap,
-            **constants("forward", logits, label_smoothing, z_loss, softcap),
+            **constants("forward", *_kind(logits, label_smoothing, z_loss, softcap)),
         )  # fmt: skip
 
 

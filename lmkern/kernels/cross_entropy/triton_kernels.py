@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 
 from lmkern.kernels.triton_kernels import compute_dtype, rounded, tanh, wide
+from lmkern.kernels.triton_launch import kernel
 
 
-@triton.jit(do_not_specialize=["ignore_index", "stride_dloss"])
+@kernel(do_not_specialize=["ignore_index", "stride_dloss"])
 def forward_kernel(
     logits_ptr, stride_logits,  # (R, V), elements of a row contiguous
     targets_ptr,  # (R,) int64
@@ -83,7 +84,7 @@ def forward_kernel(
             tl.store(dlogits_ptr + columns, rounded(dz, dlogits_ptr.dtype.element_ty), mask=columns < V)
 
 
-@triton.jit(do_not_specialize=["ignore_index", "stride_dloss"])
+@kernel(do_not_specialize=["ignore_index", "stride_dloss"])
 def backward_kernel(
     dloss_ptr, stride_dloss,  # (R,)
     logits_ptr, stride_logits,  # (R, V), elements of a row contiguous

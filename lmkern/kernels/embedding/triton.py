@@ -36,7 +36,7 @@ def forward(tokens: Tensor, weight: Tensor) -> Tensor:
     (N,), (V, E) = tokens.shape, weight.shape
     check_range("embedding", "tokens", tokens, V)
     y = weight.new_empty(N, E)
-    options = constants("forward", weight)
+    options = constants("forward", weight.device, weight.dtype.itemsize, E)
     grid = (-(-N // options["BLOCK_N"]), -(-E // options["BLOCK_E"]))
     if all(grid):
         with triton_runtime.device_of(weight):
@@ -52,7 +52,7 @@ def backward(dy: Tensor, tokens: Tensor, *, vocabulary: int, padding_idx: int) -
     in_order, order = torch.sort(tokens, stable=True)
     every = torch.arange(vocabulary + 1, device=tokens.device)
     starts = torch.searchsorted(in_order, every)
-    options = constants("backward", dy)
+    options = constants("backward", dy.device, dy.dtype.itemsize, E)
     grid = (vocabulary, -(-E // options["BLOCK_E"]))
     if all(grid):
         with triton_runtime.device_of(dy):
@@ -62,11 +62,11 @@ def backward(dy: Tensor, tokens: Tensor, *, vocabulary: int, padding_idx: int) -
     return dweight
 
 
-def constants(kernel: str, x: Tensor) -> dict[str, int]:
-    """The compile-time arguments of a kernel for rows of x (N or V, E)."""
-    E = x.shape[1]
+@tuning.remembered
+def constants(kernel: str, device: torch.device, itemsize: int, E: int) -> dict[str, int]:
+    """The compile-time arguments of a kernel for rows of E elements."""
     block_e = min(BLOCK_E[kernel], 1 << max(E - 1, 0).bit_length())
     block_n = BLOCK_N[kernel] * BLOCK_E[kernel] // block_e
     default = {"BLOCK_N": min(block_n, 64), "BLOCK_E": block_e, "num_warps": NUM_WARPS}
-    shape_class = f"{x.element_size()}-{block_e}"
-    return tuning.lookup("embedding", kernel, tuning.architecture(x.device), shape_class, default)
+    shape_class = f"{itemsize}-{block_e}"
+    return tuning.lookup("embedding", kernel, tuning.architecture(device), shape_class, default)

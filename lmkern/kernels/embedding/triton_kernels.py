@@ -3,13 +3,13 @@
 # Triton compiles these functions; annotations would be read as types of arguments.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
-import triton
 import triton.language as tl
 
 from lmkern.kernels.triton_kernels import compute_dtype, load_rows, rounded, store_rows
+from lmkern.kernels.triton_launch import kernel
 
 
-@triton.jit(do_not_specialize=["N"])
+@kernel(do_not_specialize=["N"])
 def forward_kernel(
     tokens_ptr,  # (N,) int64
     weight_ptr,  # (V, E) contiguous
@@ -30,7 +30,7 @@ def forward_kernel(
     store_rows(y_ptr, y, rows, N, E, columns, E)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     dy_ptr, stride_dy,  # (N, E), elements of a row contiguous
     order_ptr,  # (N,) int64: where the tokens stand, sorted by token and then by place

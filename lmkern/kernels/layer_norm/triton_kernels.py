@@ -20,9 +20,10 @@ from lmkern.kernels.triton_kernels import (
     store_rows,
     wide,
 )
+from lmkern.kernels.triton_launch import kernel
 
 
-@triton.jit(do_not_specialize=["R", "threshold"])
+@kernel(do_not_specialize=["R", "threshold"])
 def forward_kernel(
     x_ptr, stride_x,  # (R, E), elements of a row contiguous
     residual_ptr, stride_residual,  # likewise; None: no residual
@@ -65,7 +66,7 @@ def forward_kernel(
     tl.store(rstd_ptr + rows, rstd, mask=rows < R)
 
 
-@triton.jit(do_not_specialize=["R", "threshold"])
+@kernel(do_not_specialize=["R", "threshold"])
 def wide_forward_kernel(
     x_ptr, stride_x,  # the arguments are forward_kernel's
     residual_ptr, stride_residual,
@@ -126,7 +127,7 @@ def wide_forward_kernel(
         store_rows(y_ptr, y, rows, R, E, columns, E)
 
 
-@triton.jit(do_not_specialize=["R", "threshold"])
+@kernel(do_not_specialize=["R", "threshold"])
 def backward_kernel(
     dy_ptr, stride_dy,  # (R, E), elements of a row contiguous
     dh_ptr, stride_dh,  # likewise; None: 0
@@ -187,7 +188,7 @@ def backward_kernel(
         tl.store(dbias_ptr + partial, tl.sum(dbias, 0), mask=columns < E)
 
 
-@triton.jit(do_not_specialize=["R", "threshold"])
+@kernel(do_not_specialize=["R", "threshold"])
 def wide_backward_kernel(
     dy_ptr, stride_dy,  # the arguments are backward_kernel's; dweight and dbias are None
     dh_ptr, stride_dh,

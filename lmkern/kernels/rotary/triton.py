@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lmkern.kernels import triton_runtime, tuning
@@ -41,12 +42,13 @@ def forward(
     B, H, N, D = x.shape
     P, pairs = cos.shape
     y = x if inplace else empty_like(x)
-    options = constants(x, pairs, interleaved, inplace)
+    grain, (x_, y_) = triton_runtime.strided(x, y)
+    options = constants(x.device, x.dtype.itemsize, D, pairs, grain, interleaved, inplace)
     token_blocks = -(-N // options["BLOCK_N"])
     if x.numel():
         with triton_runtime.device_of(x):
             triton_kernels.forward_kernel[(B * H * token_blocks,)](
-                x, *x.stride(), y, *y.stride(), cos, sin, cos.stride(0), positions,
+                *x_, *y_, cos, sin, cos.stride(0), positions,
                 H, N, D, P, pairs, offset, token_blocks, -1.0 if inverse else 1.0, **options,
             )  # fmt: skip
     return y
@@ -67,14 +69,24 @@ def backward(
     )
 
 
-def constants(x: Tensor, pairs: int, interleaved: bool, inplace: bool) -> dict[str, int]:
+@tuning.remembered
+def constants(
+    device: torch.device,
+    itemsize: int,
+    head_dim: int,
+    pairs: int,
+    grain: int,
+    interleaved: bool,
+    inplace: bool,
+) -> dict[str, int]:
     """The compile-time arguments of the kernel."""
     block_p = 1 << max(pairs - 1, 0).bit_length()
-    rest = x.shape[3] - 2 * pairs
+    rest = head_dim - 2 * pairs
     default = {"BLOCK_N": max(1, TILE // (2 * block_p)), "num_warps": NUM_WARPS}
-    shape_class = f"{x.element_size()}-{block_p}{'-interleaved' if interleaved else ''}"
-    chosen = tuning.lookup("rotary", "forward", tuning.architecture(x.device), shape_class, default)
+    shape_class = f"{itemsize}-{block_p}{'-interleaved' if interleaved else ''}"
+    chosen = tuning.lookup("rotary", "forward", tuning.architecture(device), shape_class, default)
     return {
+        "GRAIN": grain,
         "INTERLEAVED": interleaved,
         "IN_PLACE": inplace,
         "BLOCK_P": block_p,

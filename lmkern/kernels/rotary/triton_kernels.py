@@ -3,19 +3,29 @@
 # Triton compiles these functions; annotations would be read as types of arguments.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
-import triton
 import triton.language as tl
 
-from lmkern.kernels.triton_kernels import rounded, wide
+from lmkern.kernels.triton_kernels import long, rounded, wide
+from lmkern.kernels.triton_launch import kernel
+
+# Values that change from call to call: the kernel is not compiled again for them.
+RUNTIME = [
+    "N",
+    "P",
+    "offset",
+    "token_blocks",
+    *(f"stride_{tensor}{dimension}" for tensor in "xy" for dimension in "bhn"),
+]
 
 
-@triton.jit(do_not_specialize=["N", "P", "offset", "token_blocks"])
+@kernel(do_not_specialize=RUNTIME)
 def forward_kernel(
     x_ptr, stride_xb, stride_xh, stride_xn, stride_xd,  # (B, H, N, D)
     y_ptr, stride_yb, stride_yh, stride_yn, stride_yd,  # (B, H, N, D); may be x
     cos_ptr, sin_ptr, stride_table,  # (P, pairs), elements of a row contiguous
     positions_ptr,  # (B, N) contiguous; None: token n stands at offset + n
     H, N, D, P, pairs, offset, token_blocks, sign,
+    GRAIN: tl.constexpr,  # elements that strides but the last are counted in
     INTERLEAVED: tl.constexpr,
     IN_PLACE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -42,10 +52,10 @@ def forward_kernel(
     turning = there[:, None] & (pair < pairs)[None, :]
     known = turning & ((positions >= 0) & (positions < P))[:, None]
     at = positions[:, None] * stride_table + pair[None, :]
-    x_ptr += sequence * stride_xb + head * stride_xh
-    y_ptr += sequence * stride_yb + head * stride_yh
-    x_row = x_ptr + tokens[:, None] * stride_xn
-    y_row = y_ptr + tokens[:, None] * stride_yn
+    x_ptr += (sequence * stride_xb + head * stride_xh) * GRAIN
+    y_ptr += (sequence * stride_yb + head * stride_yh) * GRAIN
+    x_row = x_ptr + tokens[:, None] * (long(stride_xn) * GRAIN)
+    y_row = y_ptr + tokens[:, None] * (long(stride_yn) * GRAIN)
     if INTERLEAVED:
         columns = tl.arange(0, 2 * BLOCK_P)
         inside = there[:, None] & (columns < 2 * pairs)[None, :]
