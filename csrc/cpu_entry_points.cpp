@@ -43,15 +43,18 @@ constexpr EntryPoint kEntryPoints[] = {
     entry<ActivationParams, activation_backward>("activation_backward"),
     entry<ActivationParams, activation_forward>("activation_forward"),
     entry<AdamwParams, adamw_step>("adamw_step"),
-    entry<CachedAttentionParams, cached_attention_forward>("cached_attention_forward"),
     entry<CopyParams, copy_forward>("copy_forward"),
     entry<CrossEntropyParams, cross_entropy_backward>("cross_entropy_backward"),
     entry<CrossEntropyParams, cross_entropy_forward>("cross_entropy_forward"),
-    entry<EmbeddingParams, embedding_backward>("embedding_backward"),
-    entry<EmbeddingParams, embedding_forward>("embedding_forward"),
     entry<NormParams, norm_backward>("norm_backward"),
     entry<NormParams, norm_forward>("norm_forward"),
     entry<RotaryParams, rotary_forward>("rotary_forward"),
+#endif
+// Nor does BF16 to what reads alone, or copies.
+#if !defined(__AVX512BF16__)
+    entry<CachedAttentionParams, cached_attention_forward>("cached_attention_forward"),
+    entry<EmbeddingParams, embedding_backward>("embedding_backward"),
+    entry<EmbeddingParams, embedding_forward>("embedding_forward"),
 #endif
 };
 

@@ -20,6 +20,8 @@ Item = TypeVar("Item")
 # What tells whether a module serves an op, where that is not what it does for all others.
 _KERNELS_OF = {
     "attention": ("attention_forward",),
+    "cached_attention": ("cached_attention_forward",),
+    "embedding": ("embedding_forward",),
     "linear_cross_entropy": ("linear_logits", "cross_entropy_forward"),
 }
 

@@ -53,8 +53,9 @@ ENTRY_POINTS = {
 }
 PAIRS = {name for name in ENTRY_POINTS if name.startswith("linear_")}
 TILES = PAIRS | {"attention_forward", "attention_backward"}
+NO_ROUNDING = {"cached_attention_forward", "embedding_forward", "embedding_backward"}
 # What a module has.
-ENTRIES = {"amx": TILES, "avx512_bf16": set(ENTRY_POINTS)}
+ENTRIES = {"amx": TILES, "avx512_bf16": set(ENTRY_POINTS) - NO_ROUNDING}
 
 
 def entries(name: str) -> set[str]:
