@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import lmkern.nn
 from lmkern.testing import measure, over_budget, pooled
-from lmkern.testing.error_budget import FACTOR, FLOOR
+from lmkern.testing.error_budget import DRAWS, FACTOR, FLOOR
 
 WIDTH, HEADS, HIDDEN = 12, 2, 20
 LAYERS = {"TransformerEncoderLayer", "TransformerDecoderLayer"}
@@ -143,20 +143,32 @@ def _pair(case):
 def test_outputs_and_gradients_are_torchs_within_the_budget(case):
     # Shapes this small cost a second thread more than they give it to do.
     torch.set_num_threads(1)
+    compared = _errors(case)
+    if compared is None:
+        return
+    output, errors = compared
+    if over_budget("output", output, 1.0):
+        # The largest error of a few elements is chance, torch's too: judged on more draws (error_budget.py).
+        seeds = range(case["seed"] + 1, case["seed"] + DRAWS)
+        output = pooled([output, *(_errors({**case, "seed": seed})[0] for seed in seeds)])
+    assert (found := over_budget("output", output, 1.0)) is None, found
+    # Which element is the worst is chance: a rectifier's kink, a softmax that hardly moves.
+    assert errors.ours_typical <= FACTOR * max(errors.torchs_typical, FLOOR) + 1.0
+
+
+def _errors(case):
+    """Of the output, and of all gradients together; None in float64, where all is compared here."""
     torch.manual_seed(case["seed"])
     ours, theirs = _pair(case)
     tensors, masks = _arguments(case)
     results = [_run(module, tensors, masks, case["dtype"]) for module in (ours, theirs)]
     if case["dtype"] == torch.float64:
         torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
-        return
+        return None
     exact = _run(copy.deepcopy(theirs).double(), tensors, masks, torch.float64)
     output = measure(results[0][0], results[1][0], exact[0])
     # A gradient may be the difference of far larger ones, and exactly zero: all are held to the largest.
     largest = max(float(gradient.abs().max()) for gradient in exact[1])
     triples = zip(results[0][1], results[1][1], exact[1], strict=True)
     gradients = [measure(*each, at_least=largest) for each in triples]
-    assert (found := over_budget("output", output, 1.0)) is None, found
-    # Which element is the worst is chance: a rectifier's kink, a softmax that hardly moves.
-    errors = pooled(gradients)
-    assert errors.ours_typical <= FACTOR * max(errors.torchs_typical, FLOOR) + 1.0
+    return output, pooled(gradients)
