@@ -52,7 +52,9 @@ class CMakeBuild(build_ext):
                 f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
                 f"-DCMAKE_INSTALL_PREFIX={package}",
             ]  # fmt: skip
-            install = ["cmake", "--build", str(build_dir), "--target", "install"]
+            # Ninja's own choice is more of them, which on few cores take each other's caches.
+            jobs = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+            install = ["cmake", "--build", str(build_dir), "--target", "install", "--parallel", jobs]
             for command in (configure, install):
                 subprocess.run(
                     command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
