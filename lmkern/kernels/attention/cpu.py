@@ -52,7 +52,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
 
 
 def _sees_a_cache(queries: int, options: Options) -> bool:
-    """Whether the keys are to the queries what cached attention's are, and nothing is done that it does not."""
+    """Whether the keys are a cache to the queries, and nothing is asked that cached attention does not do."""
     if (
         options.bias is not None
         or options.mask is not None
