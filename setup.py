@@ -52,7 +52,7 @@ class CMakeBuild(build_ext):
                 f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
                 f"-DCMAKE_INSTALL_PREFIX={package}",
             ]  # fmt: skip
-            # Ninja's own choice is more of them, which on few cores take each other's caches.
+            # Ninja's own choice is more of them, which on two cores is no faster.
             jobs = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
             install = ["cmake", "--build", str(build_dir), "--target", "install", "--parallel", jobs]
             for command in (configure, install):

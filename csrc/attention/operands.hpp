@@ -1,6 +1,6 @@
 // The two ways in which attention's products are computed: on vectors, for every type and processor (here),
-// and of pairs of bfloat16 (bf16_operands.hpp). An engine says how operands lie and
-// multiplies them; the passes say which.
+// and in pairs of bfloat16 (bf16_operands.hpp). An engine says how operands lie and multiplies them; the
+// passes say which.
 //
 //     Left          (rows, depth)     rows as they lie: queries, weights, gradients
 //     Right         (depth, columns)  keys and values; transposed from rows, or rows themselves

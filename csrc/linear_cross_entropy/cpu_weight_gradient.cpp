@@ -1,7 +1,7 @@
 // dweight^T (E, V) = x^T (E, T) dlogits (T, V), summed in float32 over chunks of T tokens.
 //
 // a is x, transposed, packed once a chunk; b is dlogits, packed by the task that uses it. sums holds, for
-// each 32 columns of dlogits and in it for each 32 columns of x, the tiles c00 c01 c10 c11 one after the
+// each 32 columns of dlogits and in it for each 32 columns of x, the four tiles of a block one after the
 // other: they are read and written in the order of the addresses.
 #include "linear_cross_entropy/blocks.hpp"
 #include "linear_cross_entropy/cpu.hpp"

@@ -34,7 +34,6 @@ inline bool amx_usable() {
 #if defined(__AMX_BF16__)
 
 constexpr int64_t kTileRowBytes = 64;
-constexpr int64_t kTileBytes = 1024;
 
 // While it lives the calling thread's eight tiles are 16 rows x 64 bytes each. Needed in every thread: tiles
 // are registers. Released at the end, so that a context switch has no tile data to save.

@@ -77,12 +77,13 @@ def remembered(function: Callable[P, dict[str, Any]]) -> Callable[P, Mapping[str
 
     All callers get one dictionary, to be read alone. Arguments: what constants depend on, never a length.
     """
-    keep = cache(function)
+    keep: Any = cache(function)
 
     @wraps(function)
     def found(*arguments: P.args, **options: P.kwargs) -> Mapping[str, Any]:
         # Who observes must see each look-up.
-        return keep(*arguments, **options) if _observed is None else function(*arguments, **options)  # type: ignore[arg-type]
+        made: Callable[P, dict[str, Any]] = keep if _observed is None else function
+        return made(*arguments, **options)
 
     _kept.append(keep)
     return found

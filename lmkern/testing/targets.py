@@ -75,15 +75,20 @@ class Target:
         """
         if backends.load(self.op, self.backend).unavailable():
             return True
-        if self.instruction_set is not None:
-            kernels = _KERNELS_OF.get(self.op, ("norm_forward",))
-            if not any(native.serves(self.instruction_set, kernel, dtype) for kernel in kernels):
-                return False
+        if not self.serves(dtype):
+            return False
         x = torch.empty(1, 1, 1, 1, dtype=dtype, device=self.device)
         tensors = {"q": x, "k": x, "v": x} if self.op == "attention" else {"x": x.view(1, 1)}
         return backends.load(self.op, self.backend).unsupported(
             backends.Call(self.op, tensors, options, self.backend)
         ) is None  # fmt: skip
+
+    def serves(self, dtype: torch.dtype) -> bool:
+        """Whether the module of its instruction set has the op's kernels for this dtype; True without one."""
+        if self.instruction_set is None:
+            return True
+        kernels = _KERNELS_OF.get(self.op, ("norm_forward",))
+        return any(native.serves(self.instruction_set, kernel, dtype) for kernel in kernels)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -113,7 +118,8 @@ def targets(op: str) -> list[Target]:
     found: list[Target] = []
     for backend in backends.backend_names(op):
         if backend == "cpu" and native.cpu_modules():
-            found += [Target(op, backend, name) for name in native.cpu_modules()]
+            each = [Target(op, backend, name) for name in native.cpu_modules()]
+            found += [target for target in each if any(map(target.serves, native.DTYPE_CODES))]
         elif backend == "cpu" or backends.load(op, backend).unavailable() is None:
             found.append(Target(op, backend))
     return found

@@ -289,7 +289,7 @@ def test_nan_stays_in_its_row(target: Target) -> None:
         assert torch.equal(ill[name], clean[name]), name
 
 
-# From 16 MiB on results pass by the caches, where rows are whole cache lines.
+# From 8 MiB on results pass by the caches, where rows are whole cache lines.
 @pytest.mark.parametrize(("residual_dtype", "dropout_p"), [(torch.float32, 0.25), (torch.bfloat16, 0.0)])
 @pytest.mark.parametrize("target", [t for t in TARGETS if t.backend == "cpu"], ids=ids)
 def test_large_results_have_the_bits_of_small_ones(

@@ -297,7 +297,7 @@ def test_results_are_bit_equal_for_any_number_of_threads(target: Target, threads
         assert torch.equal(value, expected[result]), result
 
 
-# From 16 MiB on results pass by the caches, where rows are whole cache lines.
+# From 8 MiB on results pass by the caches, where rows are whole cache lines.
 @pytest.mark.parametrize("E", [1024, 1032, 1023])
 @pytest.mark.parametrize("target", [t for t in TARGETS if t.backend == "cpu"], ids=str)
 def test_large_results_have_the_bits_of_small_ones(target: Target, E: int) -> None:

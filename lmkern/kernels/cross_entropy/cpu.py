@@ -69,7 +69,8 @@ def forward_in_tiles(
     z_loss: float,
     softcap: float,
 ) -> Tensor:
-    """The same of logits in tiles (rows / 16, columns / 32, 16, 32), for AMX; without dloss they stay.
+    """The same of logits in tiles (rows / 16, columns / 32, 16, 32), for products of bfloat16 pairs; without
+    dloss they stay.
 
     Rows and columns are rounded up to 32. Columns beyond the last hold 0, rows get a gradient of 0.
     """

@@ -1,4 +1,5 @@
-"""Linear + cross-entropy in bfloat16 on AMX: csrc/linear_cross_entropy and, on its tiles, csrc/cross_entropy.
+"""Linear + cross-entropy in bfloat16 on AMX and BF16: csrc/linear_cross_entropy and, on its tiles,
+csrc/cross_entropy.
 
 The products are our own: torch's know no logits in tiles, and none of bfloat16 into float32.
 """

@@ -1,7 +1,7 @@
 """Linear + cross-entropy on the CPU, by chunks of tokens whose logits are held one chunk at a time.
 
-torch multiplies matrices, but for bfloat16 with AMX (bf16.py); csrc/cross_entropy turns a chunk's logits into
-its loss and, in their place, their gradient.
+torch multiplies matrices, but for bfloat16 on processors that multiply its pairs (bf16.py);
+csrc/cross_entropy turns a chunk's logits into its loss and, in their place, their gradient.
 """
 
 from __future__ import annotations
