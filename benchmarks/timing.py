@@ -1,7 +1,8 @@
 """How a row is timed: ours and its competitors in turn, in one run, and the ratio of each round.
 
 A machine's speed drifts, so two numbers from two moments do not compare. In a round every competitor runs
-once and then ours once (eager, compile, ours, eager, compile, ours, ...); a time includes the release of
+once and then ours once, the competitors in turns forwards and backwards (eager, compile, ours, compile,
+eager, ours, ...), since each finds the caches as the one before left them; a time includes the release of
 the results. The competitors run in the set-up that pytest-benchmark calls before each of its rounds, so its
 own statistics are ours. What is reported is the median of each, and the median over the rounds of their
 time / our time: above 1, ours is faster. Warm-up, and with it compilation, comes before the first round.
@@ -74,11 +75,13 @@ def compare(
         turn = sum(seconds(call) for call in (*competitors.values(), ours))
     rounds = rounds or min(MAX_ROUNDS, max(MIN_ROUNDS, int(BUDGET / turn)))
     times: dict[str, list[float]] = {name: [] for name in competitors}
+    order = list(competitors)
     on_gpu: list[float] = []
 
     def run_competitors() -> None:
-        for name, call in competitors.items():
-            times[name].append(seconds(call))
+        for name in order:
+            times[name].append(seconds(competitors[name]))
+        order.reverse()
 
     def run_ours() -> None:
         # Returns nothing: the fixture would keep the result alive through the next round.

@@ -43,7 +43,15 @@ def hardware() -> dict[str, str]:
 
 def processor() -> str:
     """The processor's name as Linux gives it; elsewhere as Python knows it."""
-    return cpu_facts().get("model name") or platform.processor() or platform.machine()
+    return name_processor(cpu_facts()) or platform.processor() or platform.machine()
+
+
+def name_processor(facts: dict[str, str]) -> str | None:
+    """Its name in /proc/cpuinfo, with the numbers of its kind where the name has none, as in many clouds."""
+    name, kind = facts.get("model name"), ("cpu family", "model")
+    if name is None or any(map(str.isdigit, name)) or not all(number in facts for number in kind):
+        return name
+    return f"{name} family {facts['cpu family']} model {facts['model']}"
 
 
 def accelerator() -> str | None:

@@ -13,8 +13,9 @@
 namespace lmkern {
 namespace {
 
-// Columns of x that a task turns: rows of y that it writes side by side. Two cache lines of 16-bit elements.
-constexpr int64_t kStrip = 64;
+// What is turned before the next columns: a line of 16-bit elements of so many rows, which are as many pages
+// of x as a processor finds at once. All columns come before the next rows.
+constexpr int64_t kStrip = 32, kPanelRows = 128;
 // Bytes of y from which on it does not pass through the caches: its rows are a power of two apart as a rule,
 // and their lines would drive each other out.
 constexpr int64_t kStreamed = 1 << 20;
@@ -72,22 +73,35 @@ void turn(const E* x, int64_t x_stride, int64_t rows, int64_t columns, E* y, int
             y[column * y_stride + row] = x[row * x_stride + column];
 }
 
-// A strip of columns of x, at most kStrip, into as many rows of y.
+// Some rows of a strip of columns of x, at most kStrip, into as many rows of y.
 template <bool streaming, class From, class To>
-void turn_strip(const From* x, int64_t x_stride, int64_t rows, int64_t columns, To* y) {
+void turn_strip(const From* x, int64_t x_stride, int64_t rows, int64_t columns, To* y, int64_t y_stride) {
     using E = Element<sizeof(To)>;
     E* out = reinterpret_cast<E*>(y);
     if constexpr (std::is_same_v<From, To>) {
-        turn<streaming>(reinterpret_cast<const E*>(x), x_stride, rows, columns, out, rows);
+        turn<streaming>(reinterpret_cast<const E*>(x), x_stride, rows, columns, out, y_stride);
     } else {
         To converted[kMaxBlockRows * kStrip];
         for (int64_t row = 0; row < rows; row += kMaxBlockRows) {
             const int64_t here = std::min(kMaxBlockRows, rows - row);
             for (int64_t r = 0; r < here; ++r)
                 convert_row(x + (row + r) * x_stride, converted + r * kStrip, columns);
-            turn<streaming>(reinterpret_cast<const E*>(converted), kStrip, here, columns, out + row, rows);
+            turn<streaming>(reinterpret_cast<const E*>(converted), kStrip, here, columns, out + row,
+                            y_stride);
         }
     }
+}
+
+// Columns [first, end) of one matrix.
+template <bool streaming, class From, class To>
+void turn_columns(const CopyParams& p, int64_t matrix, int64_t first, int64_t end) {
+    const From* x = static_cast<const From*>(p.x) + matrix * p.batch_stride;
+    To* y = static_cast<To*>(p.y) + matrix * p.columns * p.rows;
+    for (int64_t row = 0; row < p.rows; row += kPanelRows)
+        for (int64_t column = first; column < end; column += kStrip)
+            turn_strip<streaming>(x + row * p.row_stride + column, p.row_stride,
+                                  std::min(kPanelRows, p.rows - row), std::min(kStrip, end - column),
+                                  y + column * p.rows + row, p.rows);
 }
 
 }  // namespace
@@ -101,19 +115,17 @@ void transposed_copy(const CopyParams& p) {
         const int64_t pieces_per_task = ceil_div(pieces, std::max<int64_t>(tasks, 1));
         const int64_t row_bytes = p.rows * static_cast<int64_t>(sizeof(To));
         const bool streaming = streams_to(p.y, row_bytes) && p.batch * p.columns * row_bytes >= kStreamed;
-        auto run = [&](int64_t piece, auto choice) {
-            const int64_t b = piece / strips, column = piece % strips * kStrip;
-            turn_strip<decltype(choice)::value>(static_cast<const From*>(p.x) + b * p.batch_stride + column,
-                                                p.row_stride, p.rows, std::min(kStrip, p.columns - column),
-                                                static_cast<To*>(p.y) + (b * p.columns + column) * p.rows);
-        };
         parallel_for(tasks, p.threads, [&](int64_t task) {
             const int64_t end = std::min(pieces, (task + 1) * pieces_per_task);
-            for (int64_t piece = task * pieces_per_task; piece < end; ++piece) {
+            for (int64_t piece = task * pieces_per_task; piece < end;) {
+                const int64_t matrix = piece / strips, strip = piece % strips,
+                              count = std::min(strips - strip, end - piece);
+                const int64_t first = strip * kStrip, last = std::min(p.columns, first + count * kStrip);
                 if (streaming)
-                    run(piece, std::true_type{});
+                    turn_columns<true, From, To>(p, matrix, first, last);
                 else
-                    run(piece, std::false_type{});
+                    turn_columns<false, From, To>(p, matrix, first, last);
+                piece += count;
             }
             if (streaming) end_streams();
         });

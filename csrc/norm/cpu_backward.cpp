@@ -9,8 +9,6 @@
 //
 // dweight and dbias are summed chunk by chunk of rows, the chunks fixed by the shape alone, then over the
 // chunks in order: the result does not depend on the threads.
-#include <unistd.h>
-
 #include "norm/common.hpp"
 #include "norm/cpu.hpp"
 
@@ -40,26 +38,9 @@ struct Scratch {
     }
 };
 
-// Of a core, for data; where the system does not say, what most have at least.
-int64_t first_cache_bytes() {
-    static const int64_t bytes = [] {
-        long said = 0;
-#if defined(_SC_LEVEL1_DCACHE_SIZE)
-        said = sysconf(_SC_LEVEL1_DCACHE_SIZE);
-#endif
-        return said > 0 ? static_cast<int64_t>(said) : int64_t{32} << 10;
-    }();
-    return bytes;
-}
-
-// Whether kRowsTogether rows, what is kept of them, and the parameters and their sums leave room in the first
-// cache.
-template <class T, class S>
-bool fit_together(const NormParams& p) {
-    constexpr auto row = static_cast<int64_t>(2 * sizeof(Compute<T>) + sizeof(T) + sizeof(S));
-    constexpr int64_t column = static_cast<int64_t>(3 * sizeof(Compute<T>)) + kRowsTogether * row;
-    return p.columns * column <= first_cache_bytes() * 4 / 5;
-}
+// Rows of at most so many columns are taken together: the end of one waits for the other. In longer ones
+// twice the streams from memory cost more than that.
+constexpr int64_t kColumnsTogether = 384;
 
 // body(row, number of rows) over [begin, end): kRowsTogether of them if they are taken together, and what is
 // left one by one.
@@ -183,7 +164,7 @@ void norm_backward(const NormParams& p) {
         // Dropout's factors come in order.
         constexpr bool pairs_exist = std::is_same_v<T, bfloat16> && std::is_same_v<S, bfloat16>;
         const bool in_pairs = pairs_exist && p.columns % (2 * kLanes<C>) == 0 && p.keep_threshold == 0;
-        const bool together = fit_together<T, S>(p);
+        const bool together = p.columns <= kColumnsTogether;
         const int64_t rows_per_chunk = ceil_div(p.rows, p.chunks);
         // Neighbouring chunks go to one thread: two threads that write to one fresh page both wait for it.
         const int64_t tasks = std::min(p.threads, p.chunks), chunks_per_task = ceil_div(p.chunks, tasks);

@@ -13,7 +13,9 @@ from lmkern.ops.dispatch import check_dtype
 def check_input(name: str, input: Tensor, shape: tuple[int, ...]) -> None:
     """ValueError unless input ends in normalized_shape and has a dtype that is served."""
     if not shape or input.dim() < len(shape) or input.shape[-len(shape) :] != shape:
-        raise ValueError(f"{name}: input must end in normalized_shape {shape}; got {tuple(input.shape)}")
+        integers = all(isinstance(size, int) for size in shape)
+        expected = shape if integers else f"(integers, not {type(shape[0]).__name__})"
+        raise ValueError(f"{name}: input must end in normalized_shape {expected}; got {tuple(input.shape)}")
     check_dtype(name, "input", input.dtype)
 
 
