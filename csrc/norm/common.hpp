@@ -9,9 +9,21 @@
 
 namespace lmkern {
 
-// Rows that are worked on together: what is known of one waits while the other goes on, and parameters and
-// their sums are loaded once.
+// Short rows are worked on two at a time: what is known of one waits while the other goes on, and parameters
+// and their sums are loaded once. In longer ones twice the streams from memory cost more than that.
 constexpr int kRowsTogether = 2;
+constexpr int64_t kColumnsTogether = 384;
+
+// body(row, number of rows) over [begin, end): kRowsTogether of them where rows are short, and what is left
+// one by one.
+template <class Body>
+void for_rows(const NormParams& p, int64_t begin, int64_t end, const Body& body) {
+    int64_t row = begin;
+    if (p.columns <= kColumnsTogether)
+        for (; row + kRowsTogether <= end; row += kRowsTogether)
+            body(row, std::integral_constant<int, kRowsTogether>{});
+    for (; row < end; ++row) body(row, std::integral_constant<int, 1>{});
+}
 
 // Fewer rows than this are not worth another thread.
 constexpr int64_t kRowsPerTask = 16;

@@ -38,20 +38,6 @@ struct Scratch {
     }
 };
 
-// Rows of at most so many columns are taken together: the end of one waits for the other. In longer ones
-// twice the streams from memory cost more than that.
-constexpr int64_t kColumnsTogether = 384;
-
-// body(row, number of rows) over [begin, end): kRowsTogether of them if they are taken together, and what is
-// left one by one.
-template <class Body>
-void for_rows(int64_t begin, int64_t end, bool together, const Body& body) {
-    int64_t row = begin;
-    for (; together && row + kRowsTogether <= end; row += kRowsTogether)
-        body(row, std::integral_constant<int, kRowsTogether>{});
-    for (; row < end; ++row) body(row, std::integral_constant<int, 1>{});
-}
-
 // Adds the rows' share to dweight and dbias, and writes their dx and dresidual if those are wanted.
 template <class T, class S, bool centred, bool in_pairs, int rows>
 void backward_rows(const NormParams& p, int64_t first, const Scratch<Compute<T>>& scratch,
@@ -164,7 +150,6 @@ void norm_backward(const NormParams& p) {
         // Dropout's factors come in order.
         constexpr bool pairs_exist = std::is_same_v<T, bfloat16> && std::is_same_v<S, bfloat16>;
         const bool in_pairs = pairs_exist && p.columns % (2 * kLanes<C>) == 0 && p.keep_threshold == 0;
-        const bool together = p.columns <= kColumnsTogether;
         const int64_t rows_per_chunk = ceil_div(p.rows, p.chunks);
         // Neighbouring chunks go to one thread: two threads that write to one fresh page both wait for it.
         const int64_t tasks = std::min(p.threads, p.chunks), chunks_per_task = ceil_div(p.chunks, tasks);
@@ -175,7 +160,7 @@ void norm_backward(const NormParams& p) {
                 C* dweight = static_cast<C*>(p.partials) + chunk * 2 * p.columns;
                 C* dbias = dweight + p.columns;
                 std::fill_n(dweight, 2 * p.columns, C(0));
-                for_rows(chunk * rows_per_chunk, std::min(p.rows, (chunk + 1) * rows_per_chunk), together,
+                for_rows(p, chunk * rows_per_chunk, std::min(p.rows, (chunk + 1) * rows_per_chunk),
                          [&](int64_t row, auto rows) {
                              constexpr bool with_mean = decltype(centred)::value;
                              constexpr int count = decltype(rows)::value;

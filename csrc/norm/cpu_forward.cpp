@@ -27,12 +27,9 @@ struct Scratch {
     }
 };
 
-// The rows from `first` on, kRowsTogether of them; beyond `end` the last one again, to the same bits.
-template <class T, class S, bool centred>
-void forward_rows(const NormParams& p, int64_t first, int64_t end, const Scratch<Compute<T>>& scratch) {
+template <class T, class S, bool centred, int rows>
+void forward_rows(const NormParams& p, int64_t first, const Scratch<Compute<T>>& scratch) {
     using C = Compute<T>;
-    constexpr int rows = kRowsTogether;
-    int64_t index[rows];
     const C columns = static_cast<C>(p.columns);
     const T* x[rows];
     T* y[rows];
@@ -41,11 +38,10 @@ void forward_rows(const NormParams& p, int64_t first, int64_t end, const Scratch
     // What is normalised, as C: where it lies, or a copy.
     const C* wide[rows];
     for (int r = 0; r < rows; ++r) {
-        index[r] = std::min(first + r, end - 1);
-        x[r] = static_cast<const T*>(p.x) + index[r] * p.x_stride;
-        y[r] = static_cast<T*>(p.y) + index[r] * p.columns;
-        residual[r] = static_cast<const S*>(p.residual) + index[r] * p.residual_stride;
-        h[r] = static_cast<S*>(p.h) + index[r] * p.columns;
+        x[r] = static_cast<const T*>(p.x) + (first + r) * p.x_stride;
+        y[r] = static_cast<T*>(p.y) + (first + r) * p.columns;
+        residual[r] = static_cast<const S*>(p.residual) + (first + r) * p.residual_stride;
+        h[r] = static_cast<S*>(p.h) + (first + r) * p.columns;
     }
 
     const bool prefetched = is_prefetched<T>(p), y_streamed = is_streamed(p, y[0]),
@@ -79,7 +75,7 @@ void forward_rows(const NormParams& p, int64_t first, int64_t end, const Scratch
     } else if (p.keep_threshold == 0) {
         sums = read(h, h_streamed, [&](auto at, int r) { return put_h(at, r, at(residual[r]) + at(x[r])); });
     } else {
-        for (int r = 0; r < rows; ++r) dropout_factors(p, index[r], scratch.factors[r]);
+        for (int r = 0; r < rows; ++r) dropout_factors(p, first + r, scratch.factors[r]);
         sums = read(h, h_streamed, [&](auto at, int r) {
             return put_h(at, r, at(residual[r]) + at(x[r]) * at(scratch.factors[r]));
         });
@@ -97,8 +93,8 @@ void forward_rows(const NormParams& p, int64_t first, int64_t end, const Scratch
     }
     for (int r = 0; r < rows; ++r) {
         rstd[r] = C(1) / std::sqrt(sums[r] / columns + static_cast<C>(p.eps));
-        if constexpr (centred) static_cast<C*>(p.mean)[index[r]] = mean[r];
-        static_cast<C*>(p.rstd)[index[r]] = rstd[r];
+        if constexpr (centred) static_cast<C*>(p.mean)[first + r] = mean[r];
+        static_cast<C*>(p.rstd)[first + r] = rstd[r];
     }
     const int64_t x_ahead = rows * p.x_stride, residual_ahead = rows * p.residual_stride;
     for_row<C>(p.columns, [&](auto at) {
@@ -126,8 +122,9 @@ void norm_forward(const NormParams& p) {
         parallel_for(tasks, p.threads, [&](int64_t task) {
             const Scratch<Compute<T>> scratch(p);
             const int64_t end = std::min(p.rows, (task + 1) * rows_per_task);
-            for (int64_t row = task * rows_per_task; row < end; row += kRowsTogether)
-                forward_rows<T, S, decltype(centred)::value>(p, row, end, scratch);
+            for_rows(p, task * rows_per_task, end, [&](int64_t row, auto rows) {
+                forward_rows<T, S, decltype(centred)::value, decltype(rows)::value>(p, row, scratch);
+            });
             end_streams();
         });
     });

@@ -18,12 +18,14 @@ from lmkern.ops.dispatch import (
     check_dtype,
     direct,
     rows,
+    takes_tensors,
     wants_gradient,
 )
 
 Function = Literal["gelu", "gelu_tanh", "silu", "relu", "relu_squared"]
 
 
+@takes_tensors
 def activation(
     x: Tensor,
     bias: Tensor | None = None,
@@ -55,6 +57,7 @@ def activation(
     return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
 
+@takes_tensors
 def gelu(
     x: Tensor,
     bias: Tensor | None = None,
@@ -70,11 +73,13 @@ def gelu(
     return activation(x, bias, _gelu_function("gelu", approximate), backend=backend)
 
 
+@takes_tensors
 def swiglu(x: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """silu(gate) * value of x (..., 2F), the gate first. As `activation`. Shazeer 2020, arXiv:2002.05202."""
     return activation(x, bias, "silu", gated=True, backend=backend)
 
 
+@takes_tensors
 def geglu(
     x: Tensor,
     bias: Tensor | None = None,

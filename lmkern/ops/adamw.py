@@ -9,9 +9,10 @@ from torch import Tensor
 
 from lmkern.kernels import backends
 from lmkern.kernels.statistics import statistics_dtype
-from lmkern.ops.dispatch import check_dtype, dense, direct
+from lmkern.ops.dispatch import check_dtype, dense, direct, takes_tensors
 
 
+@takes_tensors
 def adamw_(
     param: Tensor,
     grad: Tensor,

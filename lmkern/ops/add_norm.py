@@ -13,7 +13,7 @@ from torch import Tensor
 from lmkern.kernels import backends, philox
 from lmkern.kernels.add_norm import Options
 from lmkern.kernels.statistics import statistics_dtype
-from lmkern.ops.dispatch import check_dtype, direct, rows, wants_gradient
+from lmkern.ops.dispatch import check_dtype, direct, rows, takes_tensors, wants_gradient
 from lmkern.ops.norm_arguments import check_beside, parameters, to_dtype_of
 
 Gradients = tuple[Tensor | None, ...]
@@ -21,6 +21,7 @@ Gradients = tuple[Tensor | None, ...]
 NORMS = ("layer", "rms")
 
 
+@takes_tensors
 def add_norm(
     x: Tensor,
     residual: Tensor,

@@ -10,9 +10,11 @@ from torch import Tensor
 from lmkern.kernels.attention import Options, reference
 from lmkern.ops import attention_checks as checks
 from lmkern.ops.attention_autograd import attend
+from lmkern.ops.dispatch import takes_tensors
 from lmkern.ops.relative_bias import alibi
 
 
+@takes_tensors
 def attention(
     q: Tensor,
     k: Tensor,
@@ -106,6 +108,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@takes_tensors
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,

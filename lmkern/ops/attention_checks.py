@@ -59,12 +59,16 @@ def checked_band(
     name: str, window: tuple[int | None, int | None] | None, causal: bool
 ) -> tuple[int | None, int | None]:
     """left and right of a window, causal or not."""
-    left, right = (None, None) if window is None else window
-    for bound in (left, right):
-        if bound is not None and bound < 0:
-            raise ValueError(
-                f"{name}: window must be (left, right), each at least 0 or None for no bound; got {window}"
-            )
+    bounds = (None, None) if window is None else window
+    if (
+        not isinstance(bounds, tuple | list)
+        or len(bounds) != 2
+        or any(bound is not None and bound < 0 for bound in bounds)
+    ):
+        raise ValueError(
+            f"{name}: window must be (left, right), each at least 0 or None for no bound; got {window!r}"
+        )
+    left, right = bounds
     return left, 0 if causal else right
 
 

@@ -10,11 +10,12 @@ from torch import Tensor
 from lmkern.kernels import backends
 from lmkern.kernels.cached_attention import Options
 from lmkern.kernels.statistics import statistics_dtype
-from lmkern.ops.dispatch import autocast, direct
+from lmkern.ops.dispatch import autocast, direct, takes_tensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+@takes_tensors
 def cached_attention(
     q: Tensor,
     k_cache: Tensor,

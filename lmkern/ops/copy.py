@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from lmkern.kernels import backends
-from lmkern.ops.dispatch import check_dtype, direct, wants_gradient
+from lmkern.ops.dispatch import check_dtype, direct, takes_tensors, wants_gradient
 
 
+@takes_tensors
 def cast(x: Tensor, dtype: torch.dtype, *, backend: str | None = None) -> Tensor:
     """A copy of x in another dtype (in the same, a plain copy).
 
@@ -24,6 +25,7 @@ def cast(x: Tensor, dtype: torch.dtype, *, backend: str | None = None) -> Tensor
     return _copy("cast", x, dtype, False, backend)
 
 
+@takes_tensors
 def transposed_copy(x: Tensor, dtype: torch.dtype | None = None, *, backend: str | None = None) -> Tensor:
     """x.mT as a contiguous copy, cast to dtype on the way if one is given.
 

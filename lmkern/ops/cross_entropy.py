@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lmkern.kernels import backends
 from lmkern.kernels.statistics import statistics_dtype
-from lmkern.ops.dispatch import direct, wants_gradient
+from lmkern.ops.dispatch import direct, takes_tensors, wants_gradient
 from lmkern.ops.losses import check_options, check_range, check_targets, reduce
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -18,6 +18,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NAME = "cross_entropy"
 
 
+@takes_tensors
 def cross_entropy(
     logits: Tensor,
     targets: Tensor,

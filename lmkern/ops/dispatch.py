@@ -1,8 +1,12 @@
-"""What the ops share: when the direct path may be taken, and autocast."""
+"""What the ops share: what they take, when the direct path may be taken, and autocast."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from inspect import signature
+from itertools import chain
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,7 +14,34 @@ from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+def takes_tensors(op: Callable[P, R]) -> Callable[P, R]:
+    """The op, whose failure says which argument is no tensor, if one is not that should be one."""
+    allowed = {"Tensor": Tensor, "Tensor | None": (Tensor, type(None))}
+    types: dict[str, Any] = {
+        name: allowed.get(declared.annotation) for name, declared in signature(op).parameters.items()
+    }
+
+    @wraps(op)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return op(*args, **kwargs)
+        except (AttributeError, TypeError):
+            # Only now: in a call that succeeds the arguments need no look.
+            for name, given in chain(zip(types, args, strict=False), kwargs.items()):
+                expected = types.get(name)
+                if expected is not None and not isinstance(given, expected):
+                    raise TypeError(
+                        f"{op.__name__}: {name} must be a torch.Tensor; got {type(given).__name__}"
+                    ) from None
+            raise
+
+    return checked
 
 
 def direct(*tensors: Tensor | None) -> bool:

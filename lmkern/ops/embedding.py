@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from lmkern.kernels import backends
-from lmkern.ops.dispatch import check_dtype, direct, rows, wants_gradient
+from lmkern.ops.dispatch import check_dtype, direct, rows, takes_tensors, wants_gradient
 
 
+@takes_tensors
 def embedding(
     tokens: Tensor, weight: Tensor, *, padding_idx: int | None = None, backend: str | None = None
 ) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lmkern.kernels import backends
 from lmkern.kernels.layer_norm import reference
 from lmkern.kernels.statistics import statistics_dtype
-from lmkern.ops.dispatch import direct, rows, wants_gradient
+from lmkern.ops.dispatch import direct, rows, takes_tensors, wants_gradient
 from lmkern.ops.norm_arguments import (
     as_matrix,
     as_vector,
@@ -25,6 +25,7 @@ from lmkern.ops.norm_arguments import (
 Gradients = tuple[Tensor | None, ...]
 
 
+@takes_tensors
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],

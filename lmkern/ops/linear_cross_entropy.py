@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lmkern.kernels import backends
 from lmkern.kernels.statistics import statistics_dtype
-from lmkern.ops.dispatch import autocast, direct
+from lmkern.ops.dispatch import autocast, direct, takes_tensors
 from lmkern.ops.losses import check_options, check_range, check_targets, reduce
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -18,6 +18,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NAME = "linear_cross_entropy"
 
 
+@takes_tensors
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,

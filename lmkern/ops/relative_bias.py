@@ -11,7 +11,10 @@ import math
 import torch
 from torch import Tensor
 
+from lmkern.ops.dispatch import takes_tensors
 
+
+@takes_tensors
 def alibi(slopes: Tensor, n_q: int, n_k: int) -> Tensor:
     """-slope * |j - p|, differentiable in slopes (H,). Press et al. 2022, arXiv:2108.12409."""
     if slopes.dim() != 1:

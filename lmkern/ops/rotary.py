@@ -10,9 +10,10 @@ from torch import Tensor
 from lmkern.kernels import backends
 from lmkern.kernels.checked import checked
 from lmkern.kernels.rotary.layout import empty_like
-from lmkern.ops.dispatch import check_dtype, direct, overlaps_itself, wants_gradient
+from lmkern.ops.dispatch import check_dtype, direct, overlaps_itself, takes_tensors, wants_gradient
 
 
+@takes_tensors
 def rotary(
     x: Tensor,
     cos: Tensor,
