@@ -9,22 +9,6 @@
 
 namespace lmkern {
 
-// Short rows are worked on two at a time: what is known of one waits while the other goes on, and parameters
-// and their sums are loaded once. In longer ones twice the streams from memory cost more than that.
-constexpr int kRowsTogether = 2;
-constexpr int64_t kColumnsTogether = 384;
-
-// body(row, number of rows) over [begin, end): kRowsTogether of them where rows are short, and what is left
-// one by one.
-template <class Body>
-void for_rows(const NormParams& p, int64_t begin, int64_t end, const Body& body) {
-    int64_t row = begin;
-    if (p.columns <= kColumnsTogether)
-        for (; row + kRowsTogether <= end; row += kRowsTogether)
-            body(row, std::integral_constant<int, kRowsTogether>{});
-    for (; row < end; ++row) body(row, std::integral_constant<int, 1>{});
-}
-
 // Fewer rows than this are not worth another thread.
 constexpr int64_t kRowsPerTask = 16;
 
@@ -48,6 +32,23 @@ bool is_streamed(const NormParams& p, const T* result) {
 template <class T>
 bool is_prefetched(const NormParams& p) {
     return is_large<T>(p) && p.columns * static_cast<int64_t>(sizeof(T)) <= kShortRow;
+}
+
+// Rows may be worked on two at a time: what is known of one waits while the other goes on, and parameters and
+// their sums are loaded once. Where rows are long and come from memory, twice the streams cost more than
+// that.
+constexpr int kRowsTogether = 2;
+constexpr int64_t kCached = int64_t{4} << 20, kColumnsTogether = 384;
+
+// body(row, number of rows) over [begin, end): kRowsTogether at a time, or one by one.
+template <class T, class Body>
+void for_rows(const NormParams& p, int64_t begin, int64_t end, const Body& body) {
+    const int64_t bytes = p.rows * p.columns * static_cast<int64_t>(sizeof(T));
+    int64_t row = begin;
+    if (bytes < kCached || p.columns <= kColumnsTogether)
+        for (; row + kRowsTogether <= end; row += kRowsTogether)
+            body(row, std::integral_constant<int, kRowsTogether>{});
+    for (; row < end; ++row) body(row, std::integral_constant<int, 1>{});
 }
 
 template <class At, class T, class V>
