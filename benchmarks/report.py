@@ -101,12 +101,11 @@ def cells(row: Row) -> dict[str, str]:
     }
 
 
-def row_table(rows: Sequence[Row], without: Sequence[str] = ()) -> str:
+def row_table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table, numbers set to the right."""
     filled = [cells(row) for row in rows]
     absent = [name for name in ("others, ms", "host, us") if all(line[name] == "-" for line in filled)]
-    without = (*without, *absent)
-    lines = [{name: cell for name, cell in line.items() if name not in without} for line in filled]
+    lines = [{name: cell for name, cell in line.items() if name not in absent} for line in filled]
     words = {"op", "pass", "shape", "dtype", "backend"}
     return table(
         list(lines[0]), [list(line.values()) for line in lines], [name in words for name in lines[0]]
@@ -147,7 +146,6 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[
 def page(record: Record) -> str:
     """docs/benchmarks/<machine>.md."""
     name, rows, ceilings = record["machine"], by_op(record["rows"]), record["ceilings"]
-    ahead = sum(best(row)["ratio"] >= 1 for row in rows)
     eager = Counter(row["eager"] for row in rows)
     products = {f"matrix product, {dtype}": f"{ceilings[dtype] / 1e9:.0f} GFLOP/s" for dtype in dtypes(rows)}
     copy = {"copy, bytes read and written": f"{ceilings['copy'] / 1e9:.1f} GB/s"}
@@ -158,7 +156,7 @@ def page(record: Record) -> str:
         f"Measured on {record['date']} at commit {record['commit']}, after {record['gate']} had passed.",
         f"{METHOD}\n{GPU_METHOD if on_gpu(record) else CPU_METHOD}",
         f"Torch eager is {', '.join(f'{kernel} in {count} rows' for kernel, count in eager.items())}.",
-        f"Ours is level or ahead in {ahead} of {len(rows)} rows.",
+        f"Ours is {verdict(rows)}.",
         row_table(rows),
     ]
     if pictures() is not None:
@@ -201,17 +199,53 @@ def dtypes(rows: Sequence[Row]) -> list[str]:
 
 
 def summary(records: Sequence[Record]) -> str:
-    """README.md's table: the main shapes of every machine."""
+    """README.md's tables: the ratio of the main shapes on every machine, processors and GPUs apart."""
     parts = []
-    for record in records:
-        facts = record["environment"]
-        device = record["machine"] if on_gpu(record) else f"{record['machine']}, {facts['threads']}"
-        where = f"{device}, torch {facts['torch']}"
-        link = f"[Every row, and how it was measured](docs/benchmarks/{record['machine']}.md)"
-        parts.append(f"{where}. Ratio: time of the better torch / ours, above 1 ours is faster. {link}.")
-        main = [row for row in by_op(record["rows"]) if row["main"]]
-        parts.append(row_table(main, without=("backend", "range", "rate")))
+    for gpus in (False, True):
+        here = [record for record in records if on_gpu(record) is gpus]
+        if not here:
+            continue
+        parts.append(ratio_table(here))
+        parts.append("\n".join(f"* {machine_line(record)}" for record in here))
     return "\n\n".join(parts)
+
+
+def ratio_table(records: Sequence[Record]) -> str:
+    """Op, pass and shape by machine: the ratio in each dtype."""
+    rows = [row for record in records for row in record["rows"] if row["main"]]
+    rows.sort(key=lambda row: row["op"])
+    names = dtypes(rows)
+    ratios = {
+        (record["machine"], row["op"], row["direction"], row["shape"], row["dtype"]): best(row)["ratio"]
+        for record in records
+        for row in record["rows"]
+    }
+    lines = []
+    for name in dict.fromkeys((row["op"], row["direction"], row["shape"]) for row in rows):
+        cells = []
+        for record in records:
+            found = [ratios.get((record["machine"], *name, dtype)) for dtype in names]
+            shown = " / ".join("-" if ratio is None else f"{ratio:.2f}" for ratio in found)
+            cells.append(shown if any(found) else "-")
+        lines.append((*name, *cells))
+    header = ("op", "pass", "shape", *(record["machine"] for record in records))
+    said = f"Time of the best competitor / ours, {' / '.join(names)}; above 1, ours is faster."
+    return f"{said}\n\n{table(header, lines, [place < 3 for place in range(len(header))])}"
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """How many rows are won."""
+    return f"level or ahead in {sum(best(row)['ratio'] >= 1 for row in rows)} of {len(rows)} rows"
+
+
+def machine_line(record: Record) -> str:
+    """Where all rows of a machine are, and how many of them are won."""
+    facts = record["environment"]
+    threads = "" if on_gpu(record) else f"{facts['threads']}, "
+    return (
+        f"[{record['machine']}](docs/benchmarks/{record['machine']}.md): {threads}torch {facts['torch']}, "
+        f"{record['date']}, commit {record['commit']}; {verdict(record['rows'])}"
+    )
 
 
 def replace_between(text: str, replacement: str) -> str:

@@ -136,6 +136,25 @@ def test_readme_keeps_its_text_and_gets_the_main_rows_only(folders: tuple[Path, 
     assert readme.read_text(encoding="utf-8") == first
 
 
+def test_readme_sets_machines_side_by_side(folders: tuple[Path, Path, Path]) -> None:
+    results, docs, readme = folders
+    save(results)
+    half = ATTENTION_ROW | {"dtype": "bfloat16", "competitors": {"torch eager": times(0.05, 2.5)}}
+    norm = SLOWER_ROW | {"main": True}
+    save(results, machine="other-cpu", rows=[half, ATTENTION_ROW, norm])
+    on_gpu = ATTENTION_ROW | {"ours": {"median": 0.04, "way": "events"}}
+    save(results, machine="some-gpu", rows=[on_gpu])
+    report.write(results, docs, readme)
+    text = readme.read_text(encoding="utf-8")
+    assert "| op | pass | shape | other-cpu | some-cpu-avx512 |" in text
+    # The dtypes stand in one cell, and what a machine has not measured is a dash.
+    assert "| attention | forward | B4-H12-N1024-D64-causal | 2.50 / 1.25 | - / 1.25 |" in text
+    assert "| layer_norm | backward | R1000-E333 | 0.50 / - | 0.50 / - |" in text
+    assert "[other-cpu](docs/benchmarks/other-cpu.md)" in text
+    assert "level or ahead in 2 of 3 rows" in text
+    assert text.index("| op | pass | shape | some-gpu |") > text.index("[some-cpu-avx512]")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
