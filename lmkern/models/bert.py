@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lmkern.models.config import check_fields, check_heads
 from lmkern.models.decoder import initialise
 from lmkern.models.tied import tie
-from lmkern.nn import Block, Embedding, LayerNorm, LearnedPositions
+from lmkern.nn import Block, Dropout, Embedding, LayerNorm, LearnedPositions
 from lmkern.nn.state_dict import LoadsWhole
 from lmkern.ops import activation as fused_activation
 from lmkern.ops import cross_entropy, linear_cross_entropy
@@ -83,7 +83,7 @@ class Bert(LoadsWhole):
         self.positions = LearnedPositions(config.context, config.width)
         self.types = Embedding(config.types, config.width)
         self.embedding_norm = LayerNorm(config.width, eps=config.eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(
             Block(
                 config.width,
@@ -105,7 +105,7 @@ class Bert(LoadsWhole):
             self.head = nn.Linear(config.width, config.vocab_size)
             tie(self)
         else:
-            self.classifier_dropout = nn.Dropout(config.classifier_dropout)
+            self.classifier_dropout = Dropout(config.classifier_dropout)
             self.head = nn.Linear(config.width, config.labels)
         initialise(self)
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lmkern.nn import KeyValueCache
+from lmkern.nn.block import in_turn
+from lmkern.nn.residual import normed
 from lmkern.nn.state_dict import LoadsWhole
 from lmkern.ops import linear_cross_entropy
 
@@ -110,9 +112,8 @@ class Decoder(LoadsWhole):
             table = self.positions(tokens.shape[1], offset=offset, device=x.device)  # (N, E)
             x = x * self.embedding_scale + table.to(x.dtype)
         x = self.dropout(x)
-        for i, block in enumerate(self.blocks):
-            x = block(x, cache=None if cache is None else cache.layers[i])
-        return self.norm(x)  # type: ignore[no-any-return]
+        x = in_turn(self.blocks, x, lambda i: {"cache": None if cache is None else cache.layers[i]})
+        return normed(self.norm, x)[0]
 
     def _check(self, tokens: Tensor, cache: DecoderCache | None) -> None:
         name = self._name

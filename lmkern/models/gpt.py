@@ -13,6 +13,7 @@ from lmkern.models.decoder import Decoder, initialise
 from lmkern.models.tied import tie
 from lmkern.nn import (
     Block,
+    Dropout,
     Embedding,
     LayerNorm,
     LearnedPositions,
@@ -103,7 +104,7 @@ class GPT(Decoder):
         # Sines and cosines are of size 1: an embedding of size 0.02 would drown in them
         # (Vaswani et al. 2017, section 3.4).
         self.embedding_scale = math.sqrt(config.width) if config.positions == "sinusoidal" else 1.0
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(
             Block(
                 config.width,

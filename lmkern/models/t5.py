@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from lmkern.models.config import check_fields, check_heads
 from lmkern.models.tied import tie
 from lmkern.nn import Block, CrossAttention, Dropout, Embedding, KeyValueCache, RMSNorm, SelfAttention
+from lmkern.nn.block import in_turn
 from lmkern.nn.feed_forward import Activation
+from lmkern.nn.residual import closed
 from lmkern.nn.state_dict import LoadsWhole
 from lmkern.ops import linear_cross_entropy
 from lmkern.ops.relative_bias import bucketed_bias
@@ -167,9 +169,8 @@ class T5(LoadsWhole):
             max_distance=self.config.max_distance,
         )
         x = self.dropout(self.embedding(source))  # (B, N_s, E)
-        for block in self.encoder:
-            x = block(x, mask=mask, relative_bias=bias)
-        return self.dropout(self.encoder_norm(x))  # type: ignore[no-any-return]
+        x = in_turn(self.encoder, x, lambda _: {"mask": mask, "relative_bias": bias})
+        return self.dropout(self.encoder_norm(closed(x)))  # type: ignore[no-any-return]
 
     def decode(
         self,
@@ -266,15 +267,17 @@ class T5(LoadsWhole):
             crosses = (part for part in self.decoder.modules() if isinstance(part, CrossAttention))
             cache.memory = [cross.keys_values(memory) for cross in crosses]
         x = self.dropout(self.embedding(target))  # (B, N_t, E)
-        for i, block in enumerate(self.decoder):
-            x = block(
-                x,
-                relative_bias=bias,
-                cache=None if cache is None else cache.layers[i],
-                memory=memory if cache is None else cache.memory[i],
-                memory_mask=mask,
-            )
-        x = self.dropout(self.decoder_norm(x))
+        x = in_turn(
+            self.decoder,
+            x,
+            lambda i: {
+                "relative_bias": bias,
+                "cache": None if cache is None else cache.layers[i],
+                "memory": memory if cache is None else cache.memory[i],
+                "memory_mask": mask,
+            },
+        )
+        x = self.dropout(self.decoder_norm(closed(x)))
         return x * self.config.width**-0.5 if self.config.scaled else x  # type: ignore[no-any-return]
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lmkern.nn import Block, Embedding, LayerNorm, sinusoidal_positions
+from lmkern.nn.block import in_turn
+from lmkern.nn.residual import normed
 from lmkern.nn.state_dict import LoadsWhole
 
 
@@ -106,6 +108,4 @@ class Transformer(LoadsWhole):
             )
         x = self.embedding(tokens) * math.sqrt(self.config.hidden_dim)  # (B, N, E)
         x = self.positional_encoder(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)  # type: ignore[no-any-return]
+        return normed(self.norm, in_turn(self.blocks, x))[0]

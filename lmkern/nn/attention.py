@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmkern.nn.dropout import Dropout
 from lmkern.nn.positions import Rotary
 from lmkern.nn.state_dict import LoadsWhole
 from lmkern.ops import attention, cached_attention
@@ -70,7 +69,7 @@ class SelfAttention(nn.Module):
     width: E. heads: H. kv_heads: H_kv, default H; H must be a multiple. head_dim: D, default E / H.
     causal: a token sees those before it and itself. softmax_scale: default 1 / sqrt(D).
     rotary: rotates queries and keys, or None.
-    dropout falls on the output, weight_dropout on the attention weights. bias: of both linear maps.
+    weight_dropout falls on the attention weights. bias: of both linear maps.
 
     qkv: ((H + 2 H_kv) D, E), the queries above the keys above the values; one product makes all three, and
     the op reads them as views of it. out: (E, H D). Raises ValueError for head counts that do not divide.
@@ -85,7 +84,6 @@ class SelfAttention(nn.Module):
         head_dim: int | None = None,
         causal: bool = True,
         softmax_scale: float | None = None,
-        dropout: float = 0.0,
         weight_dropout: float = 0.0,
         bias: bool = True,
         rotary: Rotary | None = None,
@@ -100,7 +98,6 @@ class SelfAttention(nn.Module):
         self.causal, self.softmax_scale, self.weight_dropout = causal, softmax_scale, weight_dropout
         self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias=bias)
         self.out = nn.Linear(heads * self.head_dim, width, bias=bias)
-        self.dropout = Dropout(dropout)
         self.rotary = rotary
 
     def forward(
@@ -143,7 +140,7 @@ class SelfAttention(nn.Module):
                 dropout_p=self.weight_dropout if self.training else 0.0,
             )
             y = cast(Tensor, attended)
-        return self.dropout(self.out(y.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
+        return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 class MultiheadAttention(LoadsWhole, nn.MultiheadAttention):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from lmkern.nn.attention import KeyValueCache, SelfAttention
 from lmkern.nn.cross_attention import CrossAttention, Memory
+from lmkern.nn.dropout import Dropout
 from lmkern.nn.feed_forward import Activation, FeedForward
 from lmkern.nn.norm import LayerNorm, RMSNorm
 from lmkern.nn.positions import Rotary
+from lmkern.nn.residual import Seam, closed, normed, plain
 
 Norm = Literal["layer", "rms"]
 
@@ -55,7 +58,6 @@ class Block(nn.Module):
         shared: dict[str, Any] = {
             "head_dim": head_dim,
             "softmax_scale": softmax_scale,
-            "dropout": dropout,
             "weight_dropout": weight_dropout,
             "bias": bias,
         }
@@ -69,31 +71,53 @@ class Block(nn.Module):
             self.cross_attention = CrossAttention(width, heads, **shared)
         self.feed_forward_norm = make_norm(norm, width, eps=eps, bias=bias)
         self.feed_forward = FeedForward(
-            width, hidden, activation=activation, dropout=dropout, hidden_dropout=hidden_dropout, bias=bias
+            width, hidden, activation=activation, hidden_dropout=hidden_dropout, bias=bias
         )
+        self.dropout = Dropout(dropout)
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Seam,
         *,
         mask: Tensor | None = None,
         relative_bias: Tensor | None = None,
         cache: KeyValueCache | None = None,
         memory: Memory | None = None,
         memory_mask: Tensor | None = None,
-    ) -> Tensor:
+        close: bool = True,
+    ) -> Tensor | Seam:
         """(B, N, E) -> (B, N, E), in x's dtype or wider: under autocast a float32 x stays float32.
 
         mask, relative_bias, cache: of the self-attention. memory, memory_mask: what a block with cross sees.
+        x, close: `in_turn` hands a Seam from block to block.
         """
         x = self._add(
             x, self.attention_norm, self.attention, mask=mask, relative_bias=relative_bias, cache=cache
         )
         if memory is not None:
             x = self._add(x, self.cross_norm, self.cross_attention, memory=memory, mask=memory_mask)
-        return self._add(x, self.feed_forward_norm, self.feed_forward)
+        x = self._add(x, self.feed_forward_norm, self.feed_forward)
+        return closed(x) if close else x
 
-    def _add(self, x: Tensor, norm: nn.Module, half: nn.Module, **arguments: Any) -> Tensor:
+    def _add(self, x: Tensor | Seam, norm: nn.Module, half: nn.Module, **arguments: Any) -> Tensor | Seam:
         if self.post_norm:
-            return norm(x + half(x, **arguments))  # type: ignore[no-any-return]
-        return x + half(norm(x), **arguments)  # type: ignore[no-any-return]
+            x = closed(x)
+            return normed(norm, Seam.of(x, half(x, **arguments), self.dropout).wide())[0]
+        y, x = normed(norm, x)
+        return Seam.of(x, half(y, **arguments), self.dropout)
+
+
+def in_turn(
+    blocks: Iterable[nn.Module], x: Tensor, arguments: Callable[[int], dict[str, Any]] = lambda _: {}
+) -> Tensor | Seam:
+    """x through blocks, each called with arguments(place); the next one's norm joins what each adds.
+
+    A module that is no Block, or that somebody listens to, is given the sum and gives it.
+    """
+    stream: Tensor | Seam = x
+    for place, block in enumerate(blocks):
+        if plain(block, Block):
+            stream = block(stream, close=False, **arguments(place))
+        else:
+            stream = block(closed(stream), **arguments(place))
+    return stream

@@ -6,7 +6,6 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from lmkern.nn.dropout import Dropout
 from lmkern.ops import attention
 
 Memory = Tensor | tuple[Tensor, Tensor]
@@ -16,7 +15,7 @@ class CrossAttention(nn.Module):
     """Every token of x sees every token of a memory that its mask shows.
 
     width: E. heads: H. head_dim: D, default E / H. softmax_scale: default 1 / sqrt(D).
-    dropout falls on the output, weight_dropout on the attention weights. bias: of the three linear maps.
+    weight_dropout falls on the attention weights. bias: of the three linear maps.
 
     query: (H D, E). key_value: (2 H D, E), the keys above the values. out: (E, H D). Raises ValueError for a
     width that heads do not divide.
@@ -29,7 +28,6 @@ class CrossAttention(nn.Module):
         *,
         head_dim: int | None = None,
         softmax_scale: float | None = None,
-        dropout: float = 0.0,
         weight_dropout: float = 0.0,
         bias: bool = True,
     ) -> None:
@@ -41,7 +39,6 @@ class CrossAttention(nn.Module):
         self.query = nn.Linear(width, heads * self.head_dim, bias=bias)
         self.key_value = nn.Linear(width, 2 * heads * self.head_dim, bias=bias)
         self.out = nn.Linear(heads * self.head_dim, width, bias=bias)
-        self.dropout = Dropout(dropout)
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """memory (B, N_k, E) -> keys and values, views (B, H, N_k, D) of one product."""
@@ -67,4 +64,4 @@ class CrossAttention(nn.Module):
             dropout_p=self.weight_dropout if self.training else 0.0,
         )
         y = cast(Tensor, y).transpose(1, 2).reshape(*x.shape[:2], self.heads * self.head_dim)
-        return self.dropout(self.out(y))  # type: ignore[no-any-return]
+        return self.out(y)  # type: ignore[no-any-return]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -15,11 +16,18 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """(*) -> (*), in x's dtype."""
-        if not self.training or self.p == 0.0:
-            return x
-        if x.device.type != "cpu" or self.p == 1.0 or self.inplace:
+        if self.inplace:
             return super().forward(x)
-        draws = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),), dtype=torch.int64)
-        bits = draws.view(torch.int16)[: x.numel()].view(x.shape)
-        kept = bits >= round(self.p * 65536) - 32768
-        return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
+        return dropout(x, self.p if self.training else 0.0)
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """x (*) with its elements 0 with probability p, else divided by 1 - p."""
+    if p == 0.0:
+        return x
+    if x.device.type != "cpu" or p == 1.0:
+        return F.dropout(x, p)
+    draws = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),), dtype=torch.int64)
+    bits = draws.view(torch.int16)[: x.numel()].view(x.shape)
+    kept = bits >= round(p * 65536) - 32768
+    return x * kept.to(x.dtype).mul_(1 / (1 - p))

@@ -31,14 +31,14 @@ _FORMS: Mapping[Activation, tuple[Function, bool]] = MappingProxyType(
 
 
 class FeedForward(nn.Module):
-    """down(activation(up(x))), then dropout.
+    """down(activation(up(x))).
 
     width: E. hidden: F, the width between. up: (F, E); for "geglu", "geglu_tanh" and "swiglu" (2F, E), the
     gate above the value, and gelu(gate) * value or silu(gate) * value between (Shazeer 2020,
     arXiv:2002.05202). down: (E, F).
     activation: "gelu", "gelu_tanh" (GPT-2's), "relu", "relu_squared", "silu", "geglu", "geglu_tanh"
     (T5 1.1's) or "swiglu"; ValueError for any other.
-    dropout falls on the output, hidden_dropout on what stands between the maps.
+    hidden_dropout falls on what stands between the maps.
 
     forward: (..., E) -> (..., E).
     """
@@ -49,7 +49,6 @@ class FeedForward(nn.Module):
         hidden: int,
         *,
         activation: Activation = "gelu",
-        dropout: float = 0.0,
         hidden_dropout: float = 0.0,
         bias: bool = True,
     ) -> None:
@@ -62,7 +61,6 @@ class FeedForward(nn.Module):
         self.function, self.gated = _FORMS[activation]
         self.up = nn.Linear(width, 2 * hidden if self.gated else hidden, bias=bias)
         self.down = nn.Linear(hidden, width, bias=bias)
-        self.dropout = Dropout(dropout)
         self.hidden_dropout = Dropout(hidden_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,4 +68,4 @@ class FeedForward(nn.Module):
         hidden = fused_activation(
             F.linear(x, self.up.weight), self.up.bias, self.function, gated=self.gated
         )  # (..., F)
-        return self.dropout(self.down(self.hidden_dropout(hidden)))  # type: ignore[no-any-return]
+        return self.down(self.hidden_dropout(hidden))  # type: ignore[no-any-return]

@@ -6,22 +6,20 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import wraps
 from types import MappingProxyType
-from typing import Any, TypeGuard, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmkern.nn.attention import MultiheadAttention
-from lmkern.nn.dropout import Dropout
 from lmkern.nn.embedding import Embedding
 from lmkern.nn.norm import LayerNorm, RMSNorm
+from lmkern.nn.residual import Seam, normed, plain
 from lmkern.nn.state_dict import LoadsWhole
 from lmkern.ops import activation as fused_activation
-from lmkern.ops import add_norm
 from lmkern.ops.activation import Function
 
-M = TypeVar("M", bound=nn.Module)
 Layer = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
 
 
@@ -61,7 +59,7 @@ class TransformerEncoderLayer(LoadsWhole, nn.TransformerEncoderLayer):
 
         if self.norm_first:
             attended = attend(self.norm1(src))
-            y, h = _add_norm(attended, src, self.dropout1, self.norm2)
+            y, h = normed(self.norm2, Seam.of(src, attended, self.dropout1))
             return h + cast(Tensor, self.dropout2(_feed_forward(self, y)))
         x = _norm_of_sum(attend(src), src, self.dropout1, self.norm1)
         return _norm_of_sum(_feed_forward(self, x), x, self.dropout2, self.norm2)
@@ -117,8 +115,8 @@ class TransformerDecoderLayer(LoadsWhole, nn.TransformerDecoderLayer):
             return cast(Tensor, self.multihead_attn(x, memory, memory, need_weights=False, **masks)[0])
 
         if self.norm_first:
-            y, h = _add_norm(attend(self.norm1(tgt)), tgt, self.dropout1, self.norm2)
-            y, h = _add_norm(read(y), h, self.dropout2, self.norm3)
+            y, h = normed(self.norm2, Seam.of(tgt, attend(self.norm1(tgt)), self.dropout1))
+            y, h = normed(self.norm3, Seam.of(h, read(y), self.dropout2))
             return h + cast(Tensor, self.dropout3(_feed_forward(self, y)))
         x = _norm_of_sum(attend(tgt), tgt, self.dropout1, self.norm1)
         x = _norm_of_sum(read(x), x, self.dropout2, self.norm2)
@@ -233,38 +231,15 @@ def _is_causal(mask: Tensor | None, hint: bool | None) -> bool:
     return torch.equal(mask, torch.full_like(mask, hides).triu(1))
 
 
-def _plain(module: Any, cls: type[M]) -> TypeGuard[M]:
-    """Whether a module is of exactly this class and nobody listens to it."""
-    return type(module) is cls and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def _add_norm(x: Tensor, residual: Tensor, dropout: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """norm(h) and h = residual + dropout(x); in one pass where the two modules are torch's or ours."""
-    narrow = x.dtype in (torch.float16, torch.bfloat16)
-    fused = residual.dtype == x.dtype or (narrow and residual.dtype == torch.float32)
-    p = None
-    if _plain(dropout, nn.Dropout) or _plain(dropout, Dropout):
-        p = float(dropout.p) if dropout.training else 0.0
-    if fused and p is not None and _plain(norm, LayerNorm) and len(norm.normalized_shape) == 1:
-        return add_norm(x, residual, norm.weight, norm.bias, norm.eps, dropout_p=p)
-    h = residual + dropout(x)
-    return norm(h), h
-
-
 def _norm_of_sum(x: Tensor, residual: Tensor, dropout: nn.Module, norm: nn.Module) -> Tensor:
     """norm(residual + dropout(x)) in the dtype of the sum: under autocast what runs through stays wide."""
-    return _add_norm(x.to(torch.promote_types(x.dtype, residual.dtype)), residual, dropout, norm)[0]
+    return normed(norm, Seam.of(residual, x, dropout).wide())[0]
 
 
 def _feed_forward(layer: Layer, x: Tensor) -> Tensor:
     """linear2(dropout(activation(linear1(x))))."""
     function = _function_of(layer.activation)
-    if function is None or not _plain(layer.linear1, nn.Linear):
+    if function is None or not plain(layer.linear1, nn.Linear):
         hidden = layer.activation(layer.linear1(x))
     else:
         hidden = fused_activation(F.linear(x, layer.linear1.weight), layer.linear1.bias, function)
@@ -281,10 +256,10 @@ _FUNCTIONS: tuple[tuple[Callable[..., Any], Function], ...] = (
 
 def _function_of(activation: Callable[[Tensor], Tensor]) -> Function | None:
     """The activation op's name for what a layer was given; None for what it does not know."""
-    if _plain(activation, nn.GELU):
+    if plain(activation, nn.GELU):
         return "gelu" if activation.approximate == "none" else "gelu_tanh"
-    if _plain(activation, nn.ReLU):
+    if plain(activation, nn.ReLU):
         return "relu"
-    if _plain(activation, nn.SiLU):
+    if plain(activation, nn.SiLU):
         return "silu"
     return next((name for known, name in _FUNCTIONS if activation is known), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
@@ -58,7 +59,7 @@ def add_norm(
         dropout_p = 0.0
     shape = x.shape
     if x.dim() != 2:
-        x, residual = (t.reshape(shape[:-1].numel(), shape[-1]) for t in (x, residual))  # (R, E)
+        x, residual = (t.reshape(math.prod(shape[:-1]), shape[-1]) for t in (x, residual))  # (R, E)
     options = (norm == "layer", eps, offset, dropout_p, seed)
     if not direct(x, residual, weight, bias, seed):
         y, h = torch.ops.lmkern.add_norm(x, residual, weight, bias, *options, backend)[:2]

@@ -1,3 +1,4 @@
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -50,3 +51,14 @@ def test_cache_gives_what_the_whole_gives():
     with torch.inference_mode():
         pieces = [block(part, cache=cache) for part in x.split((4, 1, 3, 1), dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), block(x))
+
+
+@pytest.mark.parametrize("silent", ["attention.out", "feed_forward.down"])
+def test_dropout_falls_on_what_a_half_adds_in_training_only(silent: str) -> None:
+    torch.manual_seed(0)
+    block = Block(64, 2, 64, dropout=0.5)
+    for parameter in block.get_submodule(silent).parameters():
+        torch.nn.init.zeros_(parameter)
+    x = torch.randn(2, 8, 64)
+    assert 0.4 < (block(x) == x).float().mean() < 0.6
+    assert (block.eval()(x) != x).float().mean() > 0.99
