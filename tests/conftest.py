@@ -26,7 +26,7 @@ THREADS = 2
 LONGEST = (
     "test_triton_compile", "test_cuda_build", "test_attention_torch", "test_attention_packed", "test_gpu",
     "test_attention_features", "test_attention", "test_linear_cross_entropy", "test_triton_attention",
-    "test_cross_entropy_torch",
+    "test_cross_entropy_torch", "test_amx",
 )  # fmt: skip
 
 
