@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 import lmkern.data
 from lmkern import models
 from lmkern.ceiling import choose_device
@@ -105,13 +107,15 @@ def sample_run(
     return samples
 
 
-def continue_text(folder: str | Path, prompt: str, **options: Any) -> Iterator[str]:
+def continue_text(
+    folder: str | Path, prompt: str, *, dtype: str = "float32", **options: Any
+) -> Iterator[str]:
     """The run's continuation of the prompt, in pieces as they are drawn; options: those of generate.
 
-    The tokenizer lies beside the weights: the data folder is not needed.
+    dtype: of the weights. The tokenizer lies beside them: the data folder is not needed.
     """
     run = read_run(folder)
-    model = load_model(run)
+    model = load_model(run).to(getattr(torch, dtype))
     tokenizer = load_tokenizer(run.folder / MODEL / TOKENIZER)
     tokens = [END_OF_TEXT_ID, *tokenizer.encode(prompt).ids]
     return stream_text(tokenizer, generate(model, tokens, stop=END_OF_TEXT_ID, **options))

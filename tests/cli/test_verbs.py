@@ -121,6 +121,9 @@ def test_verbs_one_by_one_agree_with_each_other(
     assert written[0].startswith("The wind")
     assert len(written[0]) > len("The wind\n")
 
+    for dtype in ("bfloat16", "float16"):
+        assert main(["generate", out, "--max-new-tokens", "5", "--dtype", dtype]) == 0
+    capsys.readouterr()
     assert main(["generate", out, "--temperature", "-1"]) == USAGE_ERROR
     assert "temperature" in capsys.readouterr().err
 
