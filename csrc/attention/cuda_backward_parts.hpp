@@ -164,21 +164,22 @@ __device__ void add_dq(const Call& call, Shared<T, D>& shared, const Work& work)
                 if (part == 0) {
                     const int64_t turn = turn_of(work.band, block * kQueries, work.key_block, kKeys<D>);
                     ptx::wait_for(call.turns + index, static_cast<int>(turn), "the turn to add dq");
+                    ptx::fence_proxy_async_global();
                 }
                 const int64_t place = (index * kDqParts<D> + part) * kConsumers * kDqPart<D>;
                 ptx::cp_reduce_async_bulk_add(call.dq_sum + place, shared.dq[0], sizeof(shared.dq));
                 ptx::cp_async_bulk_commit_group();
-                if (part + 1 < kDqParts<D>) {
-                    ptx::cp_async_bulk_wait_group_read();
-                } else {
-                    // Not only read: in memory, before the next tile may add.
-                    ptx::cp_async_bulk_wait_group();
-                    ptx::red_release_add(call.turns + index, 1);
-                }
+                ptx::cp_async_bulk_wait_group_read();
             }
             __syncwarp();
             ptx::bar_arrive(kDqEmpty, kDqThreads);
         }
+        if (threadIdx.x % 32 == 0) {
+            // Not only read: in memory, before the next tile may add.
+            ptx::cp_async_bulk_wait_group();
+            ptx::red_release_add(call.turns + index, 1);
+        }
+        __syncwarp();
     });
 }
 
