@@ -320,7 +320,7 @@ def run_stage(stage: str, steps: Sequence[Step], record: Record, deadline: float
 
 
 def settled(tried: Step, status: str | None, steps: Sequence[Step]) -> Iterator[tuple[Step, Outcome]]:
-    """What need not be run after a file of TRIED_FIRST: its tests, or all of the backend that may hang too."""
+    """What need not be run after a file of TRIED_FIRST: its tests, or what of its backend may hang too."""
     tests = [step for step in steps if step.name.startswith(f"{tried.name}::")]
     if status == PASSED:
         yield from ((test, Outcome(PASSED, 0.0, f"in the one process of {tried.name}")) for test in tests)
