@@ -191,6 +191,22 @@ def test_a_backend_with_red_tests_of_an_op_is_not_timed(tmp_path: Path) -> None:
     assert record.outcomes["bench: gelu triton"].status == FAILED
 
 
+def test_rows_with_red_tests_are_kept_apart_if_they_are_wanted_anyway(tmp_path: Path) -> None:
+    record = Record(tmp_path / "steps.json", "abc")
+    test, given = step("of copy", "pass", about="copy"), tmp_path / "given"
+    record.keep(test, Outcome(FAILED, 1.0, ""))
+    code = f"import sys; open({str(given)!r}, 'w').write(' '.join(sys.argv[1:]))"
+    timed = step("copy triton", code, stage="bench", about="copy", backend="triton")
+    timed = dataclasses.replace(timed, command=(*timed.command, "--record", "--tested", "make gpu-test"))
+    assert gpu.run_stage("bench", [test, timed], record, time.monotonic() + 60) == 1
+    assert not given.exists()
+    assert gpu.run_stage("bench", [test, timed], record, time.monotonic() + 60, anyway=True) == 0
+    assert given.read_text() == f"--record={tmp_path / 'red'} --tested 1 red"
+    assert all(
+        {"--record", "make gpu-test"} <= {*step.command} for step in gpu.plan() if step.stage == "bench"
+    )
+
+
 @pytest.mark.parametrize("status", [PASSED, FAILED, HUNG])
 def test_a_file_of_cuda_tests_is_tried_at_once_before_all_else(
     status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

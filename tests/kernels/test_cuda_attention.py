@@ -13,7 +13,9 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import grad
 
 from lmkern.kernels import cuda_call
 from lmkern.kernels.attention import Options, cuda, reference
@@ -259,6 +261,22 @@ class TestOnAGpu:
             assert torch.cuda.current_device() == 0
         there = run(cuda, *(x.to("cuda:0") for x in inputs), self.OPTIONS)
         assert_same(found, {name: None if x is None else x.to("cuda:1") for name, x in there.items()})
+
+    @pytest.mark.parametrize("causal", [False, True])
+    @pytest.mark.parametrize("D", [64, 128, 256])
+    def test_more_tiles_of_keys_than_processors_add_to_dq_in_turn(self, D: int, causal: bool) -> None:
+        inputs = attention_inputs(shape(1, 16, 4096, D, 4096, 8), BRAIN, device="cuda")
+        options = Options(D**-0.5, right=0 if causal else None)
+        first = run(cuda, *inputs, options)
+        for _ in range(20):
+            assert_same(run(cuda, *inputs, options), first)
+        q, k, v = (x.clone().requires_grad_() for x in inputs[:3])
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+        theirs = {"out": out, **dict(zip(("dq", "dk", "dv"), grad(out, (q, k, v), inputs[3]), strict=True))}
+        for name, expected in theirs.items():
+            found = first[name]
+            assert found is not None
+            assert (found.float() - expected.float()).norm() <= 0.02 * expected.float().norm(), name
 
     @pytest.mark.parametrize("D", [64, 128, 256])
     def test_a_captured_graph_replays_with_other_inputs(self, D: int) -> None:
