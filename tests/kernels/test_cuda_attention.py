@@ -137,14 +137,31 @@ def test_what_is_not_finite_stays_in_its_document(D: int, device: str) -> None:
 
 
 # The weights of key 160 are made by the polynomial.
-@pytest.mark.parametrize("key", [150, 160])
-def test_nan_in_a_key_reaches_only_the_queries_that_see_it(key: int, device: str) -> None:
-    q, k, v, dout = attention_inputs(shape(1, 1, 300, 64), BRAIN, device=device)
-    k[:, :, key] = torch.nan
-    out = run(cuda, q, k, v, dout, Options(0.1, right=0))["out"]
-    assert out is not None
-    assert out[:, :, :key].isfinite().all()
-    assert out[:, :, key:].isnan().all()
+@pytest.mark.parametrize(("place", "D"), [(150, 64), (160, 64), (150, 128), (40, 256)])
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_nan_reaches_only_the_pairs_that_see_it(name: str, place: int, D: int, device: str) -> None:
+    q, k, v, dout = attention_inputs(shape(1, 1, 300, D), BRAIN if D > 64 else HALF, device=device)
+    options = Options(0.1, right=0)
+    clean = run(cuda, q, k, v, dout, options)
+    {"q": q, "k": k}[name][:, :, place, 3] = torch.nan
+    of_queries = slice(place, place + 1) if name == "q" else slice(place, None)
+    # A query whose weights are NaN reaches every key that it sees.
+    of_keys = slice(0, place + 1) if name == "q" else slice(0, None)
+    reached = dict.fromkeys(("out", "lse", "dq"), of_queries) | dict.fromkeys(("dk", "dv"), of_keys)
+    for result, dirty in run(cuda, q, k, v, dout, options).items():
+        expected = clean[result]
+        assert dirty is not None and expected is not None
+        assert dirty[:, :, reached[result]].isnan().all(), result
+        dirty[:, :, reached[result]] = expected[:, :, reached[result]]
+        assert torch.equal(dirty, expected), result
+
+
+def test_a_nan_that_no_query_sees_reaches_nothing(device: str) -> None:
+    q, k, v, dout = attention_inputs(shape(1, 2, 70, 64, 100, 1), BRAIN, device=device)
+    options = Options(0.1, right=0, top_left=True)
+    clean = run(cuda, q, k, v, dout, options)
+    k[:, :, 70:] = torch.nan
+    assert_same(run(cuda, q, k, v, dout, options), clean)
 
 
 def test_the_gradient_of_lse_joins_that_of_out(device: str) -> None:
