@@ -1,6 +1,6 @@
 # The CUDA module, included by CMakeLists.txt for LMKERN_MODULES=cuda.
 if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
-  find_program(CMAKE_CUDA_COMPILER nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin)
+  find_program(CMAKE_CUDA_COMPILER nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin)
   if(NOT CMAKE_CUDA_COMPILER)
     message(FATAL_ERROR "lmkern: no nvcc found; put that of CUDA 11.8 or newer on the PATH, or name it in CUDACXX")
   endif()

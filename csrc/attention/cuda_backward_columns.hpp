@@ -35,12 +35,14 @@ __device__ void consume_by_columns(const Call& call, Shared<T, D>& shared, const
                     *delta = &shared.delta[q_ring.stage][own_query];
         RegisterTile<kOwnQueries> scores, dp;  // keys by queries
         ptx::mbarrier_wait(&shared.q_full[q_ring.stage], q_ring.parity, "q_full");
+        const bool nan = shared.nan[q_ring.stage];
         if (tail) {
             ptx::mbarrier_wait(&shared.dout_full[dout_ring.stage], dout_ring.parity, "dout_full");
             zero_tail(q, n_q - first_query);
             zero_tail(dout, n_q - first_query);
             ptx::bar_sync(kTail, kConsumerThreads);
         }
+        if (nan) clear_nan(q);
         ptx::wgmma_fence();
 #pragma unroll
         for (int column = 0; column < D; column += 16)
@@ -58,15 +60,15 @@ __device__ void consume_by_columns(const Call& call, Shared<T, D>& shared, const
         const TileBand band = first_band.from_query(first_query);
         const bool cut = band.cuts(kOwnQueries, kKeys<D>);
         ptx::wgmma_wait_group<1>(scores.element);
-        if (cut) fill_hidden(scores, band, -INFINITY);
         make_weights(scores, lse, log2_scale);
+        if (cut) clear_hidden(scores, band);
         FactorTile<T, kOwnQueries> weights, ds;
         weights.round(scores);
         store_factor(weights, shared.weights(), 0, own_query);
         ptx::wgmma_wait_group<0>(dp.element);
-        // A weight of 0 times what is not finite is not 0.
-        if (cut) fill_hidden(dp, band, 0.0f);
         make_ds(dp, scores, delta);
+        // A weight of 0 times what is not finite is not 0.
+        if (cut) clear_hidden(dp, band);
         ds.round(dp);
         store_factor(ds, shared.ds(), 0, own_query);
         ptx::fence_proxy_async();

@@ -24,12 +24,14 @@ __device__ void consume_by_keys(const Call& call, Shared<T, D>& shared, const Wo
         const int stage = ring.stage, first_query = block * kQueries;
         auto &q = shared.q[stage], &dout = shared.dout[stage];
         ptx::mbarrier_wait(&shared.q_full[stage], ring.parity, "q_full");
+        const bool nan = shared.nan[stage];
         ptx::mbarrier_wait(&shared.dout_full[stage], ring.parity, "dout_full");
         if (p.cu_seqlens_q != nullptr && n_q - first_query < kQueries) {
             zero_tail(q, n_q - first_query);
             zero_tail(dout, n_q - first_query);
             ptx::bar_sync(kTail, kConsumerThreads);
         }
+        if (nan) clear_nan(q);
         RegisterTile<kQueries> scores, dp;  // keys by queries
         const int here = made_here(static_cast<int>(threadIdx.x));
         const int own_row = (here / kWarpgroup - 1) * 64, own_thread = here % kWarpgroup;
@@ -48,8 +50,8 @@ __device__ void consume_by_keys(const Call& call, Shared<T, D>& shared, const Wo
         const TileBand band = first_band.from_query(first_query);
         const bool cut = band.cuts(kQueries, 64);
         ptx::wgmma_wait_group<1>(scores.element);
-        if (cut) fill_hidden(scores, band, -INFINITY);
         make_weights(scores, shared.lse[stage], log2_scale);
+        if (cut) clear_hidden(scores, band);
         FactorTile<T, kQueries> weights;
         weights.round(scores);
         ptx::wgmma_fence();
@@ -60,9 +62,9 @@ __device__ void consume_by_keys(const Call& call, Shared<T, D>& shared, const Wo
         ptx::wgmma_commit_group();
 
         ptx::wgmma_wait_group<1>(dp.element);
-        // A weight of 0 times what is not finite is not 0.
-        if (cut) fill_hidden(dp, band, 0.0f);
         make_ds(dp, scores, shared.delta[stage]);
+        // A weight of 0 times what is not finite is not 0.
+        if (cut) clear_hidden(dp, band);
         FactorTile<T, kQueries> ds;
         ds.round(dp);
         ptx::wgmma_fence();

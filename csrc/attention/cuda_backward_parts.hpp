@@ -51,7 +51,8 @@ struct Shared {
     alignas(128) float dq[kConsumers][kDqPart<D>];
     alignas(16) float lse[kQueryStages][kQueries];  // base 2; +inf without keys and beyond the last query
     alignas(16) float delta[kQueryStages][kQueries];
-    // q_full: q, lse and delta are there. empty: the consumers' warps are done with them.
+    int nan[kQueryStages];  // whether q may have one: an lse has, or is of no key
+    // q_full: q, lse, delta and nan are there. empty: the consumers' warps are done with them.
     ptx::Barrier keys_full, q_full[kQueryStages], q_empty[kQueryStages];
     ptx::Barrier dout_full[kDoutStages<D>], dout_empty[kDoutStages<D>];
 
@@ -136,13 +137,16 @@ __device__ void bring_statistics(const Call& call, Shared<T, D>& shared, const W
         const int i = ring.stage;
         ptx::mbarrier_wait(&shared.q_empty[i], ring.parity ^ 1, "q_empty");
         const int64_t row = (s.batch * p.heads + head) * p.n_q + s.first_query;
+        bool nan = false;
         for (int j = static_cast<int>(threadIdx.x) % 32; j < kQueries; j += 32) {
             const int query = block * kQueries + j;
             const bool there = query < s.n_q;
             const float lse = there ? static_cast<const float*>(p.lse)[row + query] : -INFINITY;
+            nan = nan || (there && !(lse > -INFINITY));
             shared.lse[i][j] = lse == -INFINITY ? INFINITY : lse * kLog2E;
             shared.delta[i][j] = there ? call.delta[row + query] : 0.0f;
         }
+        shared.nan[i] = __any_sync(0xFFFFFFFFu, nan);
         ptx::mbarrier_arrive(&shared.q_full[i]);
         ring.next();
     });
@@ -164,27 +168,28 @@ __device__ void add_dq(const Call& call, Shared<T, D>& shared, const Work& work)
                 if (part == 0) {
                     const int64_t turn = turn_of(work.band, block * kQueries, work.key_block, kKeys<D>);
                     ptx::wait_for(call.turns + index, static_cast<int>(turn), "the turn to add dq");
+                    ptx::fence_proxy_async_global();
                 }
                 const int64_t place = (index * kDqParts<D> + part) * kConsumers * kDqPart<D>;
                 ptx::cp_reduce_async_bulk_add(call.dq_sum + place, shared.dq[0], sizeof(shared.dq));
                 ptx::cp_async_bulk_commit_group();
-                if (part + 1 < kDqParts<D>) {
-                    ptx::cp_async_bulk_wait_group_read();
-                } else {
-                    // Not only read: in memory, before the next tile may add.
-                    ptx::cp_async_bulk_wait_group();
-                    ptx::red_release_add(call.turns + index, 1);
-                }
+                ptx::cp_async_bulk_wait_group_read();
             }
             __syncwarp();
             ptx::bar_arrive(kDqEmpty, kDqThreads);
         }
+        if (threadIdx.x % 32 == 0) {
+            // Not only read: in memory, before the next tile may add.
+            ptx::cp_async_bulk_wait_group();
+            ptx::red_release_add(call.turns + index, 1);
+        }
+        __syncwarp();
     });
 }
 
-// The elements of scores (keys, queries) that are hidden become `value`. band: counted from the tile's first.
+// The elements of a tile (keys, queries) that are hidden become 0. band: counted from the tile's first.
 template <int COLUMNS>
-__device__ void fill_hidden(RegisterTile<COLUMNS>& tile, const TileBand& band, float value) {
+__device__ void clear_hidden(RegisterTile<COLUMNS>& tile, const TileBand& band) {
     const int key = made_here(RegisterTile<COLUMNS>::row(0)),
               query = made_here(RegisterTile<COLUMNS>::column(0));
 #pragma unroll
@@ -193,7 +198,7 @@ __device__ void fill_hidden(RegisterTile<COLUMNS>& tile, const TileBand& band, f
         for (int half = 0; half < 2; ++half)
 #pragma unroll
             for (int i = 0; i < 2; ++i)
-                if (band.hides(key + half * 8, query + pair * 8 + i)) tile.at(half, pair, i) = value;
+                if (band.hides(key + half * 8, query + pair * 8 + i)) tile.at(half, pair, i) = 0.0f;
 }
 
 // Scores become weights. lse: of the tile's queries, base 2.
@@ -245,14 +250,38 @@ __device__ void zero_tail(SharedTile<T, ROWS, COLUMNS>& tile, int rows) {
     zero_rows(tile, rows, static_cast<int>(threadIdx.x) - kWarpgroup, kConsumerThreads);
 }
 
+// Every NaN of q or k becomes 0, before the consumers go on: of a hidden pair it would come through under a
+// ds of 0. Where it is seen, lse is NaN, and with it the weights.
+template <class T, int ROWS, int COLUMNS>
+__device__ void clear_nan(SharedTile<T, ROWS, COLUMNS>& tile) {
+    // Of the 15 bits below the sign a NaN's are more than an infinity's; what is added carries those into the
+    // sign.
+    constexpr uint32_t kInfinity = std::is_same_v<T, bfloat16> ? 0x7F80 : 0x7C00;
+    constexpr uint32_t kCarry = (0x7FFF - kInfinity) * 0x10001;
+#pragma unroll 4
+    for (int i = static_cast<int>(threadIdx.x) - kWarpgroup; i < tile.kBytes / 16; i += kConsumerThreads) {
+        uint4& four = reinterpret_cast<uint4*>(tile.bytes)[i];
+        const auto nan = [](uint32_t pair) { return (pair & 0x7FFF7FFF) + kCarry & 0x80008000; };
+        const uint4 found{nan(four.x), nan(four.y), nan(four.z), nan(four.w)};
+        if ((found.x | found.y | found.z | found.w) == 0) continue;
+        const auto cleared = [](uint32_t pair, uint32_t nan) { return pair & ~((nan >> 15) * 0xFFFF); };
+        four = uint4{cleared(four.x, found.x), cleared(four.y, found.y), cleared(four.z, found.z),
+                     cleared(four.w, found.w)};
+    }
+    ptx::fence_proxy_async();
+    ptx::bar_sync(kTail, kConsumerThreads);
+}
+
 // The consumers' first step. keys_left: of the document, from the tile's first on.
 template <class T, int D>
 __device__ void wait_for_keys(const AttentionParams& p, Shared<T, D>& shared, int keys_left) {
     ptx::mbarrier_wait(&shared.keys_full, 0, "keys_full");
-    if (p.cu_seqlens_k == nullptr || keys_left >= kKeys<D>) return;
-    zero_tail(shared.k, keys_left);
-    zero_tail(shared.v, keys_left);
-    ptx::bar_sync(kTail, kConsumerThreads);
+    if (p.cu_seqlens_k != nullptr && keys_left < kKeys<D>) {
+        zero_tail(shared.k, keys_left);
+        zero_tail(shared.v, keys_left);
+        ptx::bar_sync(kTail, kConsumerThreads);
+    }
+    clear_nan(shared.k);
 }
 
 }  // namespace lmkern::cuda

@@ -74,6 +74,12 @@ __device__ inline void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Between this thread's loads and stores and its copies in global memory: what another block's copies wrote
+// before the counter that was read here comes before the copies that follow.
+__device__ inline void fence_proxy_async_global() {
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 // Named barriers 1 to 15 (0 is __syncthreads): `threads` of them arrive, those that sync wait for all.
 __device__ inline void bar_sync(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");

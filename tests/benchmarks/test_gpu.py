@@ -191,6 +191,58 @@ def test_a_backend_with_red_tests_of_an_op_is_not_timed(tmp_path: Path) -> None:
     assert record.outcomes["bench: gelu triton"].status == FAILED
 
 
+def test_rows_with_red_tests_are_kept_apart_if_they_are_wanted_anyway(tmp_path: Path) -> None:
+    record = Record(tmp_path / "steps.json", "abc")
+    test, given = step("of copy", "pass", about="copy"), tmp_path / "given"
+    record.keep(test, Outcome(FAILED, 1.0, ""))
+    code = f"import sys; open({str(given)!r}, 'w').write(' '.join(sys.argv[1:]))"
+    timed = step("copy triton", code, stage="bench", about="copy", backend="triton")
+    timed = dataclasses.replace(timed, command=(*timed.command, "--record", "--tested", "make gpu-test"))
+    assert gpu.run_stage("bench", [test, timed], record, time.monotonic() + 60) == 1
+    assert not given.exists()
+    assert gpu.run_stage("bench", [test, timed], record, time.monotonic() + 60, anyway=True) == 0
+    assert given.read_text() == f"--record={tmp_path / 'red'} --tested 1 red"
+    assert all(
+        {"--record", "make gpu-test"} <= {*step.command} for step in gpu.plan() if step.stage == "bench"
+    )
+
+
+@pytest.mark.parametrize("status", [PASSED, FAILED, HUNG])
+def test_a_file_of_cuda_tests_is_tried_at_once_before_all_else(
+    status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log"
+    code = f"open({str(log)!r}, 'a').write('x')"
+    monkeypatch.setattr(gpu, "TRIED_FIRST", ("file.py",))
+    first = {PASSED: "pass", FAILED: "raise SystemExit(1)", HUNG: "import time; time.sleep(60)"}[status]
+    steps = [
+        step("other.py attention", code, about="attention", backend="cuda"),
+        step("other.py triton", code, about="attention", backend="triton"),
+        step("other.py norm", code, about="layer_norm", backend="cuda"),
+        step("file.py", first, backend="cuda", limit=3 if status == HUNG else 60),
+        step("file.py::one", code, about="attention", backend="cuda"),
+        step("file.py::two", code, backend="cuda"),
+    ]
+    record = Record(tmp_path / "steps.json", "abc")
+    assert gpu.run_stage("test", steps, record, time.monotonic() + 60) == (status != PASSED)
+    # Passed: its tests are not run again. Hangs: nothing that may hang as well is begun.
+    assert log.read_text() == "x" * {PASSED: 3, FAILED: 5, HUNG: 2}[status]
+    found = [record.status(step) for step in steps]
+    others = HUNG if status == HUNG else PASSED
+    assert found == [others, PASSED, PASSED, status, others, others]
+
+
+def test_the_sanitizer_finds_faults_and_keeps_nothing_from_being_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
+    checked = [step for step in gpu.plan() if step.name.startswith("compute-sanitizer")]
+    assert checked and not any(step.judges for step in checked)
+    record = Record(tmp_path / "steps.json", "abc")
+    timed = step("row", "pass", stage="bench", about=checked[0].about, backend=checked[0].backend)
+    assert not record.red(timed, checked)
+
+
 # One of each op; the others differ in shapes and options.
 PLAYED = list({op.op: op for op in reversed(ON_GPU.OPS)}.values())
 PLAYED += [op for op in ON_GPU.OPS if op.name.startswith(("packed", "dropout", "paged"))]

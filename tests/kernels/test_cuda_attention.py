@@ -13,7 +13,9 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import grad
 
 from lmkern.kernels import cuda_call
 from lmkern.kernels.attention import Options, cuda, reference
@@ -135,14 +137,31 @@ def test_what_is_not_finite_stays_in_its_document(D: int, device: str) -> None:
 
 
 # The weights of key 160 are made by the polynomial.
-@pytest.mark.parametrize("key", [150, 160])
-def test_nan_in_a_key_reaches_only_the_queries_that_see_it(key: int, device: str) -> None:
-    q, k, v, dout = attention_inputs(shape(1, 1, 300, 64), BRAIN, device=device)
-    k[:, :, key] = torch.nan
-    out = run(cuda, q, k, v, dout, Options(0.1, right=0))["out"]
-    assert out is not None
-    assert out[:, :, :key].isfinite().all()
-    assert out[:, :, key:].isnan().all()
+@pytest.mark.parametrize(("place", "D"), [(150, 64), (160, 64), (150, 128), (40, 256)])
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_nan_reaches_only_the_pairs_that_see_it(name: str, place: int, D: int, device: str) -> None:
+    q, k, v, dout = attention_inputs(shape(1, 1, 300, D), BRAIN if D > 64 else HALF, device=device)
+    options = Options(0.1, right=0)
+    clean = run(cuda, q, k, v, dout, options)
+    {"q": q, "k": k}[name][:, :, place, 3] = torch.nan
+    of_queries = slice(place, place + 1) if name == "q" else slice(place, None)
+    # A query whose weights are NaN reaches every key that it sees.
+    of_keys = slice(0, place + 1) if name == "q" else slice(0, None)
+    reached = dict.fromkeys(("out", "lse", "dq"), of_queries) | dict.fromkeys(("dk", "dv"), of_keys)
+    for result, dirty in run(cuda, q, k, v, dout, options).items():
+        expected = clean[result]
+        assert dirty is not None and expected is not None
+        assert dirty[:, :, reached[result]].isnan().all(), result
+        dirty[:, :, reached[result]] = expected[:, :, reached[result]]
+        assert torch.equal(dirty, expected), result
+
+
+def test_a_nan_that_no_query_sees_reaches_nothing(device: str) -> None:
+    q, k, v, dout = attention_inputs(shape(1, 2, 70, 64, 100, 1), BRAIN, device=device)
+    options = Options(0.1, right=0, top_left=True)
+    clean = run(cuda, q, k, v, dout, options)
+    k[:, :, 70:] = torch.nan
+    assert_same(run(cuda, q, k, v, dout, options), clean)
 
 
 def test_the_gradient_of_lse_joins_that_of_out(device: str) -> None:
@@ -259,6 +278,22 @@ class TestOnAGpu:
             assert torch.cuda.current_device() == 0
         there = run(cuda, *(x.to("cuda:0") for x in inputs), self.OPTIONS)
         assert_same(found, {name: None if x is None else x.to("cuda:1") for name, x in there.items()})
+
+    @pytest.mark.parametrize("causal", [False, True])
+    @pytest.mark.parametrize("D", [64, 128, 256])
+    def test_more_tiles_of_keys_than_processors_add_to_dq_in_turn(self, D: int, causal: bool) -> None:
+        inputs = attention_inputs(shape(1, 16, 4096, D, 4096, 8), BRAIN, device="cuda")
+        options = Options(D**-0.5, right=0 if causal else None)
+        first = run(cuda, *inputs, options)
+        for _ in range(20):
+            assert_same(run(cuda, *inputs, options), first)
+        q, k, v = (x.clone().requires_grad_() for x in inputs[:3])
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+        theirs = {"out": out, **dict(zip(("dq", "dk", "dv"), grad(out, (q, k, v), inputs[3]), strict=True))}
+        for name, expected in theirs.items():
+            found = first[name]
+            assert found is not None
+            assert (found.float() - expected.float()).norm() <= 0.02 * expected.float().norm(), name
 
     @pytest.mark.parametrize("D", [64, 128, 256])
     def test_a_captured_graph_replays_with_other_inputs(self, D: int) -> None:

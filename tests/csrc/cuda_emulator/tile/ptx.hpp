@@ -125,6 +125,7 @@ inline void cp_async_bulk_wait_group_read() {
     cp_async_bulk_wait_group();
 }
 inline void fence_proxy_async() {}
+inline void fence_proxy_async_global() {}
 
 inline bool bar_arrives(int barrier, int threads) {
     cuda_emulator::Named& at = cuda_emulator::named[barrier];
