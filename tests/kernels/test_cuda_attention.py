@@ -164,6 +164,14 @@ def test_a_nan_that_no_query_sees_reaches_nothing(device: str) -> None:
     assert_same(run(cuda, q, k, v, dout, options), clean)
 
 
+def test_a_nan_of_a_query_that_sees_no_key_reaches_nothing(device: str) -> None:
+    q, k, v, dout = attention_inputs(shape(1, 2, 100, 64, 70, 1), BRAIN, device=device)
+    options = Options(0.1, right=0)
+    clean = run(cuda, q, k, v, dout, options)
+    q[:, :, 3:30] = torch.nan
+    assert_same(run(cuda, q, k, v, dout, options), clean)
+
+
 def test_the_gradient_of_lse_joins_that_of_out(device: str) -> None:
     inputs = attention_inputs(shape(1, 2, 130, 64, 200), BRAIN, device=device)
     assert_close(*inputs, Options(0.1), dlse=torch.linspace(-1, 1, 260, device=device).view(1, 2, 130))
