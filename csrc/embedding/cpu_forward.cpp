@@ -1,5 +1,6 @@
 // Embedding forward on the CPU: rows of the weight, copied.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -11,22 +12,16 @@
 namespace lmkern {
 namespace {
 
-void check_range(const EmbeddingParams& p) {
-    int64_t low = 0, high = -1;
-    for (int64_t i = 0; i < p.count; ++i) {
-        low = std::min(low, p.tokens[i]);
-        high = std::max(high, p.tokens[i]);
-    }
-    if (low < 0 || high >= p.vocabulary)
-        throw std::out_of_range("embedding: tokens must lie in [0, " + std::to_string(p.vocabulary) +
-                                "); got " + std::to_string(*std::min_element(p.tokens, p.tokens + p.count)) +
-                                " to " + std::to_string(*std::max_element(p.tokens, p.tokens + p.count)));
+[[noreturn]] void refuse(const EmbeddingParams& p) {
+    const auto [low, high] = std::minmax_element(p.tokens, p.tokens + p.count);
+    throw std::out_of_range("embedding: tokens must lie in [0, " + std::to_string(p.vocabulary) + "); got " +
+                            std::to_string(*low) + " to " + std::to_string(*high));
 }
 
 }  // namespace
 
 void embedding_forward(const EmbeddingParams& p) {
-    check_range(p);
+    std::atomic<bool> outside{false};
     with_type(static_cast<Dtype>(p.dtype), [&](auto type) {
         using T = typename decltype(type)::type;
         // Fewer elements than this are not worth another thread.
@@ -36,11 +31,17 @@ void embedding_forward(const EmbeddingParams& p) {
         const size_t row_bytes = static_cast<size_t>(p.columns) * sizeof(T);
         parallel_for(tasks, p.threads, [&](int64_t task) {
             const int64_t end = std::min(p.count, (task + 1) * rows_per_task);
-            for (int64_t row = task * rows_per_task; row < end; ++row)
-                std::memcpy(static_cast<T*>(p.y) + row * p.columns,
-                            static_cast<const T*>(p.weight) + p.tokens[row] * p.columns, row_bytes);
+            for (int64_t row = task * rows_per_task; row < end; ++row) {
+                const int64_t token = p.tokens[row];
+                if (token < 0 || token >= p.vocabulary)
+                    outside = true;
+                else
+                    std::memcpy(static_cast<T*>(p.y) + row * p.columns,
+                                static_cast<const T*>(p.weight) + token * p.columns, row_bytes);
+            }
         });
     });
+    if (outside) refuse(p);
 }
 
 }  // namespace lmkern

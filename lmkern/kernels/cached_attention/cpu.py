@@ -37,12 +37,28 @@ def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> tu
     lse = q.new_empty((B, H, N_q), dtype=statistics_dtype(q))
     width = 2 + -(-D // _WIDTH_STEP) * _WIDTH_STEP
     partials = lse.new_empty(B * -(-N_max // _SPLIT) * H * N_q * width)
-    pointers = (q, k_cache, v_cache, out, lse, options.lengths, table, options.sinks, options.alibi_slopes)
     native.function("cached_attention_forward", q.dtype)(
         _PARAMS.pack(
-            *(pointer(x) for x in (*pointers, partials)),
-            *(stride for x in (q, k_cache, v_cache, out) for stride in x.stride()),
-            *(B, H, H_kv, N_q, N_max, D),
+            q.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            out.data_ptr(),
+            lse.data_ptr(),
+            pointer(options.lengths),
+            pointer(table),
+            pointer(options.sinks),
+            pointer(options.alibi_slopes),
+            partials.data_ptr(),
+            *q.stride(),
+            *k_cache.stride(),
+            *v_cache.stride(),
+            *out.stride(),
+            B,
+            H,
+            H_kv,
+            N_q,
+            N_max,
+            D,
             0 if table is None else rows,
             0 if table is None else table.stride(0),
             _SPLIT,
