@@ -48,8 +48,8 @@ def direct(*tensors: Tensor | None) -> bool:
     """Whether an op may call its kernel straight away instead of through its torch.library registration.
 
     True in eager mode on plain tensors. A compiler, a functorch transform, a dispatch mode (fake tensors,
-    tracing) or a tensor subclass must see the registered op. The direct path computes the same bits and costs
-    half as much.
+    tracing), torch.jit.trace or a tensor subclass must see the registered op. The direct path computes the
+    same bits and costs half as much.
 
     Raises NotImplementedError for a tensor with a tangent: torch would give a registered op's output none.
     """
@@ -59,6 +59,7 @@ def direct(*tensors: Tensor | None) -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
     ):
         return False
     return _PLAIN.issuperset(map(type, tensors))
