@@ -37,10 +37,16 @@ def choose_dtype(device: torch.device) -> torch.dtype:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is cuda where there is one, else cpu."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device of that name; "auto" is cuda where there is one, else cpu. ValueError for no device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device must be auto or one that this torch can use; got {name!r}: {reason}"
+        ) from error
 
 
 def synchronize(device: torch.device) -> None:

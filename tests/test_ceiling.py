@@ -35,3 +35,11 @@ def test_bfloat16_is_taken_only_where_it_pays(
 
 def test_named_device_is_taken() -> None:
     assert choose_device("cpu") == CPU
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_in_words(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"device must be auto or one that this torch can use; got '{name}': "
+    ):
+        choose_device(name)

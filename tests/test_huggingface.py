@@ -282,3 +282,34 @@ def test_attention_weights_are_refused() -> None:
     q = torch.randn(1, 1, 2, 4)
     with pytest.raises(ValueError, match="output_attentions=True"):
         lmkern_attention(torch.nn.Identity(), q, q, q, None, output_attentions=True)
+
+
+class Adapter(torch.nn.Module):
+    """A map and something added to it, with the map's weight for its own, as adapters have it."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base, self.weight, self.bias = base, base.weight, base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.base(x).sin()
+
+
+@pytest.mark.parametrize(
+    ("name", "paths"),
+    [
+        ("gpt2", ["transformer.h.0.mlp.c_fc", "lm_head"]),
+        ("t5", ["encoder.block.0.layer.1.DenseReluDense.wi", "lm_head"]),
+    ],
+)
+def test_what_took_a_maps_place_after_the_patch_is_called(name: str, paths: list[str]) -> None:
+    losses = []
+    for patches in (False, True):
+        model = make(name)
+        if patches:
+            lmkern.patch(model, verbose=False)
+        for path in paths:
+            model.set_submodule(path, Adapter(model.get_submodule(path)))
+        tokens = torch.arange(3, 25).view(2, 11)
+        losses.append(model(input_ids=tokens, labels=tokens).loss)
+    torch.testing.assert_close(*losses)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmkern.huggingface.swapping import of_transformers, subclass, swap_if_same
+from lmkern.nn.residual import plain
 from lmkern.ops import activation
 from lmkern.patching import Undo
 
@@ -48,10 +49,13 @@ def feeds_forward(module: nn.Module) -> bool:
     return feed_forward_parts(module) is not None or not names.isdisjoint(_ACTIVATIONS)
 
 
-def _product(module: nn.Module, x: Tensor) -> Tensor:
-    """Without the bias, which the activation adds."""
-    weight: Any = module.weight
-    return F.linear(x, weight) if isinstance(module, nn.Linear) else x @ weight
+def _product_and_bias(module: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What the activation adds up; what took a map's place since, or is listened to, gives the sum."""
+    if plain(module, nn.Linear):
+        return F.linear(x, module.weight), module.bias
+    if type(module).__name__ == "Conv1D" and plain(module, type(module)):
+        return x @ module.weight, module.bias
+    return module(x), None
 
 
 @cache
@@ -61,7 +65,7 @@ def _feed_forward(parts: tuple[str | None, ...], function: Any) -> Callable[[Any
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         up = getattr(self, str(gate))
         if value is None:
-            hidden = activation(_product(up, hidden_states), up.bias, function)  # (..., F)
+            hidden = activation(*_product_and_bias(up, hidden_states), function)  # (..., F)
         else:
             halves = up(hidden_states), getattr(self, value)(hidden_states)
             hidden = activation(torch.cat(halves, -1), None, function, gated=True)

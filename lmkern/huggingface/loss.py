@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmkern.huggingface.swapping import of_transformers, own_forward, subclass
+from lmkern.nn.residual import plain
 from lmkern.ops import linear_cross_entropy
 from lmkern.patching import Undo, swap_class
 
@@ -51,7 +52,8 @@ def _loss_forward(cls: Any) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **named: Any) -> Any:
         given = inspect.signature(theirs).bind_partial(self, *args, **named).arguments
         labels = given.get("labels")
-        if labels is None or not self.training:
+        # Since the swap something else, as an adapter, may have taken the head's place or listen to it.
+        if labels is None or not self.training or not plain(self.get_output_embeddings(), _Head):
             return theirs(self, *args, **named)
         return _training_forward(self, theirs, kind, labels, given)
 

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from lmkern.models.config import check_fields, check_heads
 from lmkern.models.decoder import initialise
+from lmkern.models.head import head_loss
 from lmkern.models.tied import tie
 from lmkern.nn import Block, Dropout, Embedding, LayerNorm, LearnedPositions
+from lmkern.nn.feed_forward import mapped
 from lmkern.nn.state_dict import LoadsWhole
-from lmkern.ops import activation as fused_activation
-from lmkern.ops import cross_entropy, linear_cross_entropy
+from lmkern.ops import cross_entropy
 
 Head = Literal["masked", "sequence", "token"]
 Function = Literal["gelu", "gelu_tanh", "relu", "silu"]
@@ -152,7 +153,7 @@ class Bert(LoadsWhole):
         x = self._features(tokens, mask, types)
         if self.config.head != "masked":
             return cross_entropy(self.head(x), targets, reduction=reduction)
-        return linear_cross_entropy(x, self.head.weight, targets, bias=self.head.bias, reduction=reduction)
+        return head_loss(self.head, x, targets, reduction=reduction)
 
     def flops_per_token(self, context: int) -> float:
         """Floating-point operations to train on one token among context tokens, forward and backward.
@@ -168,9 +169,7 @@ class Bert(LoadsWhole):
         """What the last map reads."""
         x = self.encode(tokens, mask, types)
         if self.config.head == "masked":
-            x = fused_activation(
-                nn.functional.linear(x, self.transform.weight), self.transform.bias, self.config.activation
-            )
+            x = mapped(self.transform, x, self.config.activation)
             return self.transform_norm(x)  # type: ignore[no-any-return]
         if self.config.head == "sequence":
             x = torch.tanh(self.transform(x[:, 0]))

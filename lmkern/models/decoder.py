@@ -7,11 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lmkern.models.head import head_loss
 from lmkern.nn import KeyValueCache
 from lmkern.nn.block import in_turn
 from lmkern.nn.residual import normed
 from lmkern.nn.state_dict import LoadsWhole
-from lmkern.ops import linear_cross_entropy
 
 
 class DecoderCache:
@@ -78,9 +78,7 @@ class Decoder(LoadsWhole):
                 f"got {targets.dtype} {tuple(targets.shape)}"
             )
         hidden = self._hidden(tokens, None)  # (B, N, E)
-        return linear_cross_entropy(
-            hidden, self.head.weight, targets, label_smoothing=label_smoothing, reduction=reduction
-        )
+        return head_loss(self.head, hidden, targets, label_smoothing=label_smoothing, reduction=reduction)
 
     def new_cache(self, batch: int) -> DecoderCache:
         """An empty cache for batch sequences read side by side. Use it under torch.inference_mode()."""

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lmkern.models.config import check_fields, check_heads
+from lmkern.models.head import head_loss
 from lmkern.models.tied import tie
 from lmkern.nn import Block, CrossAttention, Dropout, Embedding, KeyValueCache, RMSNorm, SelfAttention
 from lmkern.nn.block import in_turn
 from lmkern.nn.feed_forward import Activation
 from lmkern.nn.residual import closed
 from lmkern.nn.state_dict import LoadsWhole
-from lmkern.ops import linear_cross_entropy
 from lmkern.ops.relative_bias import bucketed_bias
 
 
@@ -206,9 +206,7 @@ class T5(LoadsWhole):
         targets: (B, N_t) int64, without the start token; -100 for what does not count, as padding behind.
         """
         hidden = self._hidden(self.shift_right(targets), self.encode(source, source_mask), source_mask, None)
-        return linear_cross_entropy(
-            hidden, self.head.weight, targets, label_smoothing=label_smoothing, reduction=reduction
-        )
+        return head_loss(self.head, hidden, targets, label_smoothing=label_smoothing, reduction=reduction)
 
     def shift_right(self, targets: Tensor) -> Tensor:
         """What the decoder reads to predict targets (B, N_t): the start token, then all but the last."""

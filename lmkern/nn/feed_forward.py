@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmkern.nn.dropout import Dropout
+from lmkern.nn.residual import plain
 from lmkern.ops import activation as fused_activation
 from lmkern.ops.activation import Function
 
@@ -64,8 +65,13 @@ class FeedForward(nn.Module):
         self.hidden_dropout = Dropout(hidden_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The activation adds the bias: its gradient then needs no pass of its own.
-        hidden = fused_activation(
-            F.linear(x, self.up.weight), self.up.bias, self.function, gated=self.gated
-        )  # (..., F)
+        hidden = mapped(self.up, x, self.function, gated=self.gated)  # (..., F)
         return self.down(self.hidden_dropout(hidden))  # type: ignore[no-any-return]
+
+
+def mapped(linear: nn.Module, x: Tensor, function: Function, *, gated: bool = False) -> Tensor:
+    """activation(linear(x))."""
+    if not plain(linear, nn.Linear):
+        return fused_activation(linear(x), None, function, gated=gated)
+    # The activation adds the bias: its gradient then needs no pass of its own.
+    return fused_activation(F.linear(x, linear.weight), linear.bias, function, gated=gated)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from lmkern.nn.dropout import Dropout, dropout
 from lmkern.nn.norm import LayerNorm, RMSNorm
@@ -52,12 +53,14 @@ def normed(norm: nn.Module, x: Tensor | Seam) -> tuple[Tensor, Tensor]:
 
 
 def plain(module: Any, cls: type[M]) -> TypeGuard[M]:
-    """Whether a module is of exactly this class and nobody listens to it."""
+    """Whether a module is of exactly this class, with its forward, and nobody listens to it or to all."""
     return type(module) is cls and not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or "forward" in vars(module)
+        or _has_any_global_hook()
     )
 
 

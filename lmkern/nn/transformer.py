@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from lmkern.nn.attention import MultiheadAttention
 from lmkern.nn.embedding import Embedding
+from lmkern.nn.feed_forward import mapped
 from lmkern.nn.norm import LayerNorm, RMSNorm
 from lmkern.nn.residual import Seam, normed, plain
 from lmkern.nn.state_dict import LoadsWhole
-from lmkern.ops import activation as fused_activation
 from lmkern.ops.activation import Function
 
 Layer = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
@@ -239,10 +239,10 @@ def _norm_of_sum(x: Tensor, residual: Tensor, dropout: nn.Module, norm: nn.Modul
 def _feed_forward(layer: Layer, x: Tensor) -> Tensor:
     """linear2(dropout(activation(linear1(x))))."""
     function = _function_of(layer.activation)
-    if function is None or not plain(layer.linear1, nn.Linear):
+    if function is None:
         hidden = layer.activation(layer.linear1(x))
     else:
-        hidden = fused_activation(F.linear(x, layer.linear1.weight), layer.linear1.bias, function)
+        hidden = mapped(layer.linear1, x, function)
     return cast(Tensor, layer.linear2(layer.dropout(hidden)))
 
 

@@ -48,18 +48,20 @@ def direct(*tensors: Tensor | None) -> bool:
     """Whether an op may call its kernel straight away instead of through its torch.library registration.
 
     True in eager mode on plain tensors. A compiler, a functorch transform, a dispatch mode (fake tensors,
-    tracing) or a tensor subclass must see the registered op. The direct path computes the same bits and costs
-    half as much.
+    tracing), torch.jit.trace or a tensor subclass must see the registered op. The direct path computes the
+    same bits and costs half as much.
 
-    Raises NotImplementedError for a tensor with a tangent: torch would give a registered op's output none.
+    Raises NotImplementedError for a tensor with a tangent: torch would give a registered op's output none;
+    and for one whose gradient torch.func asks for: torch has none for a registered op.
     """
     if forward_ad._current_level >= 0:
         _refuse_tangents(tensors)
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-    ):
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        _refuse_function_gradients(tensors)
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return False
     return _PLAIN.issuperset(map(type, tensors))
 
@@ -76,6 +78,17 @@ def _refuse_tangents(tensors: Sequence[Tensor | None]) -> None:
                 f"served: expected tensors without a tangent; got {tuple(x.shape)} with one, or inside a "
                 "transform that may hide one. Use reverse mode (backward), or torch's own functions here"
             )
+
+
+def _refuse_function_gradients(tensors: Sequence[Tensor | None]) -> None:
+    functorch = torch._C._functorch
+    innermost = functorch.peek_interpreter_stack()
+    if innermost.key() == functorch.TransformType.Grad and wants_gradient(*tensors):
+        raise NotImplementedError(
+            "lmkern: torch.func's gradients (grad, vjp, jacrev) are not served, since torch has none for "
+            "registered ops. Use backward or torch.autograd.grad; torch.func.vmap alone is served, and its "
+            "result has a gradient"
+        )
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

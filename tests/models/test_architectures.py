@@ -1,6 +1,7 @@
 """What holds of every architecture: GPT, Llama, Bert and T5."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -158,11 +159,16 @@ def test_checkpointed_blocks_give_the_same_gradients_with_dropout(name):
         torch.manual_seed(7)
         return torch.autograd.grad(model.loss(*arguments), parameters)
 
-    expected = gradients()
     calls = []
-    for block in [module for module in model.modules() if isinstance(module, Block)]:
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for block in blocks:
+        # With a forward of its own a block is given the sum, and draws its dropout by itself.
+        block.forward = partial(block.forward)
+    expected = gradients()
+    for block in blocks:
 
         def forward(x, plain=block.forward, **options):
+            assert isinstance(x, torch.Tensor)
             calls.append(1)
             return checkpoint(plain, x, use_reentrant=False, **options)
 

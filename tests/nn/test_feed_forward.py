@@ -46,3 +46,27 @@ def test_hidden_dropout_falls_between_the_maps_in_training_only():
 def test_unknown_activation_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"FeedForward: activation must be one of gelu, .*; got 'tanh'"):
         FeedForward(4, 8, activation="tanh")
+
+
+class Adapter(torch.nn.Module):
+    """A map and something added to it, with the map's weight for its own, as adapters have it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.weight, self.bias = base, base.weight, base.bias
+
+    def forward(self, x):
+        return self.base(x) + 1
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_what_took_the_first_maps_place_is_called(activation):
+    torch.manual_seed(0)
+    module, heard = FeedForward(4, 6, activation=activation).double(), []
+    x = torch.randn(3, 4, dtype=torch.float64)
+    expected = F.linear(FORMULAS[activation](module.up(x) + 1), module.down.weight, module.down.bias)
+    module.up.register_forward_hook(lambda *seen: heard.append(seen[0]))
+    module(x)
+    module.up = Adapter(module.up)
+    torch.testing.assert_close(module(x), expected)
+    assert heard == [module.up.base] * 2

@@ -59,6 +59,38 @@ def test_dropout_falls_on_the_branch_in_training_alone() -> None:
     assert torch.equal(closed(Seam.of(stream, branch, dropout.eval())), branch)
 
 
+def test_a_forward_that_was_put_in_a_modules_place_is_called() -> None:
+    norm, dropout, block, called = LayerNorm(16), Dropout(0.5).eval(), Block(16, 2, 32), []
+    x = torch.randn(2, 9, 16)
+
+    def override(module: nn.Module) -> None:
+        theirs = module.forward
+
+        def forward(x: Tensor) -> Tensor:
+            called.append(module)
+            return theirs(x)
+
+        module.forward = forward  # type: ignore[method-assign]
+
+    for module in (norm, dropout, block):
+        override(module)
+    normed(norm, Seam.of(x, x, dropout))
+    assert isinstance(in_turn([block, block], x), Tensor)
+    assert called == [dropout, norm, block, block]
+
+
+def test_a_hook_on_all_modules_sees_tensors() -> None:
+    seen: list[Any] = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: seen.extend((*inputs, output)) if type(module) is Block else None
+    )
+    try:
+        in_turn([Block(16, 2, 32), Block(16, 2, 32)], torch.randn(2, 9, 16))
+    finally:
+        handle.remove()
+    assert [type(each) for each in seen] == [Tensor] * 4
+
+
 class Listening(nn.Module):
     """A block inside something else, as wrappers have it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -112,7 +113,7 @@ def test_vmap_is_a_loop_with_its_gradient_and_function_gradients_are_refused(nam
     assert torch.equal(*results)
     if x.requires_grad:
         assert torch.equal(*(torch.autograd.grad(result.float().square().sum(), x)[0] for result in results))
-    with pytest.raises((RuntimeError, ValueError), match=r"functorch|there is no gradient"):
+    with pytest.raises((RuntimeError, ValueError), match=r"torch\.func's gradients|there is no gradient"):
         torch.func.grad(lambda x: of_one(x).float().sum())(x[0].detach())
 
 
@@ -148,3 +149,21 @@ def test_forward_mode_leaves_constants_alone() -> None:
     torch.testing.assert_close((y, tangent), (x * constant, x * constant))
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.hessian(lambda x: lmkern.gelu(x).sum())(x)
+
+
+# torch.jit.trace refuses an op that takes a list of booleans.
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "linear_cross_entropy"])
+def test_a_trace_computes_and_does_not_remember(name: str) -> None:
+    op, make = CALLS[name]
+    first, second = ([each for each in make(2) if isinstance(each, Tensor)] for _ in range(2))
+    others = [each for each in make(2) if not isinstance(each, Tensor)]
+
+    def of_tensors(*tensors: Tensor) -> Any:
+        return op(tensors[0], *others, *tensors[1:])
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(of_tensors, first, check_trace=False)
+    assert "lmkern::" in str(traced.graph)
+    with torch.no_grad():
+        torch.testing.assert_close(traced(*second), of_tensors(*second))
