@@ -94,12 +94,10 @@ class GPT(Decoder):
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.width)
         self.positions = None
-        rotary = None
-        if config.positions == "rotary":
-            rotary = Rotary(config.head_dim, config.context)
-        elif config.positions == "learned":
+        turns = config.positions == "rotary"
+        if config.positions == "learned":
             self.positions = LearnedPositions(config.context, config.width)
-        else:
+        elif not turns:
             self.positions = SinusoidalPositions(config.width)
         # Sines and cosines are of size 1: an embedding of size 0.02 would drown in them
         # (Vaswani et al. 2017, section 3.4).
@@ -115,7 +113,8 @@ class GPT(Decoder):
                 dropout=config.dropout,
                 weight_dropout=config.attention_dropout,
                 bias=config.bias,
-                rotary=rotary,
+                # One each: torch.func cannot put back the buffers of a module under several names.
+                rotary=Rotary(config.head_dim, config.context) if turns else None,
                 eps=config.eps,
             )
             for _ in range(config.layers)

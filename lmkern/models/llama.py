@@ -78,7 +78,6 @@ class Llama(Decoder):
         self.embedding = Embedding(config.vocab_size, config.width)
         self.positions = None
         self.dropout = nn.Identity()
-        rotary = Rotary(config.head_dim, config.context, base=config.rotary_base)
         self.blocks = nn.ModuleList(
             Block(
                 config.width,
@@ -90,7 +89,7 @@ class Llama(Decoder):
                 activation="swiglu",
                 weight_dropout=config.attention_dropout,
                 bias=False,
-                rotary=rotary,
+                rotary=Rotary(config.head_dim, config.context, base=config.rotary_base),
                 eps=config.eps,
             )
             for _ in range(config.layers)

@@ -40,8 +40,12 @@ class Seam(NamedTuple):
 
 
 def closed(x: Tensor | Seam) -> Tensor:
-    """The sum."""
-    return x.stream + dropout(x.branch, x.dropout_p) if isinstance(x, Seam) else x
+    """The sum, with the mask that `normed` would have drawn: a hook changes no number."""
+    if not isinstance(x, Seam):
+        return x
+    if x.dropout_p and _fits(x):
+        return add_norm(x.branch, x.stream, dropout_p=x.dropout_p)[1]
+    return x.stream + dropout(x.branch, x.dropout_p)
 
 
 def normed(norm: nn.Module, x: Tensor | Seam) -> tuple[Tensor, Tensor]:
@@ -64,10 +68,15 @@ def plain(module: Any, cls: type[M]) -> TypeGuard[M]:
     )
 
 
+def _fits(x: Seam) -> bool:
+    """Whether add_norm takes these dtypes together."""
+    narrow = x.branch.dtype in (torch.float16, torch.bfloat16)
+    return x.stream.dtype == x.branch.dtype or (narrow and x.stream.dtype == torch.float32)
+
+
 def _fused(norm: nn.Module, x: Seam) -> dict[str, Any] | None:
     """add_norm's arguments for this norm; None where it does not serve."""
-    narrow = x.branch.dtype in (torch.float16, torch.bfloat16)
-    if x.stream.dtype != x.branch.dtype and not (narrow and x.stream.dtype == torch.float32):
+    if not _fits(x):
         return None
     if plain(norm, LayerNorm) and len(norm.normalized_shape) == 1:
         return {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps}

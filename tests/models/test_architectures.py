@@ -305,3 +305,29 @@ def test_bad_input_is_refused_in_words():
         ValueError, match=r"Bert\.loss: targets must be int64 \(3,\); got torch.int64 \(3, 11\)"
     ):
         _model("bert-sequence").loss(_tokens(3, 11), _tokens(3, 11))
+
+
+@pytest.mark.parametrize(("cls", "config"), [(GPT, GPTConfig), (Llama, LlamaConfig)])
+def test_functional_call_leaves_the_model_as_it_was(cls, config):
+    model = cls(config(**SIZES, context=24)).eval()
+    tokens = torch.arange(12).view(2, 6)
+    before = model(tokens)
+    others = {name: 2 * parameter for name, parameter in model.named_parameters()}
+    others |= {name: torch.zeros_like(buffer) for name, buffer in model.named_buffers()}
+    assert not torch.allclose(torch.func.functional_call(model, others, (tokens,)), before)
+    assert torch.equal(model(tokens), before)
+
+
+def test_a_hook_changes_no_number():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SIZES, context=24, dropout=0.25))
+    tokens = torch.arange(12).view(2, 6)
+
+    def drawn():
+        torch.manual_seed(1)
+        return model(tokens)
+
+    expected = drawn()
+    for part in (model.blocks[0], model.blocks[1].attention_norm):
+        part.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(drawn(), expected)
