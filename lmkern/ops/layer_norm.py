@@ -15,6 +15,7 @@ from lmkern.kernels.statistics import statistics_dtype
 from lmkern.ops.dispatch import direct, rows, takes_tensors, wants_gradient
 from lmkern.ops.norm_arguments import (
     as_matrix,
+    as_shape,
     as_vector,
     check_beside,
     check_input,
@@ -28,7 +29,7 @@ Gradients = tuple[Tensor | None, ...]
 @takes_tensors
 def layer_norm(
     input: Tensor,
-    normalized_shape: Sequence[int],
+    normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
@@ -48,7 +49,7 @@ def layer_norm(
     UnsupportedBackend if the named backend cannot run this here. In eager mode gradients are differentiable
     once more, by the reference's formula. Ba et al. 2016, arXiv:1607.06450.
     """
-    shape = tuple(normalized_shape)
+    shape = as_shape(normalized_shape)
     check_input("layer_norm", input, shape)
     check_beside("layer_norm", "weight", weight, shape, input)
     check_beside("layer_norm", "bias", bias, shape, input)

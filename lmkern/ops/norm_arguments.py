@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lmkern.ops.dispatch import check_dtype
+
+
+def as_shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
+    """The dimensions that are normalized; of one its size will do, as torch's modules take it."""
+    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
 
 
 def check_input(name: str, input: Tensor, shape: tuple[int, ...]) -> None:
@@ -32,7 +38,7 @@ def check_beside(
     ):
         raise ValueError(
             f"{name}: {what} must have {of}'s dtype {input.dtype}, or float32 beside a 16-bit {of}; "
-            f"got {tensor.dtype}"
+            f"got {tensor.dtype}; cast one of the two"
         )
     if tensor.device != input.device:
         raise ValueError(f"{name}: {what} must be on {of}'s device {input.device}; got {tensor.device}")

@@ -14,6 +14,7 @@ from lmkern.kernels.statistics import statistics_dtype
 from lmkern.ops.dispatch import direct, rows, takes_tensors, wants_gradient
 from lmkern.ops.norm_arguments import (
     as_matrix,
+    as_shape,
     as_vector,
     check_beside,
     check_input,
@@ -27,7 +28,7 @@ Gradients = tuple[Tensor | None, ...]
 @takes_tensors
 def rms_norm(
     input: Tensor,
-    normalized_shape: Sequence[int],
+    normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
     *,
@@ -48,7 +49,7 @@ def rms_norm(
     float32 (float64 for float64). Raises ValueError for shapes, dtypes and devices; UnsupportedBackend if the
     named backend cannot run this here. Zhang and Sennrich 2019, arXiv:1910.07467.
     """
-    shape = tuple(normalized_shape)
+    shape = as_shape(normalized_shape)
     check_input("rms_norm", input, shape)
     check_beside("rms_norm", "weight", weight, shape, input)
     if eps is None:

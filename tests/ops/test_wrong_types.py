@@ -43,3 +43,9 @@ def test_a_window_is_two_bounds(window: object) -> None:
 def test_a_shape_is_of_integers() -> None:
     with pytest.raises(ValueError, match=r"normalized_shape \(integers, not Tensor\)"):
         lmkern.layer_norm(torch.ones(2, 3), torch.ones(3))
+
+
+def test_the_size_of_one_dimension_is_a_shape() -> None:
+    x = torch.randn(2, 3)
+    assert torch.equal(lmkern.layer_norm(x, 3), lmkern.layer_norm(x, (3,)))
+    assert torch.equal(lmkern.rms_norm(x, 3), lmkern.rms_norm(x, (3,)))
