@@ -162,12 +162,13 @@ class RunConfig:
                 "RunConfig: an encoder-decoder learns from pairs: set unit = 'pairs' in each stage",
             )
             return
-        longest = max(stage.context for stage in self.training.stages)
-        _require(
-            longest <= self.model.context,
-            f"RunConfig: a stage has a context of {longest} and the model takes {self.model.context}: "
-            "raise model.context or shorten the stage",
-        )
+        for place, stage in enumerate(self.training.stages):
+            _require(
+                stage.context <= self.model.context,
+                f"RunConfig: a stage has a context of {stage.context} and the model takes "
+                f"{self.model.context}: raise model.context, or set training.stages.{place}.context to at most "
+                f"{self.model.context}",
+            )
 
 
 def load_config(path: str | Path) -> RunConfig:

@@ -92,7 +92,10 @@ def test_stage_of_unknown_unit_is_refused() -> None:
 
 
 def test_stage_longer_than_the_model_is_refused() -> None:
-    with pytest.raises(ValueError, match="a stage has a context of 256 and the model takes 128"):
+    with pytest.raises(
+        ValueError,
+        match=r"a stage has a context of 256 and the model takes 128: .*training\.stages\.0\.context",
+    ):
         RunConfig(model=GPTConfig(context=128))
 
 
