@@ -166,8 +166,8 @@ class RunConfig:
             _require(
                 stage.context <= self.model.context,
                 f"RunConfig: a stage has a context of {stage.context} and the model takes "
-                f"{self.model.context}: raise model.context, or set training.stages.{place}.context to at most "
-                f"{self.model.context}",
+                f"{self.model.context}: raise model.context, or set training.stages.{place}.context "
+                f"to at most {self.model.context}",
             )
 
 
