@@ -40,7 +40,7 @@ class Seam(NamedTuple):
 
 
 def closed(x: Tensor | Seam) -> Tensor:
-    """The sum, with the mask that `normed` would have drawn: a hook changes no number."""
+    """The sum, with the mask that `normed` would have drawn: hooks on norms and blocks change no number."""
     if not isinstance(x, Seam):
         return x
     if x.dropout_p and _fits(x):
