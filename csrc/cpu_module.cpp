@@ -1,6 +1,10 @@
 // The Python module around the kernels, compiled once and linked into the module of every instruction set.
 #include <pybind11/pybind11.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <string>
 #include <string_view>
 
@@ -26,7 +30,10 @@ void call(const lmkern::EntryPoint& entry, const py::bytes& packed) {
 py::tuple supported_instruction_sets() {
     py::list names;
 #if defined(__x86_64__)
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    // A hypervisor may hide F16C alone, and older compilers have no name for it here.
+    unsigned a, b, features = 0, d;
+    const bool f16c = __get_cpuid(1, &a, &b, &features, &d) != 0 && (features & bit_F16C) != 0;
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable
 from functools import cache
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pathlib import Path
 
 # malloc.h: mallopt's parameters.
@@ -91,6 +90,8 @@ def _grow_heap() -> None:
     """
     if _madvise() is None:
         return
+    from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap  # Windows has no such names
+
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
     try:
         # Where the system would refuse so much, malloc is not asked: it would leave the heap for good.

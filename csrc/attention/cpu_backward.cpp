@@ -52,6 +52,7 @@ void backward(const AttentionParams& p) {
     const bool dq = p.dq != nullptr, dk = p.dk != nullptr, dv = p.dv != nullptr;
     if (p.dbias != nullptr) bias_gradient<E>(p);
     if (!dq && !dk && !dv && p.drelative_bias == nullptr) return;
+    if (p.heads == 0) return;
     const int64_t group = p.heads / p.heads_kv, heads = p.sequences * p.heads_kv;
     // A whole head is one task when that keeps the threads busy: 5 products a block. Split in two passes the
     // scores are computed twice, 7 products, but there is work for every thread.

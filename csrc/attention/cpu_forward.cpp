@@ -122,7 +122,7 @@ private:
         for (int64_t packed = in_parts_ ? begin / keys_at_once_ * keys_at_once_ : 0; packed < end;
              packed += keys_at_once_) {
             pack_keys(packed);
-            const bool boundable = !in_parts_ && !score_rows.adjusts() && p_.sinks == nullptr && bounds_;
+            const bool boundable = !in_parts_ && !score_rows.adjusts() && !scales_ && bounds_;
             for (int64_t b = 0; b < count; ++b) {
                 const int64_t seen = band.end(blocks[b].first_query + blocks[b].queries - 1) -
                                      band.begin(blocks[b].first_query);

@@ -28,7 +28,7 @@ using Element = std::conditional_t<bytes == 2, uint16_t, std::conditional_t<byte
 template <int half, int n, class V, int... i>
 inline V interleave(V a, V b, std::integer_sequence<int, i...>) {
     constexpr int count = sizeof...(i);
-    return __builtin_shufflevector(a, b, (i / n * n + half * n / 2 + i % n / 2 + i % 2 * count)...);
+    return shuffle<(i / n * n + half * n / 2 + i % n / 2 + i % 2 * count)...>(a, b);
 }
 
 // y[j][r] = x[r][j] for a whole block.

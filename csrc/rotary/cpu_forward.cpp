@@ -42,16 +42,16 @@ template <class T>
 // The lanes l of a pair of vectors a, b as one; what the interleaved form needs of them.
 template <class V, int... lane>
 V even_lanes(V a, V b, std::integer_sequence<int, lane...>) {
-    return __builtin_shufflevector(a, b, (2 * lane)...);
+    return shuffle<2 * lane...>(a, b);
 }
 template <class V, int... lane>
 V odd_lanes(V a, V b, std::integer_sequence<int, lane...>) {
-    return __builtin_shufflevector(a, b, (2 * lane + 1)...);
+    return shuffle<2 * lane + 1 ...>(a, b);
 }
 template <int first, class V, int... lane>
 V zipped(V a, V b, std::integer_sequence<int, lane...>) {
     constexpr int lanes = sizeof...(lane);
-    return __builtin_shufflevector(a, b, (first + lane / 2 + lane % 2 * lanes)...);
+    return shuffle<first + lane / 2 + lane % 2 * lanes...>(a, b);
 }
 
 template <class T>

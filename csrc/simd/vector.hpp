@@ -335,14 +335,19 @@ inline V max(V a, V b) {
     return a > b ? a : b;
 }
 
+// The lanes `from` of a and, counted on, b.
+template <int... from, class V>
+inline V shuffle(V a, V b) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(a, b, from...);
+#else
+    return __builtin_shuffle(a, b, decltype(a == b){from...});
+#endif
+}
+
 template <int distance, class V, int... lane>
 inline V rotate(V v, std::integer_sequence<int, lane...>) {
-    constexpr int lanes = sizeof...(lane);
-#if defined(__clang__) || __GNUC__ >= 12
-    return __builtin_shufflevector(v, v, (lane + distance) % lanes...);
-#else
-    return V{v[(lane + distance) % lanes]...};
-#endif
+    return shuffle<(lane + distance) % static_cast<int>(sizeof...(lane))...>(v, v);
 }
 
 template <class C, int half = kLanes<C> / 2>

@@ -51,6 +51,9 @@ def adamw_(
     Loshchilov & Hutter 2019, arXiv:1711.05101.
     """
     _check(param, grad, exp_avg, exp_avg_sq, copy, beta1, beta2, step)
+    for name, number in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not 0.0 <= number < float("inf"):
+            raise ValueError(f"adamw_: {name} must be a finite number from 0 up; got {number}")
     scalars = (lr, beta1, beta2, eps, weight_decay, step, grad_scale)
     with torch.no_grad():
         if direct(param, grad, exp_avg, exp_avg_sq, copy):

@@ -10,7 +10,7 @@ from torch import Tensor
 from lmkern.kernels.attention import Options, reference
 from lmkern.ops import attention_checks as checks
 from lmkern.ops.attention_autograd import attend
-from lmkern.ops.dispatch import takes_tensors
+from lmkern.ops.dispatch import checked_softcap, takes_tensors
 from lmkern.ops.relative_bias import alibi
 
 
@@ -55,7 +55,7 @@ def attention(
     relative_bias: (H or 1, 2 R + 1), element R + j - p; R >= max(N_q, N_k) - 1. `bucketed_bias` makes T5's.
     alibi_slopes: (H,), -slope * |j - p|.
 
-    softcap: c * tanh(s / c) of the scores before the biases; None: as they are.
+    softcap: c * tanh(s / c) of the scores before the biases; None or 0: as they are.
     sinks: (H,) scores of a key beside all others whose value is zero; differentiable, and part of lse.
     dropout_p: probability with which a weight is zeroed, in units of 2^-16; the others are scaled by
         1 / (1 - dropout_p). dropout_seed: () int64 on q's device, the same mask for the same seed on every
@@ -94,7 +94,7 @@ def attention(
         softmax_scale=_scale(q, softmax_scale),
         left=left,
         right=right,
-        softcap=checks.checked_softcap(name, softcap),
+        softcap=checked_softcap(name, softcap),
         dropout_p=dropout_p,
         seed=seed,
         bias=bias,

@@ -11,7 +11,7 @@ from lmkern.kernels.attention import Options
 from lmkern.kernels.checked import checked
 from lmkern.kernels.philox import threshold
 from lmkern.kernels.statistics import statistics_dtype
-from lmkern.ops.dispatch import autocast
+from lmkern.ops.dispatch import autocast, int32
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -70,15 +70,6 @@ def checked_band(
         )
     left, right = bounds
     return left, 0 if causal else right
-
-
-def checked_softcap(name: str, softcap: float | None) -> float:
-    """As the contract takes it: 0 for none."""
-    if softcap is None:
-        return 0.0
-    if not 0.0 <= softcap < float("inf"):
-        raise ValueError(f"{name}: softcap must be above 0, or None; got {softcap}")
-    return float(softcap)
 
 
 def checked_dropout(
@@ -174,8 +165,8 @@ def checked_lengths(
             f"got {cu_seqlens.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}"
         )
     # One tensor where it is one: a backend then reads it once.
-    queries = cu_seqlens.to(torch.int32).contiguous()
-    return queries, queries if cu_seqlens_k is cu_seqlens else cu_seqlens_k.to(torch.int32).contiguous()
+    queries = int32(cu_seqlens).contiguous()
+    return queries, queries if cu_seqlens_k is cu_seqlens else int32(cu_seqlens_k).contiguous()
 
 
 def check_documents(name: str, options: Options, n_q: int, n_k: int) -> None:

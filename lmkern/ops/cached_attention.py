@@ -10,7 +10,7 @@ from torch import Tensor
 from lmkern.kernels import backends
 from lmkern.kernels.cached_attention import Options
 from lmkern.kernels.statistics import statistics_dtype
-from lmkern.ops.dispatch import autocast, direct, takes_tensors
+from lmkern.ops.dispatch import autocast, checked_softcap, direct, int32, takes_tensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -42,7 +42,7 @@ def cached_attention(
         max_pages * page_size. Entries past the keys in use may be anything.
     window: (left, right) as in `attention`; query i stands at p = length - N_q + i and sees the keys
         p - left <= j <= p. A bound on the right changes nothing.
-    softmax_scale: default 1 / sqrt(D). softcap: c * tanh(s / c) of the scores; None: as they are.
+    softmax_scale: default 1 / sqrt(D). softcap: c * tanh(s / c) of the scores; None or 0: as they are.
     alibi_slopes: (H,), -slope * (p - j) is added. sinks: (H,) scores of a key beside all others whose value
         is zero; part of lse.
     return_lse: also return the log-sum-exp of each query's scores, (B, H, N_q).
@@ -57,7 +57,7 @@ def cached_attention(
     _check(q, k_cache, v_cache, lengths, page_table)
     q, k_cache, v_cache = _cast(q, k_cache, v_cache)
     left = _checked_left(window)
-    cap = _checked_softcap(softcap)
+    cap = checked_softcap("cached_attention", softcap)
     alibi_slopes = _checked_per_head("alibi_slopes", alibi_slopes, q)
     sinks = _checked_per_head("sinks", sinks, q)
     scale = 1.0 / math.sqrt(q.shape[3]) if softmax_scale is None else float(softmax_scale)
@@ -215,12 +215,6 @@ def _checked_left(window: tuple[int | None, int | None] | None) -> int | None:
     return left
 
 
-def _checked_softcap(softcap: float | None) -> float:
-    if softcap is not None and not 0.0 < softcap < math.inf:
-        _fail("softcap must be above 0, or None", softcap)
-    return softcap or 0.0
-
-
 def _checked_per_head(name: str, x: Tensor | None, q: Tensor) -> Tensor | None:
     """(H,) in the dtype of statistics, contiguous."""
     if x is None:
@@ -236,5 +230,5 @@ def _indices(x: Tensor | None) -> Tensor | None:
     """int32, the elements of a row next to each other."""
     if x is None:
         return None
-    x = x.to(torch.int32)
+    x = int32(x)
     return x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()

@@ -153,3 +153,17 @@ def check_dtype(op: str, name: str, dtype: torch.dtype) -> None:
     if dtype not in DTYPES:
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise ValueError(f"{op}: {name} must be one of {dtypes}; got {dtype}")
+
+
+def checked_softcap(name: str, softcap: float | None) -> float:
+    """As the contract takes it: 0 for none."""
+    if softcap is None:
+        return 0.0
+    if not 0.0 <= softcap < float("inf"):
+        raise ValueError(f"{name}: softcap must be above 0, or None or 0 for none; got {softcap}")
+    return float(softcap)
+
+
+def int32(x: Tensor) -> Tensor:
+    """Indices x as int32; a number beyond its range becomes the end of it, which is out of any other range."""
+    return x if x.dtype == torch.int32 else x.clamp(-(2**31), 2**31 - 1).to(torch.int32)

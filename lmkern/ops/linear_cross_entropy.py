@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lmkern.kernels import backends
-from lmkern.kernels.statistics import statistics_dtype
+from lmkern.kernels.statistics import gradient_dtype, statistics_dtype
 from lmkern.ops.dispatch import autocast, direct, takes_tensors
 from lmkern.ops.losses import check_options, check_range, check_targets, reduce
 
@@ -92,7 +92,8 @@ def _named(
 def _shares(x: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor]:
     """What a token's loss is multiplied by: while the gradient is computed, and afterwards.
 
-    A float16 gradient of a mean over many tokens would vanish before the caller's loss scale could lift it.
+    A float16 gradient of a mean over many tokens would vanish before the caller's loss scale could lift it;
+    those that are sums over tokens come in float32.
     """
     one = x.new_ones((), dtype=statistics_dtype(x))
     if reduction != "mean":
@@ -156,7 +157,10 @@ def _backward(
     factor = later if reduction == "none" else dloss * later
     if factor.device.type != "cpu" or factor != 1:
         gradients = [None if gradient is None else gradient.mul_(factor) for gradient in gradients]
-    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))  # type: ignore[return-value]
+    return tuple(
+        gradient.to(x.dtype) if need and gradient is not None else None
+        for gradient, need in zip(gradients, needs, strict=True)
+    )  # type: ignore[return-value]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -214,7 +218,7 @@ def _(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss = x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=statistics_dtype(x))
-    return loss, *_fake_gradients(x, weight, bias, needs)
+    return loss, *_fake_gradients(x, weight, bias, needs, gradient_dtype(x.dtype))
 
 
 @torch.library.custom_op("lmkern::linear_cross_entropy_backward", mutates_args=())
@@ -261,7 +265,7 @@ def _(
     needs: list[bool],
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_gradients(x, weight, bias, needs)
+    return _fake_gradients(x, weight, bias, needs, x.dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -290,10 +294,14 @@ def _filled(x: Tensor, gradients: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake_gradients(
-    x: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
+    x: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], sums: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wanted = zip((x, weight, bias), needs, strict=True)
-    return tuple(x.new_empty(t.shape) if need and t is not None else x.new_empty(0) for t, need in wanted)  # type: ignore[return-value]
+    """sums: the dtype of dweight and dbias."""
+    wanted = zip((x, weight, bias), (x.dtype, sums, sums), needs, strict=True)
+    return tuple(  # type: ignore[return-value]
+        x.new_empty(t.shape, dtype=dtype) if need and t is not None else x.new_empty(0)
+        for t, dtype, need in wanted
+    )
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

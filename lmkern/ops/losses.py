@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmkern.kernels.checked import checked
+from lmkern.ops.dispatch import checked_softcap
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -39,8 +40,7 @@ def check_options(
         raise ValueError(f"{name}: label_smoothing must lie in [0, 1]; got {label_smoothing}")
     if not 0.0 <= z_loss < float("inf"):
         raise ValueError(f"{name}: z_loss must be a finite number from 0 up; got {z_loss}")
-    if softcap is not None and not 0.0 < softcap < float("inf"):
-        raise ValueError(f"{name}: softcap must be a finite number above 0, or None; got {softcap}")
+    checked_softcap(name, softcap)
     if reduction not in REDUCTIONS:
         raise ValueError(f"{name}: reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
 

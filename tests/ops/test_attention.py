@@ -256,6 +256,30 @@ def test_softmax_scale_is_what_the_scores_are_multiplied_by(target: Target, scal
     torch.testing.assert_close(out, (q @ k.mT * scale).softmax(-1) @ v, **tolerance(dtype))
 
 
+@pytest.mark.parametrize("scale", [0.5, 50.0])
+@pytest.mark.parametrize(("target", "dtype"), KERNELS_DTYPES, ids=ids)
+def test_a_negative_scale_is_as_good_as_negative_keys(
+    target: Target, dtype: torch.dtype, scale: float
+) -> None:
+    q, k, v, dout = attention_inputs(AttentionShape(1, 2, 64, 16, 200, 2), dtype, device=target.device)
+
+    def errors(k: Tensor, scale: float, exact: list[Tensor]) -> list[float]:
+        inputs = leaves(q, k, v)
+        with target.active():
+            out = lmkern.attention(*inputs, softmax_scale=scale, backend=target.backend)
+            ours = [out, *torch.autograd.grad(out, inputs, dout)]
+        return [(a.double() - b).norm().item() / b.norm().item() for a, b in zip(ours, exact, strict=True)]
+
+    wide = leaves(*(x.double() for x in (q, k, v)))
+    out = (wide[0] @ wide[1].mT * -scale).softmax(-1) @ wide[2]
+    exact = [out.detach(), *torch.autograd.grad(out, wide, dout.double())]
+    negative = errors(k, -scale, exact)
+    positive = errors(-k, scale, [*exact[:2], -exact[2], exact[3]])
+    unit = torch.finfo(dtype).eps
+    for mine, other in zip(negative, positive, strict=True):
+        assert mine <= 1.5 * other + unit
+
+
 @pytest.mark.parametrize(("target", "dtype"), KERNELS_DTYPES, ids=ids)
 def test_peaky_rows_are_as_good_as_torchs(target: Target, dtype: torch.dtype) -> None:
     shape = AttentionShape(2, 4, 60, 32, 60, 4, causal=True)

@@ -77,8 +77,8 @@ WRONG = [
         {"window": (-1, 0)},
         r"window must be \(left, right\), each at least 0 or None for no bound; got \(-1, 0\)",
     ),
-    ({"softcap": -1.0}, r"softcap must be above 0, or None; got -1.0"),
-    ({"softcap": math.nan}, r"softcap must be above 0, or None; got nan"),
+    ({"softcap": -1.0}, r"softcap must be above 0, or None or 0 for none; got -1.0"),
+    ({"softcap": math.nan}, r"softcap must be above 0, or None or 0 for none; got nan"),
     ({"dropout_p": 1.5}, r"dropout_p must lie in \[0, 1\]; got 1.5"),
     (
         {"dropout_p": 0.5, "dropout_seed": torch.tensor(1.0)},

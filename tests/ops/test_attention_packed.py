@@ -242,6 +242,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         r"cu_seqlens must begin at 0, never fall and end at 100; got \[0, 30, 99\]",
     ),
     ({"cu_seqlens": ends_of(30, 80, -10)}, r"cu_seqlens must begin .*; got \[0, 30, 110, 100\]"),
+    ({"cu_seqlens": ends_of(30, 70).long() + 2**32}, r"cu_seqlens must begin .*"),
     ({"cu_seqlens": ends_of(30, 70) + 1}, r"cu_seqlens must begin .*; got \[1, 31, 101\]"),
     ({"cu_seqlens": ends_of(100), "cu_seqlens_k": ends_of(90)}, r"cu_seqlens_k must begin .*; got \[0, 90\]"),
     ({"cu_seqlens": ends_of(*[10] * 11)}, r"got \[0, 10, 20, 30, 40, 50, 60, 70, \.\.\.\]"),

@@ -320,6 +320,8 @@ REFUSED = [
     ({"lengths": torch.tensor([1.0, 2.0])}, "int32 or int64"),
     ({"lengths": torch.tensor([10, 1])}, r"lengths must lie in \[0, 9\]; got 1 to 10"),
     ({"lengths": torch.tensor([-1, 1])}, r"lengths must lie in \[0, 9\]; got -1 to 1"),
+    ({"lengths": torch.tensor([2**32 + 1, 1])}, r"lengths must lie in \[0, 9\]; got 1 to 2147483647"),
+    ({"page_table": torch.tensor([[0], [2**32]])}, r"pages in \[0, 2\).*; got 2147483647 at \(1, 0\)"),
     ({"page_table": torch.tensor([[0], [2]])}, r"pages in \[0, 2\).*; got 2 at \(1, 0\)"),
     ({"page_table": torch.tensor([[-1], [0]])}, r"pages in \[0, 2\).*; got -1 at \(0, 0\)"),
     ({"page_table": torch.tensor([0, 1])}, r"page_table must be \(B, max_pages\)"),

@@ -298,7 +298,7 @@ def test_any_options_agree_with_the_reference(
         ({"logits": torch.zeros(())}, ValueError, r"logits must be \(\.\.\., V\)"),
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must lie in \[0, 1\]; got 1.5"),
         ({"z_loss": -1.0}, ValueError, r"z_loss must be a finite number from 0 up; got -1.0"),
-        ({"softcap": 0.0}, ValueError, r"softcap must be a finite number above 0, or None; got 0.0"),
+        ({"softcap": -1.0}, ValueError, r"softcap must be above 0, or None or 0 for none; got -1.0"),
         ({"reduction": "avg"}, ValueError, r"reduction must be one of mean, sum, none; got 'avg'"),
         ({"backend": "cdua"}, ValueError, r"no backend 'cdua'; expected one of .*reference"),
     ],

@@ -192,6 +192,28 @@ def test_gradients_do_not_depend_on_which_are_wanted(target: Target, reduction: 
             assert torch.equal(x.grad, everything[result])
 
 
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_float16_sums_over_tokens_may_pass_its_largest_number(target: Target) -> None:
+    # Each token adds about 8 x 0.9 to a gradient: 12,000 of them over 65,504, the mean far below.
+    tokens = 12_000
+    x, weight, bias = torch.full((tokens, 1), 8.0), torch.zeros(10, 1), torch.zeros(10)
+    inputs = leaves(*(t.half() for t in (x, weight, bias)))
+    with target.active():
+        loss = lmkern.linear_cross_entropy(
+            inputs[0],
+            inputs[1],
+            torch.zeros(tokens, dtype=torch.int64),
+            bias=inputs[2],
+            backend=target.backend,
+        )
+        ours = torch.autograd.grad(loss, inputs)
+    expected = torch.full((10, 1), 0.8)
+    expected[0] -= 8
+    assert ours[1].dtype == ours[2].dtype == torch.float16
+    torch.testing.assert_close(ours[1].float(), expected, rtol=2e-3, atol=0)
+    torch.testing.assert_close(ours[2].float(), expected[:, 0] / 8, rtol=2e-3, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("target", TARGETS, ids=str)

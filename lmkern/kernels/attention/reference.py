@@ -156,7 +156,9 @@ def _scores(capped: Tensor, options: Options) -> Tensor:
         scores = scores + options.bias
         hidden = hidden | (options.bias == -torch.inf)
     if options.relative_bias is not None:
-        scores = scores + options.relative_bias[:, offsets + options.relative_bias.shape[1] // 2]
+        relative = options.relative_bias[:, offsets + options.relative_bias.shape[1] // 2]
+        scores = scores + relative
+        hidden = hidden | (relative == -torch.inf)
     # A fill, because -inf as a sum has NaN for a gradient.
     return scores.masked_fill(hidden, -torch.inf)
 

@@ -8,7 +8,8 @@ A token's loss as in lmkern.kernels.cross_entropy. The contract of every backend
         -> (dx, dweight, dbias)
 
     x, dx             (R, E)    any strides; dx contiguous, x's dtype
-    weight, dweight   (V, E)    likewise, x's dtype
+    weight, dweight   (V, E)    likewise, x's dtype, but dweight float32 for float16, whose sums over all
+                                tokens may pass its largest number before the loss's scale makes them small
     bias, dbias       (V,)      likewise, or None
     targets           (R,)      int64 in [0, V) or ignore_index, contiguous
     loss, dloss       (R,)      float32 (float64 for float64); dloss with any stride

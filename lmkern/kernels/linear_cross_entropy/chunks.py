@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lmkern.kernels.cpu_call import on_huge_pages
-from lmkern.kernels.statistics import statistics_dtype
+from lmkern.kernels.statistics import gradient_dtype, statistics_dtype
 
 # Rows of dweight that a product in float32 of 16-bit factors makes at once, where torch has none of its own.
 _WIDENED_ROWS = 4096
@@ -26,7 +26,7 @@ class Sum(Protocol):
         """dlogits (T, V), x (T, E)."""
 
     def result(self) -> Tensor:
-        """(V, E), in the weight's dtype."""
+        """(V, E), in gradient_dtype of the weight's."""
 
 
 class WeightSum:
@@ -48,7 +48,7 @@ class WeightSum:
                 self.sums[rows].addmm_(dlogits[:, rows].to(self.sums.dtype).T, x)
 
     def result(self) -> Tensor:
-        return self.sums.to(self.dtype)
+        return self.sums.to(gradient_dtype(self.dtype))
 
 
 def by_chunks(
@@ -96,5 +96,5 @@ def by_chunks(
         loss,
         dx,
         None if dweight is None else dweight.result(),
-        None if dbias is None else dbias.to(x.dtype),
+        None if dbias is None else dbias.to(gradient_dtype(x.dtype)),
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lmkern.kernels.backends import Call
 from lmkern.kernels.cross_entropy import reference as cross_entropy
+from lmkern.kernels.statistics import gradient_dtype
 
 
 def unavailable() -> str | None:
@@ -35,8 +36,9 @@ def forward(
     if any(needs):
         dlogits = cross_entropy.backward(dloss, logits, targets, *statistics, **options)
         dx = dlogits @ weight if needs[0] else None  # (R, E)
-        dweight = dlogits.T @ x if needs[1] else None  # (V, E)
-        dbias = dlogits.sum(0) if needs[2] else None  # (V,)
+        sums = gradient_dtype(x.dtype)
+        dweight = dlogits.T.to(sums) @ x.to(sums) if needs[1] else None  # (V, E)
+        dbias = dlogits.sum(0, dtype=sums) if needs[2] else None  # (V,)
     return loss, dx, dweight, dbias
 
 
