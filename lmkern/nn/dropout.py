@@ -12,8 +12,8 @@ from lmkern.kernels.philox import LEVELS, keep_scale, threshold
 class Dropout(nn.Dropout):
     """As torch.nn.Dropout: in training an element is 0 with probability p, else x / (1 - p).
 
-    Here p is rounded to a multiple of 1 / 65536: on a CPU, where torch draws a number for each element in turn,
-    one draw of 64 bits then serves four. It draws from torch's default generator.
+    Here p is rounded to a multiple of 1 / 65536: on a CPU, where torch draws a number for each element in
+    turn, one draw of 64 bits then serves four. It draws from torch's default generator.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -165,5 +165,5 @@ def checked_softcap(name: str, softcap: float | None) -> float:
 
 
 def int32(x: Tensor) -> Tensor:
-    """Indices x as int32; a number beyond its range becomes the end of it, which is out of any other range."""
+    """Indices x as int32; a number beyond its range becomes the end of it, which no check lets pass."""
     return x if x.dtype == torch.int32 else x.clamp(-(2**31), 2**31 - 1).to(torch.int32)
