@@ -11,6 +11,7 @@
 #include "core/types.hpp"
 #include "cross_entropy/cpu.hpp"
 #include "embedding/cpu.hpp"
+#include "linear/cpu.hpp"
 #include "linear_cross_entropy/cpu.hpp"
 #include "norm/cpu.hpp"
 #include "rotary/cpu.hpp"
@@ -55,6 +56,7 @@ constexpr EntryPoint kEntryPoints[] = {
     entry<CachedAttentionParams, cached_attention_forward>("cached_attention_forward"),
     entry<EmbeddingParams, embedding_backward>("embedding_backward"),
     entry<EmbeddingParams, embedding_forward>("embedding_forward"),
+    entry<LinearParams, linear_forward>("linear_forward"),
 #endif
 };
 

@@ -13,9 +13,9 @@
 #include <vector>
 
 #include "cached_attention/cpu.hpp"
-#include "cached_attention/tiles.hpp"
 #include "core/parallel_for.hpp"
 #include "core/workspace.hpp"
+#include "simd/few_rows.hpp"
 
 namespace lmkern {
 namespace {
@@ -101,27 +101,6 @@ void gather_rows(const T** rows, int64_t count, int64_t column_stride, int64_t D
         rows[j] = room + j * D;
     }
     std::fill_n(rows + count, padded<Compute<T>>(count) - count, rows[count - 1]);
-}
-
-// body(constant) for as many query rows as fit into registers at once, until there are none left.
-template <class C, class Body>
-void for_query_rows(int64_t rows, const Body& body) {
-    int64_t row = 0;
-    if constexpr (kLanes<C> >= 4)
-        for (; row + 4 <= rows; row += 4) body(row, std::integral_constant<int, 4>{});
-    for (; row + 2 <= rows; row += 2) body(row, std::integral_constant<int, 2>{});
-    if (row < rows) body(row, std::integral_constant<int, 1>{});
-}
-
-template <class Order, class T, class C = Compute<T>>
-void score_rows(Block<C> q, int64_t rows, const T* const* keys, int64_t count, Ahead ahead, int64_t D,
-                Block<C> scores) {
-    for (int64_t j = 0; j < count; j += kLanes<C>)
-        for_query_rows<C>(rows, [&](int64_t row, auto queries) {
-            const Block<C> from{q.data + row * q.stride, q.stride};
-            const Block<C> to{scores.data + row * scores.stride + j, scores.stride};
-            score_keys<Order, queries>(from, keys + j, row == 0 ? ahead : Ahead{0, 0}, D, to);
-        });
 }
 
 template <class Order, class T, class C = Compute<T>>

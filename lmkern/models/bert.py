@@ -12,7 +12,7 @@ from lmkern.models.config import check_fields, check_heads
 from lmkern.models.decoder import initialise
 from lmkern.models.head import head_loss
 from lmkern.models.tied import tie
-from lmkern.nn import Block, Dropout, Embedding, LayerNorm, LearnedPositions
+from lmkern.nn import Block, Dropout, Embedding, LayerNorm, LearnedPositions, Linear
 from lmkern.nn.feed_forward import mapped
 from lmkern.nn.state_dict import LoadsWhole
 from lmkern.ops import cross_entropy
@@ -100,14 +100,14 @@ class Bert(LoadsWhole):
             for _ in range(config.layers)
         )
         if config.head != "token":
-            self.transform = nn.Linear(config.width, config.width)
+            self.transform = Linear(config.width, config.width)
         if config.head == "masked":
             self.transform_norm = LayerNorm(config.width, eps=config.eps)
-            self.head = nn.Linear(config.width, config.vocab_size)
+            self.head = Linear(config.width, config.vocab_size)
             tie(self)
         else:
             self.classifier_dropout = Dropout(config.classifier_dropout)
-            self.head = nn.Linear(config.width, config.labels)
+            self.head = Linear(config.width, config.labels)
         initialise(self)
 
     def encode(self, tokens: Tensor, mask: Tensor | None = None, types: Tensor | None = None) -> Tensor:

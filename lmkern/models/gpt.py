@@ -17,6 +17,7 @@ from lmkern.nn import (
     Embedding,
     LayerNorm,
     LearnedPositions,
+    Linear,
     Rotary,
     SinusoidalPositions,
 )
@@ -120,6 +121,6 @@ class GPT(Decoder):
             for _ in range(config.layers)
         )
         self.norm = LayerNorm(config.width, eps=config.eps, bias=config.bias)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head = Linear(config.width, config.vocab_size, bias=False)
         tie(self)
         initialise(self, residual_scale=1 / math.sqrt(2 * config.layers))

@@ -10,7 +10,7 @@ from torch import nn
 from lmkern.models.config import check_fields, check_heads, require
 from lmkern.models.decoder import Decoder, initialise
 from lmkern.models.tied import tie
-from lmkern.nn import Block, Embedding, RMSNorm, Rotary
+from lmkern.nn import Block, Embedding, Linear, RMSNorm, Rotary
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Llama(Decoder):
             for _ in range(config.layers)
         )
         self.norm = RMSNorm(config.width, eps=config.eps)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head = Linear(config.width, config.vocab_size, bias=False)
         if config.tied:
             tie(self)
         initialise(self)

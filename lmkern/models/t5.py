@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lmkern.models.config import check_fields, check_heads
 from lmkern.models.head import head_loss
 from lmkern.models.tied import tie
-from lmkern.nn import Block, CrossAttention, Dropout, Embedding, KeyValueCache, RMSNorm, SelfAttention
+from lmkern.nn import Block, CrossAttention, Dropout, Embedding, KeyValueCache, Linear, RMSNorm, SelfAttention
 from lmkern.nn.block import in_turn
 from lmkern.nn.feed_forward import Activation
 from lmkern.nn.residual import closed
@@ -132,7 +132,7 @@ class T5(LoadsWhole):
         )
         self.decoder_norm = RMSNorm(config.width, eps=config.eps)
         self.dropout = Dropout(config.dropout)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head = Linear(config.width, config.vocab_size, bias=False)
         self._initialise()
         if config.tied:
             tie(self)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lmkern.nn import Block, Embedding, LayerNorm, sinusoidal_positions
+from lmkern.nn import Block, Embedding, LayerNorm, Linear, sinusoidal_positions
 from lmkern.nn.block import in_turn
 from lmkern.nn.residual import normed
 from lmkern.nn.state_dict import LoadsWhole
@@ -90,7 +90,7 @@ class Transformer(LoadsWhole):
             Block(hidden_dim, nhead, 4 * hidden_dim, dropout=dropout) for _ in range(num_layers)
         )
         self.norm = LayerNorm(hidden_dim)
-        self.head = nn.Linear(hidden_dim, output_dim)
+        self.head = Linear(hidden_dim, output_dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, N) int64, N >= 1 -> (B, output_dim). Raises ValueError for another shape or dtype."""

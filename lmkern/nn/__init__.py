@@ -6,6 +6,7 @@ from lmkern.nn.cross_attention import CrossAttention
 from lmkern.nn.dropout import Dropout
 from lmkern.nn.embedding import Embedding
 from lmkern.nn.feed_forward import FeedForward
+from lmkern.nn.linear import Linear
 from lmkern.nn.norm import LayerNorm, RMSNorm
 from lmkern.nn.positions import LearnedPositions, Rotary, SinusoidalPositions, sinusoidal_positions
 from lmkern.nn.transformer import (
@@ -25,6 +26,7 @@ __all__ = [
     "KeyValueCache",
     "LayerNorm",
     "LearnedPositions",
+    "Linear",
     "MultiheadAttention",
     "RMSNorm",
     "Rotary",

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmkern.nn.linear import Linear
 from lmkern.nn.positions import Rotary
 from lmkern.nn.state_dict import LoadsWhole
 from lmkern.ops import attention, cached_attention
@@ -96,8 +97,8 @@ class SelfAttention(nn.Module):
             raise ValueError(f"SelfAttention: heads must be a multiple of kv_heads; got {heads}, {kv_heads}")
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim or width // heads
         self.causal, self.softmax_scale, self.weight_dropout = causal, softmax_scale, weight_dropout
-        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias=bias)
-        self.out = nn.Linear(heads * self.head_dim, width, bias=bias)
+        self.qkv = Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias=bias)
+        self.out = Linear(heads * self.head_dim, width, bias=bias)
         self.rotary = rotary
 
     def forward(

@@ -6,6 +6,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from lmkern.nn.linear import Linear
 from lmkern.ops import attention
 
 Memory = Tensor | tuple[Tensor, Tensor]
@@ -36,9 +37,9 @@ class CrossAttention(nn.Module):
             raise ValueError(f"CrossAttention: width must be a multiple of heads; got {width}, {heads}")
         self.heads, self.head_dim = heads, head_dim or width // heads
         self.softmax_scale, self.weight_dropout = softmax_scale, weight_dropout
-        self.query = nn.Linear(width, heads * self.head_dim, bias=bias)
-        self.key_value = nn.Linear(width, 2 * heads * self.head_dim, bias=bias)
-        self.out = nn.Linear(heads * self.head_dim, width, bias=bias)
+        self.query = Linear(width, heads * self.head_dim, bias=bias)
+        self.key_value = Linear(width, 2 * heads * self.head_dim, bias=bias)
+        self.out = Linear(heads * self.head_dim, width, bias=bias)
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """memory (B, N_k, E) -> keys and values, views (B, H, N_k, D) of one product."""

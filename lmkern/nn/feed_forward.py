@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmkern.nn.dropout import Dropout
-from lmkern.nn.residual import plain
+from lmkern.nn.linear import Linear, plain_linear
 from lmkern.ops import activation as fused_activation
+from lmkern.ops import linear as product
 from lmkern.ops.activation import Function
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "relu_squared", "silu", "geglu", "geglu_tanh", "swiglu"]
@@ -60,8 +60,8 @@ class FeedForward(nn.Module):
             )
         self.activation = activation
         self.function, self.gated = _FORMS[activation]
-        self.up = nn.Linear(width, 2 * hidden if self.gated else hidden, bias=bias)
-        self.down = nn.Linear(hidden, width, bias=bias)
+        self.up = Linear(width, 2 * hidden if self.gated else hidden, bias=bias)
+        self.down = Linear(hidden, width, bias=bias)
         self.hidden_dropout = Dropout(hidden_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class FeedForward(nn.Module):
 
 def mapped(linear: nn.Module, x: Tensor, function: Function, *, gated: bool = False) -> Tensor:
     """activation(linear(x))."""
-    if not plain(linear, nn.Linear):
+    if not plain_linear(linear):
         return fused_activation(linear(x), None, function, gated=gated)
     # The activation adds the bias: its gradient then needs no pass of its own.
-    return fused_activation(F.linear(x, linear.weight), linear.bias, function, gated=gated)
+    return fused_activation(product(x, linear.weight), linear.bias, function, gated=gated)

@@ -9,6 +9,7 @@ from lmkern.ops.copy import cast, transposed_copy
 from lmkern.ops.cross_entropy import cross_entropy
 from lmkern.ops.embedding import embedding
 from lmkern.ops.layer_norm import layer_norm
+from lmkern.ops.linear import linear
 from lmkern.ops.linear_cross_entropy import linear_cross_entropy
 from lmkern.ops.relative_bias import alibi, bucketed_bias
 from lmkern.ops.rms_norm import rms_norm
@@ -28,6 +29,7 @@ __all__ = [
     "geglu",
     "gelu",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "rms_norm",
     "rotary",

@@ -22,6 +22,7 @@ _KERNELS_OF = {
     "attention": ("attention_forward",),
     "cached_attention": ("cached_attention_forward",),
     "embedding": ("embedding_forward",),
+    "linear": ("linear_forward",),
     "linear_cross_entropy": ("linear_logits", "cross_entropy_forward"),
 }
 

@@ -202,6 +202,14 @@ def call_embedding_and_rotary(dtype: torch.dtype) -> None:
         )
 
 
+def call_linear(dtype: torch.dtype) -> None:
+    if dtype == torch.float64:
+        return
+    randn = seeded_randn(0, dtype)
+    for K in (37, 128):
+        lmkern.linear(randn(4, K), randn(70, K), randn(70), backend="cpu")
+
+
 def call_adamw(dtype: torch.dtype) -> None:
     wide = torch.promote_types(dtype, torch.float32)
     param, grad = torch.randn(1001, dtype=dtype), torch.randn(1001, dtype=dtype)
@@ -233,6 +241,7 @@ CALLS = (
     call_cross_entropy,
     call_activations,
     call_embedding_and_rotary,
+    call_linear,
     call_adamw,
     call_copies,
 )

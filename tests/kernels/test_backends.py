@@ -41,6 +41,7 @@ def test_ops_are_the_folders_of_kernels() -> None:
         "cross_entropy",
         "embedding",
         "layer_norm",
+        "linear",
         "linear_cross_entropy",
         "rms_norm",
         "rotary",

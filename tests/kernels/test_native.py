@@ -21,6 +21,7 @@ from lmkern.kernels.cached_attention import cpu as cached_attention
 from lmkern.kernels.copy import cpu as copy
 from lmkern.kernels.cross_entropy import cpu as cross_entropy
 from lmkern.kernels.embedding import cpu as embedding
+from lmkern.kernels.linear import cpu as linear
 from lmkern.kernels.linear_cross_entropy import bf16 as linear_cross_entropy
 from lmkern.kernels.rotary import cpu as rotary_cpu
 from lmkern.testing import AttentionShape, attention_inputs
@@ -43,6 +44,7 @@ ENTRY_POINTS = {
     "cross_entropy_backward": cross_entropy._PARAMS,
     "embedding_forward": embedding._PARAMS,
     "embedding_backward": embedding._PARAMS,
+    "linear_forward": linear._PARAMS,
     "linear_input_gradient": linear_cross_entropy.PARAMS,
     "linear_logits": linear_cross_entropy.PARAMS,
     "linear_weight_gradient_add": linear_cross_entropy.PARAMS,
@@ -51,9 +53,9 @@ ENTRY_POINTS = {
     "norm_backward": norm_call.PARAMS,
     "rotary_forward": rotary_cpu._PARAMS,
 }
-PAIRS = {name for name in ENTRY_POINTS if name.startswith("linear_")}
+PAIRS = {name for name, packed in ENTRY_POINTS.items() if packed is linear_cross_entropy.PARAMS}
 TILES = PAIRS | {"attention_forward", "attention_backward"}
-NO_ROUNDING = {"cached_attention_forward", "embedding_forward", "embedding_backward"}
+NO_ROUNDING = {"cached_attention_forward", "embedding_forward", "embedding_backward", "linear_forward"}
 # What a module has.
 ENTRIES = {"amx": TILES, "avx512_bf16": set(ENTRY_POINTS) - NO_ROUNDING}
 
@@ -178,6 +180,11 @@ def embedding_call() -> tuple[torch.Tensor, ...]:
     return y.detach(), *torch.autograd.grad(y, weight, torch.ones_like(y))
 
 
+def linear_call() -> tuple[torch.Tensor, ...]:
+    x = torch.linspace(-1, 1, 2 * 500).view(2, 500)
+    return (lmkern.linear(x, torch.linspace(-1, 1, 500).expand(300, 500), backend="cpu"),)
+
+
 def loss_call(linear: bool) -> Call:
     def call() -> tuple[torch.Tensor, ...]:
         x = torch.linspace(-1, 1, 300 * 64).view(300, 64).requires_grad_()
@@ -206,6 +213,7 @@ CALLS: dict[str, Call] = {
     "cross_entropy": loss_call(linear=False),
     "embedding": embedding_call,
     "layer_norm": layer_norm_call,
+    "linear": linear_call,
     "linear_cross_entropy": loss_call(linear=True),
     "rms_norm": rows_call(lambda x: lmkern.rms_norm(x, (24,))),
     "rotary": rows_call(rotary),

@@ -1,6 +1,7 @@
-// Products of a few query rows with many key or value rows, each at an address of its own.
+// Products of a few rows, the queries, with many others, keys and values, each at an address of its own.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "simd/tile.hpp"
@@ -96,19 +97,27 @@ inline void score_keys(Block<C> q, const S* const* keys, Ahead ahead, int64_t D,
 #pragma GCC unroll 16
         for (int j = 0; j < keys_at_once; ++j) {
             const S* key = keys[first + j];
-            Vector<C> acc[queries] = {};
+            Vector<C> acc[queries] = {}, part[queries] = {};
             auto add = [&](int64_t d, Vector<C> k) {
 #pragma GCC unroll 4
-                for (int m = 0; m < queries; ++m) acc[m] += k * load(q.data + m * q.stride + d);
+                for (int m = 0; m < queries; ++m) part[m] += k * load(q.data + m * q.stride + d);
             };
+            for (int64_t d = 0; d < whole;) {
+                const int64_t end = std::min(whole, d + kPartDepth<C> * lanes);
 #pragma GCC unroll 8
-            for (int64_t d = 0; d < whole; d += step) {
-                prefetch(keys + first + j, ahead, d);
-                Order::read(key + d, [&](int i, Vector<C> k) { add(d + i * lanes, k); });
+                for (; d < end; d += step) {
+                    prefetch(keys + first + j, ahead, d);
+                    Order::read(key + d, [&](int i, Vector<C> k) { add(d + i * lanes, k); });
+                }
+#pragma GCC unroll 4
+                for (int m = 0; m < queries; ++m) {
+                    acc[m] += part[m];
+                    part[m] = Vector<C>{};
+                }
             }
             if (whole < D) add(whole, load(key + whole, D - whole));
 #pragma GCC unroll 4
-            for (int m = 0; m < queries; ++m) products[m * keys_at_once + j] = acc[m];
+            for (int m = 0; m < queries; ++m) products[m * keys_at_once + j] = acc[m] + part[m];
         }
         const Vector<C> sums = sums_of_rows<C>(products);
 #pragma GCC unroll 4
@@ -117,6 +126,28 @@ inline void score_keys(Block<C> q, const S* const* keys, Ahead ahead, int64_t D,
                         reinterpret_cast<const char*>(&sums) + m * keys_at_once * sizeof(C),
                         keys_at_once * sizeof(C));
     }
+}
+
+// body(row, constant) for as many query rows as fit into registers at once, until there are none left.
+template <class C, class Body>
+void for_query_rows(int64_t rows, const Body& body) {
+    int64_t row = 0;
+    if constexpr (kLanes<C> >= 4)
+        for (; row + 4 <= rows; row += 4) body(row, std::integral_constant<int, 4>{});
+    for (; row + 2 <= rows; row += 2) body(row, std::integral_constant<int, 2>{});
+    if (row < rows) body(row, std::integral_constant<int, 1>{});
+}
+
+// score_keys for any numbers of queries and of keys, a multiple of kLanes<C>.
+template <class Order, class S, class C = Compute<S>>
+void score_rows(Block<C> q, int64_t rows, const S* const* keys, int64_t count, Ahead ahead, int64_t D,
+                Block<C> scores) {
+    for (int64_t j = 0; j < count; j += kLanes<C>)
+        for_query_rows<C>(rows, [&](int64_t row, auto queries) {
+            const Block<C> from{q.data + row * q.stride, q.stride};
+            const Block<C> to{scores.data + row * scores.stride + j, scores.stride};
+            score_keys<Order, queries>(from, keys + j, row == 0 ? ahead : Ahead{0, 0}, D, to);
+        });
 }
 
 // acc[m] += weights[m][j] * values[j] over the rows j, for `queries` rows of weights; `vectors` vectors from

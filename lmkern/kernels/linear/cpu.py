@@ -1,0 +1,55 @@
+"""Linear of few rows on the CPU: csrc/linear/cpu_forward.cpp, called through csrc/linear/params.hpp."""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from lmkern.kernels import cpu_call, native
+from lmkern.kernels.backends import Call
+from lmkern.kernels.cpu_call import DTYPE_CODES, pointer, unavailable
+
+__all__ = ["MOST_ROWS", "forward", "unavailable", "unsupported"]
+
+# LinearParams: 4 pointers; x_stride, weight_stride, rows, outputs, inputs, dtype, threads.
+_PARAMS = struct.Struct("=4q 7q")
+
+# Up to so many rows reading the weight is the work, and torch's product is slower; beyond it is faster
+# (LOG.md has the times). bfloat16's multiplies pairs at once.
+MOST_ROWS = {torch.float32: 8, torch.bfloat16: 4, torch.float16: 16}
+# What stays in the first cache of x in float32 while the weight passes by.
+_MOST_ELEMENTS = {torch.float32: 2**15, torch.bfloat16: 6144, torch.float16: 2**16}
+
+
+def unsupported(call: Call) -> str | None:
+    if reason := cpu_call.unsupported(call):
+        return reason
+    x = call.tensors["x"]
+    if x is None or x.dtype not in MOST_ROWS:
+        return "takes float32, bfloat16 and float16"
+    count, K = x.shape
+    most = min(MOST_ROWS[x.dtype], max(1, _MOST_ELEMENTS[x.dtype] // max(K, 1)))
+    if count > most:
+        return f"takes up to {most} rows of {K} here, and torch's product is faster for more; got {count}"
+    return None
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    native.function("linear_forward", x.dtype)(
+        _PARAMS.pack(
+            x.data_ptr(),
+            weight.data_ptr(),
+            pointer(bias),
+            y.data_ptr(),
+            x.stride(0),
+            weight.stride(0),
+            *y.shape,
+            x.shape[1],
+            DTYPE_CODES[x.dtype],
+            native.threads(),
+        )
+    )
+    return y
