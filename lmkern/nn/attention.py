@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lmkern.nn.positions import Rotary
 from lmkern.nn.state_dict import LoadsWhole
 from lmkern.ops import attention, cached_attention
+from lmkern.ops.dispatch import flag
 
 # Up to so many new tokens the reading of the cache takes longer than the products with it.
 _FEW_QUERIES = 8
@@ -89,6 +90,7 @@ class SelfAttention(nn.Module):
         rotary: Rotary | None = None,
     ) -> None:
         super().__init__()
+        causal, bias = flag("SelfAttention", "causal", causal), flag("SelfAttention", "bias", bias)
         kv_heads = heads if kv_heads is None else kv_heads
         if heads < 1 or (head_dim is None and width % heads):
             raise ValueError(f"SelfAttention: width must be a multiple of heads; got {width}, {heads}")
@@ -177,6 +179,9 @@ class MultiheadAttention(LoadsWhole, nn.MultiheadAttention):
         (B, num_heads, N_q, N_k) if not average_attn_weights, or None if not need_weights. Dropout, in
         training, falls on the weights. Raises ValueError for shapes and dtypes.
         """
+        need_weights = flag("MultiheadAttention", "need_weights", need_weights)
+        average_attn_weights = flag("MultiheadAttention", "average_attn_weights", average_attn_weights)
+        is_causal = flag("MultiheadAttention", "is_causal", is_causal)
         self._check(query, key, value, key_padding_mask, attn_mask)
         batched = query.dim() == 3
         if not batched:

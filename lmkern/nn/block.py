@@ -14,6 +14,7 @@ from lmkern.nn.feed_forward import Activation, FeedForward
 from lmkern.nn.norm import LayerNorm, RMSNorm
 from lmkern.nn.positions import Rotary
 from lmkern.nn.residual import Seam, closed, normed, plain
+from lmkern.ops.dispatch import flag
 
 Norm = Literal["layer", "rms"]
 
@@ -55,6 +56,8 @@ class Block(nn.Module):
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
+        causal, cross = flag("Block", "causal", causal), flag("Block", "cross", cross)
+        post_norm, bias = flag("Block", "post_norm", post_norm), flag("Block", "bias", bias)
         shared: dict[str, Any] = {
             "head_dim": head_dim,
             "softmax_scale": softmax_scale,

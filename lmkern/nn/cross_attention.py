@@ -7,6 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from lmkern.ops import attention
+from lmkern.ops.dispatch import flag
 
 Memory = Tensor | tuple[Tensor, Tensor]
 
@@ -32,6 +33,7 @@ class CrossAttention(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
+        bias = flag("CrossAttention", "bias", bias)
         if heads < 1 or (head_dim is None and width % heads):
             raise ValueError(f"CrossAttention: width must be a multiple of heads; got {width}, {heads}")
         self.heads, self.head_dim = heads, head_dim or width // heads

@@ -13,6 +13,7 @@ from lmkern.nn.dropout import Dropout
 from lmkern.nn.residual import plain
 from lmkern.ops import activation as fused_activation
 from lmkern.ops.activation import Function
+from lmkern.ops.dispatch import flag
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "relu_squared", "silu", "geglu", "geglu_tanh", "swiglu"]
 
@@ -54,6 +55,7 @@ class FeedForward(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
+        bias = flag("FeedForward", "bias", bias)
         if activation not in _FORMS:
             raise ValueError(
                 f"FeedForward: activation must be one of {', '.join(_FORMS)}; got {activation!r}"
