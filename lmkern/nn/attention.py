@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lmkern.nn.positions import Rotary
 from lmkern.nn.state_dict import LoadsWhole
+from lmkern.nn.stream import takes_dtype
 from lmkern.ops import attention, cached_attention
 from lmkern.ops.dispatch import flag
 
@@ -102,6 +103,7 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(heads * self.head_dim, width, bias=bias)
         self.rotary = rotary
 
+    @takes_dtype("x")
     def forward(
         self,
         x: Tensor,
@@ -155,6 +157,7 @@ class MultiheadAttention(LoadsWhole, nn.MultiheadAttention):
     is_causal=True without attn_mask means the causal mask, where torch raises; nested tensors are refused.
     """
 
+    @takes_dtype("query", "key", "value")
     def forward(
         self,
         query: Tensor,

@@ -6,6 +6,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from lmkern.nn.stream import takes_dtype
 from lmkern.ops import attention
 from lmkern.ops.dispatch import flag
 
@@ -48,6 +49,7 @@ class CrossAttention(nn.Module):
         k, v = both.transpose(1, 2).chunk(2, dim=1)
         return k, v
 
+    @takes_dtype("x", "memory")
     def forward(self, x: Tensor, memory: Memory, *, mask: Tensor | None = None) -> Tensor:
         """x (B * beams, N_q, E) -> the same shape.
 

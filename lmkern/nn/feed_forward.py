@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lmkern.nn.dropout import Dropout
 from lmkern.nn.residual import plain
+from lmkern.nn.stream import takes_dtype
 from lmkern.ops import activation as fused_activation
 from lmkern.ops.activation import Function
 from lmkern.ops.dispatch import flag
@@ -66,6 +67,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden, width, bias=bias)
         self.hidden_dropout = Dropout(hidden_dropout)
 
+    @takes_dtype("x")
     def forward(self, x: Tensor) -> Tensor:
         hidden = mapped(self.up, x, self.function, gated=self.gated)  # (..., F)
         return self.down(self.hidden_dropout(hidden))  # type: ignore[no-any-return]
