@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmkern.nn.positions import Rotary
+from lmkern.nn.positions import Rotary, positions_within
 from lmkern.nn.state_dict import LoadsWhole
 from lmkern.nn.stream import takes_dtype
 from lmkern.ops import attention, cached_attention
@@ -111,11 +111,15 @@ class SelfAttention(nn.Module):
         mask: Tensor | None = None,
         relative_bias: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """(B, N, E) -> (B, N, E). The N tokens follow those in the cache and join it.
 
-        mask, relative_bias: as `lmkern.attention` takes them.
+        mask, relative_bias, cu_seqlens: as `lmkern.attention` takes them; packed documents, each with
+        positions of its own, have no cache.
         """
+        if cache is not None and cu_seqlens is not None:
+            raise ValueError("SelfAttention: give a cache or cu_seqlens, documents read whole; got both")
         counts = (self.heads, self.kv_heads, self.kv_heads)
         qkv = self.qkv(x).view(*x.shape[:2], sum(counts), self.head_dim)  # (B, N, H + 2 H_kv, D)
         if self.rotary is None:
@@ -123,7 +127,12 @@ class SelfAttention(nn.Module):
         else:
             # Queries and keys lie side by side and turn together.
             qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
-            qk = self.rotary(qk, offset=0 if cache is None else cache.length)
+            if cu_seqlens is None:
+                qk = self.rotary(qk, offset=0 if cache is None else cache.length)
+            else:
+                qk = self.rotary(
+                    qk, positions=positions_within("SelfAttention", cu_seqlens, x.shape[1])[None]
+                )
             q, k = qk.split(counts[:2], dim=2)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H or H_kv, N, D)
         if cache is not None:
@@ -141,6 +150,7 @@ class SelfAttention(nn.Module):
                 softmax_scale=self.softmax_scale,
                 mask=mask,
                 relative_bias=relative_bias,
+                cu_seqlens=cu_seqlens,
                 dropout_p=self.weight_dropout if self.training else 0.0,
             )
             y = cast(Tensor, attended)

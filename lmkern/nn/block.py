@@ -87,16 +87,17 @@ class Block(nn.Module):
         cache: KeyValueCache | None = None,
         memory: Memory | None = None,
         memory_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         close: bool = True,
     ) -> Tensor | Seam:
         """(B, N, E) -> (B, N, E), in x's dtype or wider: under autocast a float32 x stays float32.
 
-        mask, relative_bias, cache: of the self-attention. memory, memory_mask: what a block with cross sees.
+        mask, relative_bias, cache, cu_seqlens: of the self-attention. memory, memory_mask: what a block with
+        cross sees, all of x the same.
         x, close: `in_turn` hands a Seam from block to block.
         """
-        x = self._add(
-            x, self.attention_norm, self.attention, mask=mask, relative_bias=relative_bias, cache=cache
-        )
+        options = {"mask": mask, "relative_bias": relative_bias, "cache": cache, "cu_seqlens": cu_seqlens}
+        x = self._add(x, self.attention_norm, self.attention, **options)
         if memory is not None:
             x = self._add(x, self.cross_norm, self.cross_attention, memory=memory, mask=memory_mask)
         x = self._add(x, self.feed_forward_norm, self.feed_forward)
