@@ -10,7 +10,7 @@ MINUTES ?= 3
 DATA ?=
 ARGS ?=
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
+SOURCES := pyproject.toml lmkern/__init__.py setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 # An environment of the user's keeps the versions it has; our own is pinned.
 ifeq ($(VENV),.venv)

@@ -25,7 +25,8 @@ from lmkern.ops import (
 )
 from lmkern.patching import patch
 
-__version__ = "0.1.0"
+# Of the release that CHANGELOG.md begins with; .dev0 until it is one.
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "UnsupportedBackend",

@@ -38,6 +38,18 @@ def flush_to_disk(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def _known_as(names: Mapping[Path, Path]) -> Iterator[None]:
+    """An error of the system names the second of two paths, which the user knows, in place of the first."""
+    try:
+        yield
+    except OSError as error:
+        for ours, theirs in names.items():
+            if str(error.filename).startswith(str(ours)):
+                error.filename = str(theirs) + str(error.filename).removeprefix(str(ours))
+        raise
+
+
+@contextlib.contextmanager
 def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
     """Paths to write instead of `paths`, in folders that exist.
 
@@ -46,17 +58,18 @@ def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
     nothing is left behind.
     """
     parts = tuple(path.with_name(f".{path.name}.part") for path in paths)
-    try:
-        yield parts
-        for part in parts:
-            flush_to_disk(part)
-        for part, path in zip(parts, paths, strict=True):
-            part.replace(path)
-        for folder in {path.parent for path in paths}:
-            flush_to_disk(folder)
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+    with _known_as(dict(zip(parts, paths, strict=True))):
+        try:
+            yield parts
+            for part in parts:
+                flush_to_disk(part)
+            for part, path in zip(parts, paths, strict=True):
+                part.replace(path)
+            for folder in {path.parent for path in paths}:
+                flush_to_disk(folder)
+        finally:
+            for part in parts:
+                part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -69,21 +82,22 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     shutil.rmtree(part, ignore_errors=True)  # of a killed process that had the same id
-    part.mkdir()
     try:
-        yield part
-        for path in (*part.iterdir(), part):
-            flush_to_disk(path)
-        if folder.exists():
-            folder.rename(old)
-        try:
-            part.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-        flush_to_disk(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        with _known_as({part: folder}):
+            part.mkdir()
+            yield part
+            for path in (*part.iterdir(), part):
+                flush_to_disk(path)
+            if folder.exists():
+                folder.rename(old)
+            try:
+                part.rename(folder)
+            except OSError:
+                if old.exists():
+                    old.rename(folder)
+                raise
+            flush_to_disk(folder.parent)
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from lmkern.nn import Dropout
 from lmkern.nn.transformer import COUNTERPARTS
+from lmkern.ops.dispatch import flag
 
 Undo = Callable[[], None]
 
@@ -86,6 +87,7 @@ def patch(model: nn.Module, *, verbose: bool = True) -> Patch:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: expected a torch.nn.Module; got {type(model).__name__}")
+    verbose = flag("patch", "verbose", verbose)
     for package in {type(module).__module__.partition(".")[0] for module in model.modules()}:
         if package in RULES_OF:
             importlib.import_module(RULES_OF[package])

@@ -82,6 +82,21 @@ def test_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert names(folder.parent) == {"folder"}
 
 
+def test_the_system_refuses_by_the_name_that_was_asked_for(tmp_path: Path) -> None:
+    # The longest name that may be: what is written aside has a longer one.
+    path = tmp_path / ("x" * 255)
+    with pytest.raises(OSError, match="name too long") as refused:
+        write_text(path, "new")
+    assert refused.value.filename == str(path)
+    with pytest.raises(OSError, match="name too long") as refused, replacing_folder(path):
+        pass
+    assert refused.value.filename == str(path)
+    with pytest.raises(FileNotFoundError) as refused, replacing_folder(tmp_path / "folder") as part:
+        (part / "a" / "b").write_text("new")
+    assert refused.value.filename == str(tmp_path / "folder" / "a" / "b")
+    assert names(tmp_path) == set()
+
+
 def test_json_comes_back(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"text": "ä", "none": None})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"text": "ä", "none": None}

@@ -78,6 +78,10 @@ def in_words(error: Exception, verb: str) -> str:
             f"{verb}: expected to be allowed to read and write; the system refuses {error.filename}: "
             "change the mode or owner of it or its folder, or choose another path"
         )
+    if isinstance(error, OSError) and error.errno and error.filename:
+        return (
+            f"{verb}: the system refuses {error.filename}: {str(error.strerror).lower()}; choose another path"
+        )
     return str(error)
 
 

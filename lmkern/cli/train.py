@@ -38,13 +38,15 @@ class Train:
     out: Path
     """The run folder to write."""
     config: Annotated[Path | None, arg(metavar="FILE")] = None
-    """A TOML file that gives the defaults of all options below. With --resume: the run's own config.toml."""
+    """A TOML file whose tables [model] and [training] give the defaults of the options of these names. With
+    --resume: the run's own config.toml."""
     resume: bool = False
     """Go on with the run in the folder."""
     overwrite: bool = False
     """Replace the run in the folder."""
     architecture: Literal["gpt", "t5"] = "gpt"
-    """What to train. Default: gpt on text, t5 on pairs, or what the file says."""
+    """What to train. Default: gpt on text, t5 on pairs, or what the file's [model] says:
+    architecture = "t5"."""
     model: GPTConfig = field(default_factory=GPTConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 

@@ -134,13 +134,15 @@ COUNTS = ("read", "repaired", "cut", "pieces", *REASONS.values())
 @dataclass
 class Corpus:
     """The cleaned corpus. splits: pieces of text in reading order. sha256 and bytes are those of the cleaned
-    documents before they are cut, each followed by DOCUMENT_SEPARATOR (not counted in bytes)."""
+    documents before they are cut, each followed by DOCUMENT_SEPARATOR (not counted in bytes). encodings: the
+    sources that were read as anything but UTF-8, by what they were read as."""
 
     splits: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in SPLITS})
     removed: list[Removed] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(COUNTS, 0)))
     bytes: int = 0
     sha256: str = ""
+    encodings: dict[str, list[str]] = field(default_factory=dict)
 
     def remove(self, removed: Removed) -> None:
         """Count something that was left out, and keep it on record."""
@@ -172,6 +174,8 @@ def clean(
         if isinstance(document, Removed):
             corpus.remove(document)
             continue
+        if document.encoding != "utf-8":
+            corpus.encodings.setdefault(document.encoding, []).append(document.source)
         source, raw = document.source, LINE_ENDS.sub("\n", document.text)
         repaired = repair(raw)
         corpus.counts["repaired"] += repaired != raw

@@ -30,10 +30,11 @@ DOCSTRING_HOLDERS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctio
 
 @dataclass(frozen=True)
 class Document:
-    """A text and the place it was read from."""
+    """A text, the place it was read from, and what its bytes were read as."""
 
     source: str
     text: str
+    encoding: str = "utf-8"
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class NotText(ValueError):
     """The bytes are not text; the message says why."""
 
 
-def decode(data: bytes) -> str:
-    """The text of a file's bytes.
+def decode(data: bytes) -> tuple[str, str]:
+    """The text of a file's bytes, and its encoding: utf-8, utf-16, utf-32 or latin-1.
 
     The rule: a byte order mark decides (UTF-8, UTF-16, UTF-32); otherwise a NUL byte means that this is no
     text, and the bytes are UTF-8 if they decode as such, Latin-1 if they hold no control bytes and at most 30
@@ -63,19 +64,19 @@ def decode(data: bytes) -> str:
     for mark, encoding in BYTE_ORDER_MARKS:
         if data.startswith(mark):
             try:
-                return data.decode(encoding)
+                return data.decode(encoding), encoding.removesuffix("-sig")
             except UnicodeDecodeError as error:
                 raise NotText(f"marked as {encoding} but byte {error.start} does not decode") from None
     if b"\0" in data:
         raise NotText(f"NUL at byte {data.index(0)}")
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8"), "utf-8"
     except UnicodeDecodeError as error:
         if len(data.translate(None, CONTROL_BYTES)) < len(data):
             raise NotText(f"not UTF-8 at byte {error.start}, and control bytes in it") from None
         if len(data) - len(data.translate(None, HIGH_BYTES)) > MAX_HIGH_SHARE * len(data):
             raise NotText(f"not UTF-8 at byte {error.start}, and too few ASCII bytes for Latin-1") from None
-        return data.decode("latin-1")
+        return data.decode("latin-1"), "latin-1"
 
 
 def list_files(paths: Iterable[str | Path]) -> list[Path]:
@@ -118,7 +119,7 @@ def read_files(files: Iterable[Path]) -> Iterator[Document | Removed]:
             marked = any(head.startswith(mark) for mark, _ in BYTE_ORDER_MARKS)
             data = head if b"\0" in head and not marked else head + file.read()
         try:
-            yield Document(str(path), decode(data))
+            yield Document(str(path), *decode(data))
         except NotText as error:
             yield Removed(str(path), "not text", str(error), path.stat().st_size)
 

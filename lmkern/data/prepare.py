@@ -20,8 +20,10 @@ from lmkern.machine import version
 
 MIN_DOCUMENT_BYTES = 64
 MIN_SPLIT_BYTES = 1024
-# With this many pieces of equal size, validation or test is empty in fewer than 1 % of the corpora.
+# With this many pieces of equal size, validation or test is empty in fewer than 1 % of the corpora, and holds
+# less than MIN_SPLIT_BYTES of ENOUGH_BYTES in fewer than 2 %.
 ENOUGH_PIECES = 64
+ENOUGH_BYTES = 40 * MIN_SPLIT_BYTES
 
 Progress = Callable[[str, int, int | None], None]  # stage, done, total (None: not known)
 
@@ -107,6 +109,7 @@ def prepare(
         "files": corpus.counts["read"],
         "bytes": corpus.bytes,
         "sha256": corpus.sha256,
+        "encodings": corpus.encodings,
     }
     return _write(config, folder, shards.FORMAT, about, corpus, tokenizer, write_split, progress)
 
@@ -239,10 +242,12 @@ def _check_enough(corpus: Corpus, config: DataConfig) -> None:
         )
     small = [name for name in SPLITS if sizes[name] < MIN_SPLIT_BYTES]
     if small:
-        shorter = max(MIN_DOCUMENT_BYTES, found // ENOUGH_PIECES)
-        remedy = f"give at least {ENOUGH_PIECES * config.max_document_bytes:,} bytes"
-        if found >= 20 * MIN_SPLIT_BYTES and shorter < config.max_document_bytes:
-            remedy += f", or cut shorter documents: --max-document-bytes {shorter}"
+        enough = max(ENOUGH_BYTES, ENOUGH_PIECES * config.max_document_bytes)
+        remedy = f"give at least {enough:,} bytes" if found < enough else "give more text"
+        shorter = max(found, ENOUGH_BYTES) // ENOUGH_PIECES
+        if shorter < config.max_document_bytes:
+            less = "" if found >= ENOUGH_BYTES else f"at least {ENOUGH_BYTES:,} and "
+            remedy += f", or {less}cut shorter documents: --max-document-bytes {shorter}"
         raise ValueError(
             f"prepare: the corpus is too small to split: each of {', '.join(SPLITS)} "
             f"needs {MIN_SPLIT_BYTES:,} bytes; "

@@ -15,7 +15,7 @@ from lmkern.jobs.steps import evaluate_run, sample_run
 from lmkern.jobs.timings import record_time
 from lmkern.models import GPTConfig
 from lmkern.report.markdown import count, duration, size
-from lmkern.report.run import Run, read_removed, read_run
+from lmkern.report.run import Run, encodings, read_removed, read_run
 from lmkern.report.write import write_report
 from lmkern.training import RunConfig, Stage, TrainingConfig, tokens_for_minutes, train
 from lmkern.training.progress import ProgressLine
@@ -209,6 +209,8 @@ def describe_data(manifest: dict[str, Any], folder: Path) -> str:
         f"     vocabulary {count(manifest['vocab_size'])}, "
         f"{count(tokens)} training tokens; data in {folder}"
     )
+    if others := encodings(manifest):
+        words += f"\n     read as {others}"
     if skipped := read_removed(folder / REMOVED).get("not text"):
         words += f"\n     skipped, not text: {skipped.names()}"
     return words

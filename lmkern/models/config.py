@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any, get_args
 
 
@@ -21,7 +22,14 @@ def check_fields(
     probabilities: Sequence[str] = (),
     choices: Mapping[str, Any] | None = None,
 ) -> None:
-    """ValueError, naming the field, for one out of its range. choices: a Literal for each field."""
+    """ValueError, naming the field, for one out of its range, or a bool that is none.
+
+    choices: a Literal for each field.
+    """
+    for field in fields(config):  # type: ignore[arg-type]
+        if field.type in (bool, "bool"):
+            value = getattr(config, field.name)
+            require(config, isinstance(value, bool), f"{field.name} must be True or False", repr(value))
     for name in (*at_least_1, *at_least_0):
         value = getattr(config, name)
         require(config, isinstance(value, int), f"{name} must be int", repr(value))

@@ -7,9 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lmkern.kernels.checked import checked
 from lmkern.models.head import head_loss
 from lmkern.nn import KeyValueCache
 from lmkern.nn.block import in_turn
+from lmkern.nn.positions import positions_within
 from lmkern.nn.residual import normed
 from lmkern.nn.state_dict import LoadsWhole
 
@@ -50,14 +52,18 @@ class Decoder(LoadsWhole):
     norm: nn.Module
     head: nn.Linear
 
-    def forward(self, tokens: Tensor, *, cache: DecoderCache | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, *, cache: DecoderCache | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
         """tokens (B, N) int64 -> logits (B, N, V): position n speaks of token n + 1.
 
         cache: from new_cache; the tokens follow those in it and join it.
-        Raises ValueError for another shape or dtype and for more tokens than the context; IndexError, on the
-        CPU, for a token that is not in the vocabulary.
+        cu_seqlens: (documents + 1,) int32 or int64. B is 1, and document s holds the tokens cu_seqlens[s] to
+            cu_seqlens[s + 1]: each is read as if it were alone, and the context bounds each. Without a cache.
+        Raises ValueError for another shape or dtype and for more tokens than the context (of packed
+        documents, on the CPU); IndexError, on the CPU, for a token that is not in the vocabulary.
         """
-        return self.head(self._hidden(tokens, cache))  # type: ignore[no-any-return]
+        return self.head(self._hidden(tokens, cache, cu_seqlens))  # type: ignore[no-any-return]
 
     def loss(
         self,
@@ -66,18 +72,20 @@ class Decoder(LoadsWhole):
         *,
         label_smoothing: float = 0.0,
         reduction: Literal["mean", "sum"] = "mean",
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Next-token cross-entropy in nats, a float32 scalar (float64 for a float64 model).
 
         tokens, targets: (B, N) int64; targets[:, n] is the token after tokens[:, n], or -100 for one that
-        does not count.
+        does not count. cu_seqlens: packed documents, as in forward; what follows the last token of one is up
+        to targets.
         """
         if targets.shape != tokens.shape or targets.dtype != torch.int64:
             raise ValueError(
                 f"{self._name}.loss: targets must be int64 of tokens' shape {tuple(tokens.shape)}; "
                 f"got {targets.dtype} {tuple(targets.shape)}"
             )
-        hidden = self._hidden(tokens, None)  # (B, N, E)
+        hidden = self._hidden(tokens, None, cu_seqlens)  # (B, N, E)
         return head_loss(self.head, hidden, targets, label_smoothing=label_smoothing, reduction=reduction)
 
     def new_cache(self, batch: int) -> DecoderCache:
@@ -101,22 +109,47 @@ class Decoder(LoadsWhole):
     def _name(self) -> str:
         return type(self).__name__
 
-    def _hidden(self, tokens: Tensor, cache: DecoderCache | None) -> Tensor:
+    def _hidden(self, tokens: Tensor, cache: DecoderCache | None, cu_seqlens: Tensor | None = None) -> Tensor:
         """(B, N, E): what the head reads."""
-        self._check(tokens, cache)
-        offset = 0 if cache is None else cache.length
+        self._check(tokens, cache, cu_seqlens)
         x = self.embedding(tokens)  # (B, N, E)
         if self.positions is not None:
-            table = self.positions(tokens.shape[1], offset=offset, device=x.device)  # (N, E)
-            x = x * self.embedding_scale + table.to(x.dtype)
+            x = x * self.embedding_scale + self._table(tokens.shape[1], cache, cu_seqlens, x.device).to(
+                x.dtype
+            )
         x = self.dropout(x)
-        x = in_turn(self.blocks, x, lambda i: {"cache": None if cache is None else cache.layers[i]})
+        packed = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+        x = in_turn(self.blocks, x, lambda i: {"cache": None if cache is None else cache.layers[i], **packed})
         return normed(self.norm, x)[0]
 
-    def _check(self, tokens: Tensor, cache: DecoderCache | None) -> None:
+    def _table(
+        self, length: int, cache: DecoderCache | None, cu_seqlens: Tensor | None, device: torch.device
+    ) -> Tensor:
+        """(N, E): the vector of each token's position."""
+        assert self.positions is not None
+        if cu_seqlens is None:
+            return self.positions(length, offset=0 if cache is None else cache.length, device=device)  # type: ignore[no-any-return]
+        table: Tensor = self.positions(min(length, self.config.context), device=device)
+        return table[positions_within(self._name, cu_seqlens, length)]
+
+    def _check(self, tokens: Tensor, cache: DecoderCache | None, cu_seqlens: Tensor | None) -> None:
         name = self._name
         if tokens.dim() != 2 or tokens.dtype != torch.int64:
             raise ValueError(f"{name}: tokens must be (B, N) int64; got {tuple(tokens.shape)} {tokens.dtype}")
+        if cu_seqlens is not None:
+            if tokens.shape[0] != 1 or cache is not None:
+                raise ValueError(
+                    f"{name}: packed documents (cu_seqlens) stand in one row, tokens (1, N), without cache; "
+                    f"got tokens {tuple(tokens.shape)}" + ("" if cache is None else " and a cache")
+                )
+            positions = positions_within(name, cu_seqlens, tokens.shape[1])
+            if positions.numel() and not torch.compiler.is_compiling() and checked(positions):
+                longest = int(positions.max()) + 1
+                if longest > self.config.context:
+                    raise ValueError(
+                        f"{name}: the context is {self.config.context} tokens; got a document of {longest}"
+                    )
+            return
         cached = 0 if cache is None else cache.length
         if tokens.shape[1] + cached > self.config.context:
             raise ValueError(

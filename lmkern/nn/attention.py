@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmkern.nn.linear import Linear
-from lmkern.nn.positions import Rotary
+from lmkern.nn.positions import Rotary, positions_within
 from lmkern.nn.state_dict import LoadsWhole
+from lmkern.nn.stream import takes_dtype
 from lmkern.ops import attention, cached_attention
+from lmkern.ops.dispatch import flag
 
 # Up to so many new tokens the reading of the cache takes longer than the products with it.
 _FEW_QUERIES = 8
@@ -90,6 +92,7 @@ class SelfAttention(nn.Module):
         rotary: Rotary | None = None,
     ) -> None:
         super().__init__()
+        causal, bias = flag("SelfAttention", "causal", causal), flag("SelfAttention", "bias", bias)
         kv_heads = heads if kv_heads is None else kv_heads
         if heads < 1 or (head_dim is None and width % heads):
             raise ValueError(f"SelfAttention: width must be a multiple of heads; got {width}, {heads}")
@@ -101,6 +104,7 @@ class SelfAttention(nn.Module):
         self.out = Linear(heads * self.head_dim, width, bias=bias)
         self.rotary = rotary
 
+    @takes_dtype("x")
     def forward(
         self,
         x: Tensor,
@@ -108,11 +112,15 @@ class SelfAttention(nn.Module):
         mask: Tensor | None = None,
         relative_bias: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """(B, N, E) -> (B, N, E). The N tokens follow those in the cache and join it.
 
-        mask, relative_bias: as `lmkern.attention` takes them.
+        mask, relative_bias, cu_seqlens: as `lmkern.attention` takes them; packed documents, each with
+        positions of its own, have no cache.
         """
+        if cache is not None and cu_seqlens is not None:
+            raise ValueError("SelfAttention: give a cache or cu_seqlens, documents read whole; got both")
         counts = (self.heads, self.kv_heads, self.kv_heads)
         qkv = self.qkv(x).view(*x.shape[:2], sum(counts), self.head_dim)  # (B, N, H + 2 H_kv, D)
         if self.rotary is None:
@@ -120,7 +128,12 @@ class SelfAttention(nn.Module):
         else:
             # Queries and keys lie side by side and turn together.
             qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
-            qk = self.rotary(qk, offset=0 if cache is None else cache.length)
+            if cu_seqlens is None:
+                qk = self.rotary(qk, offset=0 if cache is None else cache.length)
+            else:
+                qk = self.rotary(
+                    qk, positions=positions_within("SelfAttention", cu_seqlens, x.shape[1])[None]
+                )
             q, k = qk.split(counts[:2], dim=2)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H or H_kv, N, D)
         if cache is not None:
@@ -138,6 +151,7 @@ class SelfAttention(nn.Module):
                 softmax_scale=self.softmax_scale,
                 mask=mask,
                 relative_bias=relative_bias,
+                cu_seqlens=cu_seqlens,
                 dropout_p=self.weight_dropout if self.training else 0.0,
             )
             y = cast(Tensor, attended)
@@ -154,6 +168,7 @@ class MultiheadAttention(LoadsWhole, nn.MultiheadAttention):
     is_causal=True without attn_mask means the causal mask, where torch raises; nested tensors are refused.
     """
 
+    @takes_dtype("query", "key", "value")
     def forward(
         self,
         query: Tensor,
@@ -178,6 +193,9 @@ class MultiheadAttention(LoadsWhole, nn.MultiheadAttention):
         (B, num_heads, N_q, N_k) if not average_attn_weights, or None if not need_weights. Dropout, in
         training, falls on the weights. Raises ValueError for shapes and dtypes.
         """
+        need_weights = flag("MultiheadAttention", "need_weights", need_weights)
+        average_attn_weights = flag("MultiheadAttention", "average_attn_weights", average_attn_weights)
+        is_causal = flag("MultiheadAttention", "is_causal", is_causal)
         self._check(query, key, value, key_padding_mask, attn_mask)
         batched = query.dim() == 3
         if not batched:

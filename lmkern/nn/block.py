@@ -14,6 +14,7 @@ from lmkern.nn.feed_forward import Activation, FeedForward
 from lmkern.nn.norm import LayerNorm, RMSNorm
 from lmkern.nn.positions import Rotary
 from lmkern.nn.residual import Seam, closed, normed, plain
+from lmkern.ops.dispatch import flag
 
 Norm = Literal["layer", "rms"]
 
@@ -55,6 +56,8 @@ class Block(nn.Module):
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
+        causal, cross = flag("Block", "causal", causal), flag("Block", "cross", cross)
+        post_norm, bias = flag("Block", "post_norm", post_norm), flag("Block", "bias", bias)
         shared: dict[str, Any] = {
             "head_dim": head_dim,
             "softmax_scale": softmax_scale,
@@ -84,16 +87,17 @@ class Block(nn.Module):
         cache: KeyValueCache | None = None,
         memory: Memory | None = None,
         memory_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         close: bool = True,
     ) -> Tensor | Seam:
         """(B, N, E) -> (B, N, E), in x's dtype or wider: under autocast a float32 x stays float32.
 
-        mask, relative_bias, cache: of the self-attention. memory, memory_mask: what a block with cross sees.
+        mask, relative_bias, cache, cu_seqlens: of the self-attention. memory, memory_mask: what a block with
+        cross sees, all of x the same.
         x, close: `in_turn` hands a Seam from block to block.
         """
-        x = self._add(
-            x, self.attention_norm, self.attention, mask=mask, relative_bias=relative_bias, cache=cache
-        )
+        options = {"mask": mask, "relative_bias": relative_bias, "cache": cache, "cu_seqlens": cu_seqlens}
+        x = self._add(x, self.attention_norm, self.attention, **options)
         if memory is not None:
             x = self._add(x, self.cross_norm, self.cross_attention, memory=memory, mask=memory_mask)
         x = self._add(x, self.feed_forward_norm, self.feed_forward)

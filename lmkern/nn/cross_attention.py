@@ -7,7 +7,9 @@ from typing import cast
 from torch import Tensor, nn
 
 from lmkern.nn.linear import Linear
+from lmkern.nn.stream import takes_dtype
 from lmkern.ops import attention
+from lmkern.ops.dispatch import flag
 
 Memory = Tensor | tuple[Tensor, Tensor]
 
@@ -33,6 +35,7 @@ class CrossAttention(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
+        bias = flag("CrossAttention", "bias", bias)
         if heads < 1 or (head_dim is None and width % heads):
             raise ValueError(f"CrossAttention: width must be a multiple of heads; got {width}, {heads}")
         self.heads, self.head_dim = heads, head_dim or width // heads
@@ -47,6 +50,7 @@ class CrossAttention(nn.Module):
         k, v = both.transpose(1, 2).chunk(2, dim=1)
         return k, v
 
+    @takes_dtype("x", "memory")
     def forward(self, x: Tensor, memory: Memory, *, mask: Tensor | None = None) -> Tensor:
         """x (B * beams, N_q, E) -> the same shape.
 

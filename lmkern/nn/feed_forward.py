@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from lmkern.nn.dropout import Dropout
 from lmkern.nn.linear import Linear, plain_linear
+from lmkern.nn.stream import takes_dtype
 from lmkern.ops import activation as fused_activation
 from lmkern.ops import linear as product
 from lmkern.ops.activation import Function
+from lmkern.ops.dispatch import flag
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "relu_squared", "silu", "geglu", "geglu_tanh", "swiglu"]
 
@@ -54,6 +56,7 @@ class FeedForward(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
+        bias = flag("FeedForward", "bias", bias)
         if activation not in _FORMS:
             raise ValueError(
                 f"FeedForward: activation must be one of {', '.join(_FORMS)}; got {activation!r}"
@@ -64,6 +67,7 @@ class FeedForward(nn.Module):
         self.down = Linear(hidden, width, bias=bias)
         self.hidden_dropout = Dropout(hidden_dropout)
 
+    @takes_dtype("x")
     def forward(self, x: Tensor) -> Tensor:
         hidden = mapped(self.up, x, self.function, gated=self.gated)  # (..., F)
         return self.down(self.hidden_dropout(hidden))  # type: ignore[no-any-return]

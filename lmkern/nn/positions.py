@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lmkern.ops import rotary
+from lmkern.ops.attention_checks import check_cu_seqlens, check_ends
 
 
 def sinusoidal_positions(
@@ -35,6 +36,21 @@ def _angles(length: int, width: int, base: float, offset: int, device: torch.dev
     positions = torch.arange(offset, offset + length, device=device, dtype=torch.float64)
     exponents = torch.arange(0, width, 2, device=device, dtype=torch.float64) / width
     return torch.outer(positions, base**-exponents)
+
+
+def positions_within(name: str, cu_seqlens: Tensor, length: int) -> Tensor:
+    """(length,) int64: where each token of packed documents stands in its own.
+
+    cu_seqlens: as `lmkern.attention` takes it. Raises ValueError in name's name for another shape or dtype,
+    and on the CPU for numbers that do not begin at 0, fall, or end elsewhere than at length.
+    """
+    check_cu_seqlens(name, "cu_seqlens", cu_seqlens)
+    if not torch.compiler.is_compiling():
+        check_ends(name, "cu_seqlens", cu_seqlens, length)
+    tokens = torch.arange(length, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    # The last document that begins at a token or before it: empty ones hold none.
+    document = torch.searchsorted(cu_seqlens, tokens, right=True) - 1
+    return (tokens - cu_seqlens[document]).long()
 
 
 class SinusoidalPositions(nn.Module):
@@ -103,16 +119,17 @@ class Rotary(nn.Module):
         self._build_tables(self.cos.device)
         return self
 
-    def forward(self, x: Tensor, *, offset: int = 0) -> Tensor:
+    def forward(self, x: Tensor, *, offset: int = 0, positions: Tensor | None = None) -> Tensor:
         """x: (B, N, H, D) at positions offset, offset + 1, ... Returns the same shape and dtype.
 
-        Computed in float32 (float64 for float64). Raises ValueError past the end of the tables.
+        positions: (B, N) int64 instead. Computed in float32 (float64 for float64). Raises ValueError past the
+        end of the tables.
         """
         length, head_dim = x.shape[1], x.shape[3]
-        if head_dim != self.head_dim or offset + length > self.context:
+        if head_dim != self.head_dim or (positions is None and offset + length > self.context):
             raise ValueError(
                 f"Rotary: expected head_dim {self.head_dim} and positions below {self.context}; "
                 f"got {tuple(x.shape)} (B, N, H, D) from position {offset} on"
             )
-        y = rotary(x.transpose(1, 2), self.cos, self.sin, offset=offset)  # (B, H, N, D)
+        y = rotary(x.transpose(1, 2), self.cos, self.sin, offset=offset, positions=positions)  # (B, H, N, D)
         return y.transpose(1, 2)

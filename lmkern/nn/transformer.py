@@ -19,6 +19,7 @@ from lmkern.nn.norm import LayerNorm, RMSNorm
 from lmkern.nn.residual import Seam, normed, plain
 from lmkern.nn.state_dict import LoadsWhole
 from lmkern.ops.activation import Function
+from lmkern.ops.dispatch import flag
 
 Layer = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
 
@@ -146,7 +147,7 @@ class TransformerEncoder(LoadsWhole, nn.TransformerEncoder):
     ) -> Tensor:
         """As TransformerEncoderLayer. is_causal None: whether mask is the causal one is looked up; a compiler
         cannot look, and takes mask as it is."""
-        causal = _is_causal(mask, is_causal)
+        causal = _is_causal("TransformerEncoder", mask, is_causal)
         for layer in self.layers:
             src = layer(src, src_mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=causal)
         return src if self.norm is None else cast(Tensor, self.norm(src))
@@ -167,7 +168,7 @@ class TransformerDecoder(LoadsWhole, nn.TransformerDecoder):
         memory_is_causal: bool = False,
     ) -> Tensor:
         """As TransformerDecoderLayer, with tgt_is_causal as TransformerEncoder's is_causal."""
-        causal = _is_causal(tgt_mask, tgt_is_causal)
+        causal = _is_causal("TransformerDecoder", tgt_mask, tgt_is_causal)
         for layer in self.layers:
             tgt = layer(
                 tgt,
@@ -219,10 +220,12 @@ def _adopt_what_torch_built(module: nn.Module, args: tuple[Any, ...], kwargs: di
                 each.__class__ = COUNTERPARTS.get(type(each), type(each))
 
 
-def _is_causal(mask: Tensor | None, hint: bool | None) -> bool:
+def _is_causal(name: str, mask: Tensor | None, hint: bool | None) -> bool:
     """The hint; without one, whether mask is the causal mask."""
-    if hint is not None or mask is None or torch.compiler.is_compiling():
-        return bool(hint)
+    if hint is not None:
+        return flag(name, "is_causal", hint)
+    if mask is None or torch.compiler.is_compiling():
+        return False
     if mask.dim() != 2 or mask.shape[0] != mask.shape[1]:
         return False
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:

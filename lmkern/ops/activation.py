@@ -17,6 +17,7 @@ from lmkern.ops.dispatch import (
     as_tensors,
     check_dtype,
     direct,
+    flag,
     rows,
     takes_tensors,
     wants_gradient,
@@ -46,15 +47,7 @@ def activation(
     bias only, and sums the gradient of bias in float32. Raises ValueError for shapes, dtypes and names;
     UnsupportedBackend if the named backend cannot run this here. Derivatives: docs/kernels/activation.md.
     """
-    _check(x, bias, function, gated)
-    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # (R, F) or (R, 2F)
-    if not direct(x, bias):
-        y = torch.ops.lmkern.activation(flat, bias, function, gated, backend)
-    elif wants_gradient(x, bias):
-        y = _Activation.apply(flat, bias, function, gated, backend)
-    else:
-        y = _forward(flat, bias, function, gated, backend)
-    return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
+    return _activated("activation", x, bias, function, flag("activation", "gated", gated), backend)
 
 
 @takes_tensors
@@ -70,13 +63,13 @@ def gelu(
     torch.nn.functional.gelu with a bias. Arguments, results and errors are those of `activation`.
     Hendrycks and Gimpel 2016, arXiv:1606.08415.
     """
-    return activation(x, bias, _gelu_function("gelu", approximate), backend=backend)
+    return _activated("gelu", x, bias, _gelu_function("gelu", approximate), False, backend)
 
 
 @takes_tensors
 def swiglu(x: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """silu(gate) * value of x (..., 2F), the gate first. As `activation`. Shazeer 2020, arXiv:2002.05202."""
-    return activation(x, bias, "silu", gated=True, backend=backend)
+    return _activated("swiglu", x, bias, "silu", True, backend)
 
 
 @takes_tensors
@@ -88,13 +81,28 @@ def geglu(
     backend: str | None = None,
 ) -> Tensor:
     """gelu(gate) * value of x (..., 2F), the gate first. As `activation`. Shazeer 2020, arXiv:2002.05202."""
-    return activation(x, bias, _gelu_function("geglu", approximate), gated=True, backend=backend)
+    return _activated("geglu", x, bias, _gelu_function("geglu", approximate), True, backend)
 
 
 def _gelu_function(op: str, approximate: str) -> Function:
     if approximate not in ("none", "tanh"):
         raise ValueError(f"{op}: approximate must be 'none' or 'tanh'; got {approximate!r}")
     return "gelu" if approximate == "none" else "gelu_tanh"
+
+
+def _activated(
+    name: str, x: Tensor, bias: Tensor | None, function: Function, gated: bool, backend: str | None
+) -> Tensor:
+    """The activation, which calls itself in errors as its caller called it."""
+    _check(name, x, bias, function, gated)
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # (R, F) or (R, 2F)
+    if not direct(x, bias):
+        y = torch.ops.lmkern.activation(flat, bias, function, gated, backend)
+    elif wants_gradient(x, bias):
+        y = _Activation.apply(flat, bias, function, gated, backend)
+    else:
+        y = _forward(flat, bias, function, gated, backend)
+    return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
 
 def _forward(x: Tensor, bias: Tensor | None, function: str, gated: bool, backend: str | None) -> Tensor:
@@ -199,22 +207,22 @@ def _wide(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.to(statistics_dtype(bias)).contiguous()
 
 
-def _check(x: Tensor, bias: Tensor | None, function: str, gated: bool) -> None:
+def _check(name: str, x: Tensor, bias: Tensor | None, function: str, gated: bool) -> None:
     """ValueError in words for what no backend can make sense of."""
     if function not in FUNCTIONS:
-        raise ValueError(f"activation: function must be one of {', '.join(FUNCTIONS)}; got {function!r}")
+        raise ValueError(f"{name}: function must be one of {', '.join(FUNCTIONS)}; got {function!r}")
     if not x.dim() or (gated and x.shape[-1] % 2):
         width = "an even last dimension, gate and value side by side" if gated else "at least one dimension"
-        raise ValueError(f"activation: x must have {width}; got {tuple(x.shape)}")
-    check_dtype("activation", "x", x.dtype)
+        raise ValueError(f"{name}: x must have {width}; got {tuple(x.shape)}")
+    check_dtype(name, "x", x.dtype)
     if bias is None:
         return
     if tuple(bias.shape) != x.shape[-1:]:
-        raise ValueError(f"activation: bias must be {tuple(x.shape[-1:])}; got {tuple(bias.shape)}")
+        raise ValueError(f"{name}: bias must be {tuple(x.shape[-1:])}; got {tuple(bias.shape)}")
     wider = bias.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16)
     if bias.dtype != x.dtype and not wider:
         raise ValueError(
-            f"activation: bias must have x's dtype {x.dtype}, or float32 beside a 16-bit x; got {bias.dtype}"
+            f"{name}: bias must have x's dtype {x.dtype}, or float32 beside a 16-bit x; got {bias.dtype}"
         )
     if bias.device != x.device:
-        raise ValueError(f"activation: bias must be on x's device {x.device}; got {bias.device}")
+        raise ValueError(f"{name}: bias must be on x's device {x.device}; got {bias.device}")

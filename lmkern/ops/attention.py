@@ -10,7 +10,7 @@ from torch import Tensor
 from lmkern.kernels.attention import Options, reference
 from lmkern.ops import attention_checks as checks
 from lmkern.ops.attention_autograd import attend
-from lmkern.ops.dispatch import checked_softcap, takes_tensors
+from lmkern.ops.dispatch import checked_softcap, flag, takes_tensors
 from lmkern.ops.relative_bias import alibi
 
 
@@ -72,6 +72,7 @@ def attention(
     Vaswani et al. 2017, arXiv:1706.03762; online softmax as in Dao et al. 2022, arXiv:2205.14135.
     """
     name = "attention"
+    return_lse = flag(name, "return_lse", return_lse)
     checks.check_shapes(name, q, k, v)
     q, k, v = checks.cast(name, q, k, v)
     scores = (*q.shape[:3], k.shape[2])
@@ -88,7 +89,7 @@ def attention(
         relative_bias = checks.checked_relative_bias(name, relative_bias, q, k.shape[2])
     if sinks is not None:
         sinks = checks.checked_per_head(name, "sinks", sinks, q)
-    left, right = checks.checked_band(name, window, causal)
+    left, right = checks.checked_band(name, window, flag(name, "causal", causal))
     dropout_p, seed = checks.checked_dropout(name, dropout_p, dropout_seed, q)
     options = Options(
         softmax_scale=_scale(q, softmax_scale),
@@ -126,6 +127,7 @@ def scaled_dot_product_attention(
     of another width than the keys are served by the reference, which holds the scores.
     """
     name = "scaled_dot_product_attention"
+    is_causal, enable_gqa = flag(name, "is_causal", is_causal), flag(name, "enable_gqa", enable_gqa)
     if attn_mask is not None and is_causal:
         raise ValueError(f"{name}: give attn_mask or is_causal=True, not both; got both")
     if query.dim() < 2 or key.dim() != query.dim() or value.dim() != query.dim():

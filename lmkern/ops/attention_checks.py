@@ -154,10 +154,7 @@ def checked_lengths(
     if q.shape[0] != 1:
         raise ValueError(f"{name}: packed documents need a batch of 1, all in a row; got B = {q.shape[0]}")
     for what, x in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
-        if x.dim() != 1 or not x.shape[0] or x.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"{name}: {what} must be (documents + 1,) int32 or int64; got {tuple(x.shape)} {x.dtype}"
-            )
+        check_cu_seqlens(name, what, x)
         _same_device(name, what, x, q)
     if cu_seqlens.shape != cu_seqlens_k.shape:
         raise ValueError(
@@ -181,13 +178,25 @@ def check_documents(name: str, options: Options, n_q: int, n_k: int) -> None:
         ("cu_seqlens", options.cu_seqlens_q, n_q),
         ("cu_seqlens_k", options.cu_seqlens_k, n_k),
     ):
-        if x is None or not checked(x):
-            continue
-        ends = x.tolist()
-        if ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in pairwise(ends)):
-            raise ValueError(
-                f"{name}: {what} must begin at 0, never fall and end at {tokens}; got {_few(ends)}"
-            )
+        if x is not None:
+            check_ends(name, what, x, tokens)
+
+
+def check_cu_seqlens(name: str, what: str, x: Tensor) -> None:
+    """Of shape and dtype."""
+    if x.dim() != 1 or not x.shape[0] or x.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"{name}: {what} must be (documents + 1,) int32 or int64; got {tuple(x.shape)} {x.dtype}"
+        )
+
+
+def check_ends(name: str, what: str, x: Tensor, tokens: int) -> None:
+    """That cu_seqlens begin at 0, never fall and end at the number of tokens, where that is looked at."""
+    if not checked(x):
+        return
+    ends = x.tolist()
+    if ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in pairwise(ends)):
+        raise ValueError(f"{name}: {what} must begin at 0, never fall and end at {tokens}; got {_few(ends)}")
 
 
 def shapes(q: Tensor, k: Tensor, v: Tensor) -> str:

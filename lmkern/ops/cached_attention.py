@@ -10,7 +10,7 @@ from torch import Tensor
 from lmkern.kernels import backends
 from lmkern.kernels.cached_attention import Options
 from lmkern.kernels.statistics import statistics_dtype
-from lmkern.ops.dispatch import autocast, checked_softcap, direct, int32, takes_tensors
+from lmkern.ops.dispatch import autocast, checked_softcap, direct, flag, int32, takes_tensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -54,6 +54,7 @@ def cached_attention(
     and where a gradient would be wanted: take `attention` then. UnsupportedBackend if the named backend
     cannot run this here.
     """
+    return_lse = flag("cached_attention", "return_lse", return_lse)
     _check(q, k_cache, v_cache, lengths, page_table)
     q, k_cache, v_cache = _cast(q, k_cache, v_cache)
     left = _checked_left(window)

@@ -8,6 +8,7 @@ from inspect import signature
 from itertools import chain
 from typing import Any, ParamSpec, TypeVar
 
+import numpy
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -16,6 +17,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# torch.SymBool: what a comparison of lengths is where a compiler traces.
+_TRUTH_VALUES = (bool, torch.SymBool, numpy.bool_)
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
@@ -146,6 +150,16 @@ def as_tensors(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor
 def as_optional(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """The way back from `as_tensors`."""
     return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+
+
+def flag(function: str, name: str, given: bool) -> bool:
+    """An option that is on or off, Python's bool or NumPy's; TypeError in words for all else.
+
+    "no" and None would count as on and off.
+    """
+    if isinstance(given, _TRUTH_VALUES):
+        return bool(given)
+    raise TypeError(f"{function}: {name} must be True or False; got {given!r}")
 
 
 def check_dtype(op: str, name: str, dtype: torch.dtype) -> None:

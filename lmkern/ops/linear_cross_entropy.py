@@ -62,14 +62,17 @@ def linear_cross_entropy(
             f"{NAME}: x, weight and bias must share one dtype of {dtypes}; cast them first; got {got}"
         )
     rows, flat_targets = x.reshape(targets.numel(), x.shape[-1]), targets.reshape(-1)
-    early = reduction != "none" and torch.is_grad_enabled()
+    # What torch.jit.trace keeps must not say whether gradients were wanted as it looked.
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    early = reduction != "none" and torch.is_grad_enabled() and not tracing
     needs = [early and tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)]
     options = (ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0), reduction)
-    arguments = (rows, weight, bias, flat_targets, *options, needs, backend)
+    tensors = (rows, weight, bias, flat_targets)
     if direct(*given, targets):
-        loss = _LinearCrossEntropy.apply(*arguments)
+        loss = _LinearCrossEntropy.apply(*tensors, *options, needs, backend)
     else:
-        loss = torch.ops.lmkern.linear_cross_entropy(*arguments)[0]
+        # Numbers: torch.jit.trace knows no list of booleans.
+        loss = torch.ops.lmkern.linear_cross_entropy(*tensors, *options, [*map(int, needs)], backend)[0]
     return loss.view(targets.shape) if reduction == "none" else loss  # type: ignore[no-any-return]
 
 
@@ -195,11 +198,11 @@ def _linear_cross_entropy_op(
     z_loss: float,
     softcap: float,
     reduction: str,
-    needs: list[bool],
+    needs: list[int],
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = (ignore_index, label_smoothing, z_loss, softcap, reduction)
-    loss, *gradients = _forward(x, weight, bias, targets, *options, needs, backend)
+    loss, *gradients = _forward(x, weight, bias, targets, *options, [*map(bool, needs)], backend)
     return loss, *_filled(x, gradients)
 
 
@@ -214,7 +217,7 @@ def _(
     z_loss: float,
     softcap: float,
     reduction: str,
-    needs: list[bool],
+    needs: list[int],
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss = x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=statistics_dtype(x))
@@ -270,7 +273,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[1:], *inputs[:4])
-    ctx.options, ctx.early, ctx.backend = inputs[4:9], inputs[9], inputs[10]
+    ctx.options, ctx.early, ctx.backend = inputs[4:9], [*map(bool, inputs[9])], inputs[10]
 
 
 def _registered_gradients(ctx: Any, dloss: Tensor, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -294,7 +297,7 @@ def _filled(x: Tensor, gradients: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake_gradients(
-    x: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], sums: torch.dtype
+    x: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[int], sums: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sums: the dtype of dweight and dbias."""
     wanted = zip((x, weight, bias), (x.dtype, sums, sums), needs, strict=True)

@@ -38,7 +38,7 @@ def check_beside(
     ):
         raise ValueError(
             f"{name}: {what} must have {of}'s dtype {input.dtype}, or float32 beside a 16-bit {of}; "
-            f"got {tensor.dtype}; cast one of the two"
+            f"got {tensor.dtype}; cast one of the two, as by {of}.to({tensor.dtype})"
         )
     if tensor.device != input.device:
         raise ValueError(f"{name}: {what} must be on {of}'s device {input.device}; got {tensor.device}")

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from lmkern.ops.dispatch import takes_tensors
+from lmkern.ops.dispatch import flag, takes_tensors
 
 
 @takes_tensors
@@ -34,6 +34,7 @@ def bucketed_bias(
 
     Raffel et al. 2020, arXiv:1910.10683.
     """
+    bidirectional = flag("bucketed_bias", "bidirectional", bidirectional)
     if table.dim() != 2:
         raise ValueError(f"bucketed_bias: table must be (buckets, H); got {tuple(table.shape)}")
     buckets = table.shape[0] // 2 if bidirectional else table.shape[0]

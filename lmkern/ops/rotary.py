@@ -10,7 +10,7 @@ from torch import Tensor
 from lmkern.kernels import backends
 from lmkern.kernels.checked import checked
 from lmkern.kernels.rotary.layout import empty_like
-from lmkern.ops.dispatch import check_dtype, direct, overlaps_itself, takes_tensors, wants_gradient
+from lmkern.ops.dispatch import check_dtype, direct, flag, overlaps_itself, takes_tensors, wants_gradient
 
 
 @takes_tensors
@@ -44,6 +44,8 @@ def rotary(
     Raises ValueError for shapes, dtypes and positions; UnsupportedBackend if the named backend cannot run
     this here. Su et al. 2021, arXiv:2104.09864.
     """
+    interleaved = flag("rotary", "interleaved", interleaved)
+    inplace = flag("rotary", "inplace", inplace)
     _check(x, cos, sin, offset, positions, inplace)
     arguments = (cos, sin, positions, offset, interleaved, False)
     if not direct(x, cos, sin, positions):

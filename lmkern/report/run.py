@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -25,7 +25,7 @@ from lmkern.training.run_folder import (
     VERSION,
 )
 
-# Sources that are named of what was removed for one reason; the others are counted.
+# Sources that are named of what one thing befell; the others are counted.
 NAMED = 3
 
 
@@ -40,8 +40,20 @@ class Removed:
 
     def names(self, show: Callable[[str], str] = str) -> str:
         """The first sources and how many more there are: "a.png, b.zip, c.gif and 4 more"."""
-        more = self.pieces - len(self.sources)
-        return ", ".join(map(show, self.sources)) + (f" and {more:,} more" if more else "")
+        return first_names(self.sources, self.pieces, show)
+
+
+def first_names(names: Sequence[str], count: int, show: Callable[[str], str] = str) -> str:
+    """The first NAMED of count names, and how many more there are."""
+    shown = [show(name) for name in names[:NAMED]]
+    more = count - len(shown)
+    return ", ".join(shown) + (f" and {more:,} more" if more else "")
+
+
+def encodings(manifest: Mapping[str, Any], show: Callable[[str], str] = str) -> str:
+    """The files that were read as something else than UTF-8: "latin-1: a.txt, b.txt; utf-16: c.txt"."""
+    found: Mapping[str, list[str]] = manifest["corpus"].get("encodings", {})
+    return "; ".join(f"{name}: {first_names(files, len(files), show)}" for name, files in found.items())
 
 
 @dataclass(frozen=True)

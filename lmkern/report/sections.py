@@ -12,7 +12,7 @@ from lmkern.report import pairs
 from lmkern.report.markdown import bar, block, code, count, duration, size, table, text, visible
 from lmkern.report.reproduce import commands
 from lmkern.report.results import result_rows, result_table, versus
-from lmkern.report.run import Run
+from lmkern.report.run import Run, encodings
 from lmkern.training.run_folder import CURVES, PHASES
 
 ENDINGS = {
@@ -92,6 +92,8 @@ def corpus(run: Run) -> str:
         table(("counted", "number"), counted(manifest.get("counts", {})), numbers=(1,)),
         removed(run),
     ]
+    if others := encodings(manifest, code):
+        parts.append(f"Files read as something else than UTF-8: {others}.")
     return "\n\n".join(parts)
 
 

@@ -232,10 +232,24 @@ def _build(kind: type[T], table: dict[str, Any], prefix: str) -> T:
     for name, value in table.items():
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-            remedy = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(names)}"
+            place = _elsewhere(name) or (f"{prefix}{near[0]}" if near else None)
+            remedy = f"did you mean {place}?" if place else f"there are {', '.join(names)}"
             raise ValueError(f"unknown field {prefix}{name}: {remedy}")
         values[name] = _convert(hints[name], value, f"{prefix}{name}")
     return kind(**values)
+
+
+def _elsewhere(name: str) -> str | None:
+    """The dotted name of a field of this name, in whatever table it stands."""
+    tables = [("data", DataConfig), ("training", TrainingConfig)]
+    tables += [("model", kind) for _, kind in ARCHITECTURES.values()]
+    for table, kind in tables:
+        if name in (field.name for field in dataclasses.fields(kind)) or (table, name) == (
+            "model",
+            ARCHITECTURE,
+        ):
+            return f"{table}.{name}"
+    return None
 
 
 def _build_model(table: dict[str, Any], place: str) -> Any:
@@ -265,8 +279,19 @@ def _convert(hint: Any, value: Any, place: str) -> Any:
         return float(value)
     if isinstance(hint, type) and type(value) is hint:
         return value
-    expected = getattr(hint, "__name__", str(hint)) if origin is None else str(hint).replace("typing.", "")
-    raise ValueError(f"{place} must be {expected}; got {value!r}")
+    raise ValueError(f"{place} must be {_in_words(hint)}; got {value!r}")
+
+
+def _in_words(hint: Any) -> str:
+    """What a field takes, as TOML calls it."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin is tuple:
+        return f"a list of {'tables' if dataclasses.is_dataclass(arguments[0]) else _in_words(arguments[0])}"
+    if dataclasses.is_dataclass(hint) or arguments:
+        return "a table"
+    return str(hint.__name__)
 
 
 def _table_lines(config: Any, name: str) -> list[str]:

@@ -99,6 +99,18 @@ def test_what_the_system_forbids_is_one_line_with_the_path_and_a_remedy(
     )
 
 
+def test_any_other_refusal_of_the_system_is_a_line_with_the_path(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("LMKERN_TRACEBACK", raising=False)
+    error = OSError(errno.ENAMETOOLONG, "File name too long", "notes/xxx")
+    monkeypatch.setattr(lmkern.cli.report, "command", failing(error))
+    assert main(["report"]) == USAGE_ERROR
+    assert capsys.readouterr().err == (
+        "lmkern: error: report: the system refuses notes/xxx: file name too long; choose another path\n"
+    )
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_text_that_may_not_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "diary.txt").write_text("secret")

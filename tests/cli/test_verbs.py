@@ -140,6 +140,27 @@ def test_skipped_files_are_counted_and_the_first_named(
     assert shown == f"     skipped, not text: {', '.join(map(str, binaries[:3]))} and 2 more"
 
 
+def test_files_in_other_encodings_are_named_by_what_they_were_read_as(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "Die Straße führt über die Brücke zum Fluß. "
+    named = []
+    for encoding, count in (("latin-1", 4), ("utf-16", 1), ("utf-8-sig", 1)):
+        for number in range(count):
+            named.append(tmp_path / f"{encoding}-{number}.txt")
+            named[-1].write_text(f"{text}{number} {encoding}", encoding=encoding)
+    argv = ["prepare", str(place / "poem.txt"), *map(str, named), "--out", str(tmp_path / "data")]
+    assert main([*argv, "--config", str(place / "config.toml")]) == 0
+    shown = capsys.readouterr().out.splitlines()[-1]
+    latin = ", ".join(map(str, named[:3]))
+    assert shown == f"     read as latin-1: {latin} and 1 more; utf-16: {named[4]}"
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    assert manifest["corpus"]["encodings"] == {
+        "latin-1": [str(path) for path in named[:4]],
+        "utf-16": [str(named[4])],
+    }
+
+
 def test_vocabulary_of_the_model_is_that_of_the_data(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,17 +21,17 @@ TEXT = "Füße, 世界, naïve"
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_unicode_files_decode_with_or_without_a_byte_order_mark(encoding: str) -> None:
-    assert decode(TEXT.encode(encoding)) == TEXT
+    assert decode(TEXT.encode(encoding)) == (TEXT, encoding.removesuffix("-sig"))
 
 
 def test_a_byte_order_mark_gives_the_byte_order() -> None:
-    assert decode(codecs.BOM_UTF16_BE + TEXT.encode("utf-16-be")) == TEXT
-    assert decode(codecs.BOM_UTF32_BE + TEXT.encode("utf-32-be")) == TEXT
+    assert decode(codecs.BOM_UTF16_BE + TEXT.encode("utf-16-be")) == (TEXT, "utf-16")
+    assert decode(codecs.BOM_UTF32_BE + TEXT.encode("utf-32-be")) == (TEXT, "utf-32")
 
 
 def test_prose_in_latin_1_decodes() -> None:
     text = "Die Straße führt über die Brücke."
-    assert decode(text.encode("latin-1")) == text
+    assert decode(text.encode("latin-1")) == (text, "latin-1")
 
 
 @pytest.mark.parametrize(

@@ -176,10 +176,21 @@ def test_an_interrupted_prepare_leaves_what_was_there(
 def test_a_corpus_too_small_to_split_says_what_it_has_and_what_it_needs(tmp_path: Path) -> None:
     (tmp_path / "small.txt").write_text("A few words only.\n")
     with pytest.raises(
-        ValueError, match=r"too small to split: .* found 17 bytes in 1 pieces, .*at least 524,288 bytes"
+        ValueError,
+        match=r"too small to split: .* found 17 bytes in 1 pieces, .*; give at least 524,288 bytes, or "
+        r"at least 40,960 and cut shorter documents: --max-document-bytes 640$",
     ):
         prepare(DataConfig((str(tmp_path / "small.txt"),)), tmp_path / "data")
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("max_document_bytes", [64, 640])
+def test_a_small_corpus_of_short_documents_is_asked_for_more_than_it_has(
+    tmp_path: Path, max_document_bytes: int
+) -> None:
+    (tmp_path / "small.txt").write_text("\n\n".join(f"Paragraph {number}." for number in range(300)))
+    with pytest.raises(ValueError, match=r"; give at least 40,960 bytes$"):
+        prepare(DataConfig((str(tmp_path / "small.txt"),), 300, max_document_bytes), tmp_path / "data")
 
 
 def test_the_document_size_offered_for_a_small_corpus_works(config: DataConfig, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def registered(op: str, reduction: str, target: Target) -> Call:
     def call(*arguments: Tensor) -> Tensor:
         *tensors, y = arguments
         if op == "linear_cross_entropy":
-            needs = [reduction != "none"] * 3
+            needs = [int(reduction != "none")] * 3
             return torch.ops.lmkern.linear_cross_entropy(
                 *tensors, y, *OPTIONS, reduction, needs, target.backend
             )[0]

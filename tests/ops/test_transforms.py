@@ -151,8 +151,7 @@ def test_forward_mode_leaves_constants_alone() -> None:
         torch.func.hessian(lambda x: lmkern.gelu(x).sum())(x)
 
 
-# torch.jit.trace refuses an op that takes a list of booleans.
-@pytest.mark.parametrize("name", [name for name in CALLS if name != "linear_cross_entropy"])
+@pytest.mark.parametrize("name", CALLS)
 def test_a_trace_computes_and_does_not_remember(name: str) -> None:
     op, make = CALLS[name]
     first, second = ([each for each in make(2) if isinstance(each, Tensor)] for _ in range(2))
@@ -167,3 +166,17 @@ def test_a_trace_computes_and_does_not_remember(name: str) -> None:
     assert "lmkern::" in str(traced.graph)
     with torch.no_grad():
         torch.testing.assert_close(traced(*second), of_tensors(*second))
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_traced_loss_has_its_gradients(reduction: str, wanted: bool) -> None:
+    def loss(x: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+        return lmkern.linear_cross_entropy(x, weight, y, reduction=reduction)
+
+    first, second = ((randn(6, 8), randn(7, 8), tokens(6)) for _ in range(2))
+    with torch.set_grad_enabled(wanted), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(loss, first)
+    ours, theirs = (torch.autograd.grad(f(*second).sum(), second[:2]) for f in (traced, loss))
+    torch.testing.assert_close(ours, theirs)

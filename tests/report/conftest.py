@@ -59,6 +59,7 @@ def write_data(folder: Path) -> None:
             "files": 3,
             "bytes": 2_345_678,
             "sha256": "ab" * 32,
+            "encodings": {"latin-1": ["a|b.txt"]},
         },
         "counts": {"read": 12, "exact_duplicates": 2, "not text": 1},
         "splits": {

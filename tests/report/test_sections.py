@@ -42,6 +42,7 @@ def test_every_section_is_there_with_its_figures(full_run: Path) -> None:
     assert "attention crosses document borders" in page.replace("\n", " ")
     assert "| exact duplicate | 2 | 5 |" in page
     assert "Files skipped because they are not text: `` c.bin|` ``." in page
+    assert "Files read as something else than UTF-8: latin-1: `a|b.txt`." in page
     assert "| interpolation (weight of the GPT 0.40) | 1.900 | 30.0 |" in page
     assert "| xz -9e given the training text | **1.540** | - |" in page
 

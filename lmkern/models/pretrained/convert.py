@@ -19,6 +19,7 @@ from lmkern.models.pretrained import configs, files, names
 from lmkern.models.pretrained.architectures import ARCHITECTURES, Architecture, PretrainedModel
 from lmkern.models.t5 import T5
 from lmkern.models.tensors import check_tensors, fill
+from lmkern.ops.dispatch import flag
 
 
 def from_pretrained(
@@ -34,6 +35,7 @@ def from_pretrained(
     fields of the configuration that ask for what we do not have, and for tensors that do not fit it;
     FileNotFoundError for missing files.
     """
+    allow_pickle = flag("from_pretrained", "allow_pickle", allow_pickle)
     folder = files.find(os.fspath(path_or_name), allow_pickle=allow_pickle)
     values = files.read_json(folder / files.CONFIG)
     name, architecture = _architecture(folder, values)
