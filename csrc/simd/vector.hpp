@@ -12,7 +12,7 @@
 
 #include "core/types.hpp"
 
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -62,6 +62,8 @@ inline Vector<C> broadcast(C value) {
 inline Vector<float> load_broadcast(const float* p) {
 #if defined(__AVX512F__)
     return bit_cast<Vector<float>>(_mm512_broadcastss_ps(_mm_load_ss(p)));
+#elif defined(__AVX2__)
+    return bit_cast<Vector<float>>(_mm256_broadcast_ss(p));
 #else
     return broadcast(*p);
 #endif
@@ -69,6 +71,8 @@ inline Vector<float> load_broadcast(const float* p) {
 inline Vector<double> load_broadcast(const double* p) {
 #if defined(__AVX512F__)
     return bit_cast<Vector<double>>(_mm512_broadcastsd_pd(_mm_load_sd(p)));
+#elif defined(__AVX2__)
+    return bit_cast<Vector<double>>(_mm256_broadcast_sd(p));
 #else
     return broadcast(*p);
 #endif
