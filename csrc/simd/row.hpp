@@ -129,6 +129,7 @@ inline std::array<C, count> sums_over_row(int64_t columns, const Body& body) {
             for (; column < end; column += 2 * lanes) step(WholePair<C>{column}, 0);
         } else {
             for (; column + turns * lanes <= end; column += turns * lanes)
+#pragma GCC unroll 4
                 for (int turn = 0; turn < turns; ++turn) step(Whole<C>{column + turn * lanes}, turn);
             for (; column + lanes <= end; column += lanes) step(Whole<C>{column}, 0);
             if (column < end) step(Tail<C>{column, end - column}, turns - 1);
