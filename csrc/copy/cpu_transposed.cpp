@@ -37,9 +37,7 @@ template <bool streaming, class E>
     constexpr int n = 16 / sizeof(E), count = kVectorBytes / sizeof(E);
     constexpr auto lanes = std::make_integer_sequence<int, count>{};
     Vector<E> v[n], turned[n];
-    for (int r = 0; r < n; ++r)
-        for (int lane = 0; lane < count / n; ++lane)
-            std::memcpy(reinterpret_cast<char*>(&v[r]) + 16 * lane, x + (lane * n + r) * x_stride, 16);
+    for (int r = 0; r < n; ++r) v[r] = bit_cast<Vector<E>>(load_lanes(x + r * x_stride, n * x_stride));
     for (int round = 1; round < n; round *= 2) {
         for (int i = 0; i < n / 2; ++i) {
             turned[2 * i] = interleave<0, n>(v[i], v[i + n / 2], lanes);

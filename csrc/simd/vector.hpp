@@ -98,6 +98,26 @@ inline Vector<double> load(const double* p) {
     return v;
 }
 
+// 16 bytes from each of p, p + stride, ...; stride in elements. Put together in memory, they could not be
+// loaded as a vector before they are in the cache.
+template <class T>
+inline Vector<uint32_t> load_lanes(const T* p, int64_t stride) {
+#if defined(__AVX2__)
+    auto at = [&](int lane) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + lane * stride)); };
+    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(at(0)), at(1), 1);
+#if defined(__AVX512F__)
+    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(at(2)), at(3), 1);
+    return bit_cast<Vector<uint32_t>>(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+#else
+    return bit_cast<Vector<uint32_t>>(low);
+#endif
+#else
+    Vector<uint32_t> v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+#endif
+}
+
 // 16-bit integers as 32-bit ones. GCC 12 takes twice the instructions for its own conversion.
 inline Vector<uint32_t> widen(const HalfBits& bits) {
 #if defined(__AVX512F__)
