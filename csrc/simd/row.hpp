@@ -51,7 +51,7 @@ struct WholePair {
     }
     void stream(bfloat16* p, EvenOdd<C> v) const {
         const Halves halves = narrow_pairs(v);
-        stream_line(p + column, &halves);
+        stream_vector(p + column, &halves);
     }
     template <class T>
     void prefetch(const T* p) const {

@@ -262,40 +262,69 @@ inline Vector<Compute<T>> rounded(Vector<Compute<T>> v) {
     return load(stored);
 }
 
-// A cache line past the caches: for what they would not hold until it is read. Where there is no such store
-// it is an ordinary one. Before another thread reads it, end_streams.
-inline void stream_line(void* line, const void* vector) {
-#if defined(__AVX512F__)
-    _mm512_stream_si512(static_cast<__m512i*>(line), *static_cast<const __m512i*>(vector));
+#if defined(__AVX2__)
+constexpr bool kStreams = true;
 #else
-    std::memcpy(line, vector, kVectorBytes);
+constexpr bool kStreams = false;
+#endif
+// A vector past the caches: for what they would not hold until it is read. What else belongs to its cache
+// line must follow at once. Where there is no such store it is an ordinary one. Before another thread reads
+// it, end_streams.
+inline void stream_vector(void* place, const void* vector) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(static_cast<__m512i*>(place), *static_cast<const __m512i*>(vector));
+#elif defined(__AVX2__)
+    _mm256_stream_si256(static_cast<__m256i*>(place), *static_cast<const __m256i*>(vector));
+#else
+    std::memcpy(place, vector, kVectorBytes);
 #endif
 }
-// The same for a vector of elements, half a line of 16-bit ones.
+// The same for a vector of elements, half of one if they have 16 bits.
 template <class T>
 inline void stream(T* p, Vector<Compute<T>> v) {
     if constexpr (sizeof(T) == sizeof(Compute<T>)) {
-        stream_line(p, &v);
+        stream_vector(p, &v);
     } else {
-#if defined(__AVX512F__)
         T narrow[kLanes<Compute<T>>];
         store(narrow, v);
+#if defined(__AVX512F__)
         _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
                             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(narrow)));
+#elif defined(__AVX2__)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(p),
+                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(narrow)));
 #else
-        store(p, v);
+        std::memcpy(p, narrow, sizeof narrow);
 #endif
     }
 }
 inline void end_streams() {
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
     _mm_sfence();
 #endif
 }
 // Whether rows of so many bytes, one behind the other from `place` on, are whole lines that can be streamed.
 inline bool streams_to(const void* place, int64_t row_bytes) {
-    return kVectorBytes == 64 && reinterpret_cast<uintptr_t>(place) % 64 == 0 && row_bytes % 64 == 0;
+    return kStreams && reinterpret_cast<uintptr_t>(place) % 64 == 0 && row_bytes % 64 == 0;
 }
+
+// The first n elements, at most 2 `most` - 1, in pieces of fixed sizes: a call of memcpy costs more.
+template <int most, class T>
+inline void copy_few(T* to, const T* from, int64_t n) {
+    if constexpr (most > 0) {
+        const int64_t piece = n & most;
+        if (piece != 0) std::memcpy(to, from, most * sizeof(T));
+        copy_few<most / 2>(to + piece, from + piece, n);
+    }
+}
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// All bits of the first n lanes, for loads and stores under a mask.
+template <class C>
+inline __m256i first_lanes_mask(int64_t n) {
+    return bit_cast<__m256i>(lane_indices<C>() < static_cast<typename IntegerOf<C>::type>(n));
+}
+#endif
 
 // The first n elements; the other lanes are zero. Memory past them is not touched.
 template <class T>
