@@ -129,10 +129,14 @@ inline Vector<uint32_t> widen(const HalfBits& bits) {
 #endif
 }
 
-// The lower halves of 32-bit integers.
+// The lower halves of 32-bit integers whose upper halves are zero.
 inline HalfBits narrow(Vector<uint32_t> bits) {
 #if defined(__AVX512F__)
     return bit_cast<HalfBits>(_mm512_maskz_cvtepi32_epi16(0xffff, bit_cast<__m512i>(bits)));
+#elif defined(__AVX2__)
+    const __m256i all = bit_cast<__m256i>(bits);
+    return bit_cast<HalfBits>(
+        _mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
 #else
     return __builtin_convertvector(bits, HalfBits);
 #endif
@@ -340,7 +344,13 @@ inline Vector<Compute<T>> load(const T* p, int64_t n) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer),
                             _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p));
 #else
-    std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
+#if defined(__AVX2__)
+    if constexpr (sizeof(T) == 8)
+        return bit_cast<Vector<double>>(_mm256_maskload_pd(p, first_lanes_mask<double>(n)));
+    else if constexpr (sizeof(T) == 4)
+        return bit_cast<Vector<float>>(_mm256_maskload_ps(p, first_lanes_mask<float>(n)));
+#endif
+    copy_few<kLanes<Compute<T>>>(buffer, p, n);
 #endif
     return load(buffer);
 }
@@ -357,7 +367,7 @@ inline void store(T* p, Vector<Compute<T>> v, int64_t n) {
 #endif
     T buffer[kLanes<Compute<T>>];
     store(buffer, v);
-    std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
+    copy_few<kLanes<Compute<T>>>(p, buffer, n);
 }
 
 // One element by the same rules as a vector of them.
@@ -387,6 +397,12 @@ template <class V>
 inline V max(V a, V b) {
     return a > b ? a : b;
 }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// GCC 12 compares and blends.
+inline Vector<float> max(Vector<float> a, Vector<float> b) {
+    return bit_cast<Vector<float>>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+}
+#endif
 
 template <int distance, class V, int... lane>
 inline V rotate(V v, std::integer_sequence<int, lane...>) {
