@@ -24,6 +24,9 @@ template <class E>
 constexpr int64_t kLineRows = 64 / sizeof(E);
 constexpr int64_t kMaxLineRows = kLineRows<uint16_t>;
 
+// Rows that are asked for ahead where elements are converted first, which is too slow to have many under way.
+constexpr int64_t kRowsAhead = 16;
+
 template <int bytes>
 using Element = std::conditional_t<bytes == 2, uint16_t, std::conditional_t<bytes == 4, uint32_t, uint64_t>>;
 
@@ -87,8 +90,12 @@ void turn_strip(const From* x, int64_t x_stride, int64_t rows, int64_t columns, 
         To converted[kMaxLineRows * kStrip];
         for (int64_t row = 0; row < rows; row += kMaxLineRows) {
             const int64_t here = std::min(kMaxLineRows, rows - row);
-            for (int64_t r = 0; r < here; ++r)
+            for (int64_t r = 0; r < here; ++r) {
+                // The processor does not foresee steps of a row; these need not belong to x.
+                for (int64_t column = 0; column < kStrip; column += 64 / static_cast<int64_t>(sizeof(From)))
+                    __builtin_prefetch(x + (row + r + kRowsAhead) * x_stride + column);
                 convert_row(x + (row + r) * x_stride, converted + r * kStrip, columns);
+            }
             turn<streaming>(reinterpret_cast<const E*>(converted), kStrip, here, columns, out + row,
                             y_stride);
         }
