@@ -262,7 +262,7 @@ private:
     // Up to a line of elements of row i from column d on.
     static void write_line(Matrix<T> to, int64_t i, int64_t d, int64_t D, __m512i line, bool streams) {
         T* place = to.row(i) + d * to.column_stride;
-        if (streams) return stream_line(place, &line);
+        if (streams) return stream_vector(place, &line);
         const int64_t count = std::min(kLine, D - d);
         if (to.column_stride == 1 && count == kLine) return _mm512_storeu_si512(place, line);
         alignas(64) T elements[kLine];

@@ -19,7 +19,13 @@ constexpr int64_t kStrip = 32, kPanelRows = 128;
 // Bytes of y from which on it does not pass through the caches: its rows are a power of two apart as a rule,
 // and their lines would drive each other out.
 constexpr int64_t kStreamed = 1 << 20;
-constexpr int64_t kMaxBlockRows = kVectorBytes / 2;
+// Rows of x that make a cache line of y.
+template <class E>
+constexpr int64_t kLineRows = 64 / sizeof(E);
+constexpr int64_t kMaxLineRows = kLineRows<uint16_t>;
+
+// Rows that are asked for ahead where elements are converted first, which is too slow to have many under way.
+constexpr int64_t kRowsAhead = 16;
 
 template <int bytes>
 using Element = std::conditional_t<bytes == 2, uint16_t, std::conditional_t<bytes == 4, uint32_t, uint64_t>>;
@@ -37,9 +43,7 @@ template <bool streaming, class E>
     constexpr int n = 16 / sizeof(E), count = kVectorBytes / sizeof(E);
     constexpr auto lanes = std::make_integer_sequence<int, count>{};
     Vector<E> v[n], turned[n];
-    for (int r = 0; r < n; ++r)
-        for (int lane = 0; lane < count / n; ++lane)
-            std::memcpy(reinterpret_cast<char*>(&v[r]) + 16 * lane, x + (lane * n + r) * x_stride, 16);
+    for (int r = 0; r < n; ++r) v[r] = bit_cast<Vector<E>>(load_lanes(x + r * x_stride, n * x_stride));
     for (int round = 1; round < n; round *= 2) {
         for (int i = 0; i < n / 2; ++i) {
             turned[2 * i] = interleave<0, n>(v[i], v[i + n / 2], lanes);
@@ -49,7 +53,7 @@ template <bool streaming, class E>
     }
     for (int j = 0; j < n; ++j) {
         if constexpr (streaming)
-            stream_line(y + j * y_stride, &v[j]);
+            stream_vector(y + j * y_stride, &v[j]);
         else
             std::memcpy(y + j * y_stride, &v[j], kVectorBytes);
     }
@@ -58,15 +62,17 @@ template <bool streaming, class E>
 template <bool streaming, class E>
 void turn(const E* x, int64_t x_stride, int64_t rows, int64_t columns, E* y, int64_t y_stride) {
     constexpr int64_t n = 16 / sizeof(E), block_rows = kVectorBytes / sizeof(E);
+    // Streamed lines are written whole: blocks that make one come one after the other.
+    constexpr int64_t step = streaming ? kLineRows<E> : block_rows;
     int64_t row = 0;
-    for (; row + block_rows <= rows; row += block_rows) {
+    for (; row + step <= rows; row += step) {
         int64_t column = 0;
         for (; column + n <= columns; column += n)
-            turn_block<streaming>(x + row * x_stride + column, x_stride, y + column * y_stride + row,
-                                  y_stride);
+            for (int64_t r = row; r < row + step; r += block_rows)
+                turn_block<streaming>(x + r * x_stride + column, x_stride, y + column * y_stride + r,
+                                      y_stride);
         for (; column < columns; ++column)
-            for (int64_t r = row; r < row + block_rows; ++r)
-                y[column * y_stride + r] = x[r * x_stride + column];
+            for (int64_t r = row; r < row + step; ++r) y[column * y_stride + r] = x[r * x_stride + column];
     }
     for (; row < rows; ++row)
         for (int64_t column = 0; column < columns; ++column)
@@ -81,11 +87,15 @@ void turn_strip(const From* x, int64_t x_stride, int64_t rows, int64_t columns, 
     if constexpr (std::is_same_v<From, To>) {
         turn<streaming>(reinterpret_cast<const E*>(x), x_stride, rows, columns, out, y_stride);
     } else {
-        To converted[kMaxBlockRows * kStrip];
-        for (int64_t row = 0; row < rows; row += kMaxBlockRows) {
-            const int64_t here = std::min(kMaxBlockRows, rows - row);
-            for (int64_t r = 0; r < here; ++r)
+        To converted[kMaxLineRows * kStrip];
+        for (int64_t row = 0; row < rows; row += kMaxLineRows) {
+            const int64_t here = std::min(kMaxLineRows, rows - row);
+            for (int64_t r = 0; r < here; ++r) {
+                // The processor does not foresee steps of a row; these need not belong to x.
+                for (int64_t column = 0; column < kStrip; column += 64 / static_cast<int64_t>(sizeof(From)))
+                    __builtin_prefetch(x + (row + r + kRowsAhead) * x_stride + column);
                 convert_row(x + (row + r) * x_stride, converted + r * kStrip, columns);
+            }
             turn<streaming>(reinterpret_cast<const E*>(converted), kStrip, here, columns, out + row,
                             y_stride);
         }

@@ -51,8 +51,9 @@ void for_rows(const NormParams& p, int64_t begin, int64_t end, const Body& body)
     for (; row < end; ++row) body(row, std::integral_constant<int, 1>{});
 }
 
+// always_inline: GCC calls it for each vector otherwise.
 template <class At, class T, class V>
-void put(At at, T* row, V v, bool streamed) {
+[[gnu::always_inline]] inline void put(At at, T* row, V v, bool streamed) {
     if (streamed)
         at.stream(row, v);
     else

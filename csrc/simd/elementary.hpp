@@ -43,6 +43,11 @@ template <class V>
 inline V min(V a, V b) {
     return a < b ? a : b;
 }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline Vector<float> min(Vector<float> a, Vector<float> b) {
+    return bit_cast<Vector<float>>(_mm256_min_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+}
+#endif
 
 // 2^r for |r| <= 1/2 by powers of r, and the normal distribution's tail by powers of t (below): coefficients
 // that make the largest relative error the least.

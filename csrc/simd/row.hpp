@@ -51,7 +51,7 @@ struct WholePair {
     }
     void stream(bfloat16* p, EvenOdd<C> v) const {
         const Halves halves = narrow_pairs(v);
-        stream_line(p + column, &halves);
+        stream_vector(p + column, &halves);
     }
     template <class T>
     void prefetch(const T* p) const {
@@ -129,6 +129,7 @@ inline std::array<C, count> sums_over_row(int64_t columns, const Body& body) {
             for (; column < end; column += 2 * lanes) step(WholePair<C>{column}, 0);
         } else {
             for (; column + turns * lanes <= end; column += turns * lanes)
+#pragma GCC unroll 4
                 for (int turn = 0; turn < turns; ++turn) step(Whole<C>{column + turn * lanes}, turn);
             for (; column + lanes <= end; column += lanes) step(Whole<C>{column}, 0);
             if (column < end) step(Tail<C>{column, end - column}, turns - 1);

@@ -56,6 +56,33 @@ inline void transpose_square<float>(const float* from, int64_t from_stride, floa
     for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_stride, r[i]);
 }
 
+#elif defined(__AVX2__)
+
+template <>
+inline void transpose_square<float>(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    // Columns 4 h to 4 h + 3 of rows i and i + 4, in the halves of a vector: loads put them there.
+    __m256 r[2][4];
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i)
+            r[h][i] =
+                _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from + i * from_stride + 4 * h)),
+                                     _mm_loadu_ps(from + (i + 4) * from_stride + 4 * h), 1);
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+        const __m256 low01 = _mm256_unpacklo_ps(r[h][0], r[h][1]),
+                     low23 = _mm256_unpacklo_ps(r[h][2], r[h][3]);
+        const __m256 high01 = _mm256_unpackhi_ps(r[h][0], r[h][1]),
+                     high23 = _mm256_unpackhi_ps(r[h][2], r[h][3]);
+        float* place = to + 4 * h * to_stride;
+        _mm256_storeu_ps(place, _mm256_shuffle_ps(low01, low23, 0x44));
+        _mm256_storeu_ps(place + to_stride, _mm256_shuffle_ps(low01, low23, 0xee));
+        _mm256_storeu_ps(place + 2 * to_stride, _mm256_shuffle_ps(high01, high23, 0x44));
+        _mm256_storeu_ps(place + 3 * to_stride, _mm256_shuffle_ps(high01, high23, 0xee));
+    }
+}
+
 #endif
 
 }  // namespace lmkern

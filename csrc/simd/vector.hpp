@@ -12,7 +12,7 @@
 
 #include "core/types.hpp"
 
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -62,6 +62,8 @@ inline Vector<C> broadcast(C value) {
 inline Vector<float> load_broadcast(const float* p) {
 #if defined(__AVX512F__)
     return bit_cast<Vector<float>>(_mm512_broadcastss_ps(_mm_load_ss(p)));
+#elif defined(__AVX2__)
+    return bit_cast<Vector<float>>(_mm256_broadcast_ss(p));
 #else
     return broadcast(*p);
 #endif
@@ -69,6 +71,8 @@ inline Vector<float> load_broadcast(const float* p) {
 inline Vector<double> load_broadcast(const double* p) {
 #if defined(__AVX512F__)
     return bit_cast<Vector<double>>(_mm512_broadcastsd_pd(_mm_load_sd(p)));
+#elif defined(__AVX2__)
+    return bit_cast<Vector<double>>(_mm256_broadcast_sd(p));
 #else
     return broadcast(*p);
 #endif
@@ -94,6 +98,26 @@ inline Vector<double> load(const double* p) {
     return v;
 }
 
+// 16 bytes from each of p, p + stride, ...; stride in elements. Put together in memory, they could not be
+// loaded as a vector before they are in the cache.
+template <class T>
+inline Vector<uint32_t> load_lanes(const T* p, int64_t stride) {
+#if defined(__AVX2__)
+    auto at = [&](int lane) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + lane * stride)); };
+    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(at(0)), at(1), 1);
+#if defined(__AVX512F__)
+    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(at(2)), at(3), 1);
+    return bit_cast<Vector<uint32_t>>(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+#else
+    return bit_cast<Vector<uint32_t>>(low);
+#endif
+#else
+    Vector<uint32_t> v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+#endif
+}
+
 // 16-bit integers as 32-bit ones. GCC 12 takes twice the instructions for its own conversion.
 inline Vector<uint32_t> widen(const HalfBits& bits) {
 #if defined(__AVX512F__)
@@ -105,10 +129,14 @@ inline Vector<uint32_t> widen(const HalfBits& bits) {
 #endif
 }
 
-// The lower halves of 32-bit integers.
+// The lower halves of 32-bit integers whose upper halves are zero.
 inline HalfBits narrow(Vector<uint32_t> bits) {
 #if defined(__AVX512F__)
     return bit_cast<HalfBits>(_mm512_maskz_cvtepi32_epi16(0xffff, bit_cast<__m512i>(bits)));
+#elif defined(__AVX2__)
+    const __m256i all = bit_cast<__m256i>(bits);
+    return bit_cast<HalfBits>(
+        _mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
 #else
     return __builtin_convertvector(bits, HalfBits);
 #endif
@@ -238,40 +266,69 @@ inline Vector<Compute<T>> rounded(Vector<Compute<T>> v) {
     return load(stored);
 }
 
-// A cache line past the caches: for what they would not hold until it is read. Where there is no such store
-// it is an ordinary one. Before another thread reads it, end_streams.
-inline void stream_line(void* line, const void* vector) {
-#if defined(__AVX512F__)
-    _mm512_stream_si512(static_cast<__m512i*>(line), *static_cast<const __m512i*>(vector));
+#if defined(__AVX2__)
+constexpr bool kStreams = true;
 #else
-    std::memcpy(line, vector, kVectorBytes);
+constexpr bool kStreams = false;
+#endif
+// A vector past the caches: for what they would not hold until it is read. What else belongs to its cache
+// line must follow at once. Where there is no such store it is an ordinary one. Before another thread reads
+// it, end_streams.
+inline void stream_vector(void* place, const void* vector) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(static_cast<__m512i*>(place), *static_cast<const __m512i*>(vector));
+#elif defined(__AVX2__)
+    _mm256_stream_si256(static_cast<__m256i*>(place), *static_cast<const __m256i*>(vector));
+#else
+    std::memcpy(place, vector, kVectorBytes);
 #endif
 }
-// The same for a vector of elements, half a line of 16-bit ones.
+// The same for a vector of elements, half of one if they have 16 bits.
 template <class T>
 inline void stream(T* p, Vector<Compute<T>> v) {
     if constexpr (sizeof(T) == sizeof(Compute<T>)) {
-        stream_line(p, &v);
+        stream_vector(p, &v);
     } else {
-#if defined(__AVX512F__)
         T narrow[kLanes<Compute<T>>];
         store(narrow, v);
+#if defined(__AVX512F__)
         _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
                             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(narrow)));
+#elif defined(__AVX2__)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(p),
+                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(narrow)));
 #else
-        store(p, v);
+        std::memcpy(p, narrow, sizeof narrow);
 #endif
     }
 }
 inline void end_streams() {
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
     _mm_sfence();
 #endif
 }
 // Whether rows of so many bytes, one behind the other from `place` on, are whole lines that can be streamed.
 inline bool streams_to(const void* place, int64_t row_bytes) {
-    return kVectorBytes == 64 && reinterpret_cast<uintptr_t>(place) % 64 == 0 && row_bytes % 64 == 0;
+    return kStreams && reinterpret_cast<uintptr_t>(place) % 64 == 0 && row_bytes % 64 == 0;
 }
+
+// The first n elements, at most 2 `most` - 1, in pieces of fixed sizes: a call of memcpy costs more.
+template <int most, class T>
+inline void copy_few(T* to, const T* from, int64_t n) {
+    if constexpr (most > 0) {
+        const int64_t piece = n & most;
+        if (piece != 0) std::memcpy(to, from, most * sizeof(T));
+        copy_few<most / 2>(to + piece, from + piece, n);
+    }
+}
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// All bits of the first n lanes, for loads and stores under a mask.
+template <class C>
+inline __m256i first_lanes_mask(int64_t n) {
+    return bit_cast<__m256i>(lane_indices<C>() < static_cast<typename IntegerOf<C>::type>(n));
+}
+#endif
 
 // The first n elements; the other lanes are zero. Memory past them is not touched.
 template <class T>
@@ -287,7 +344,13 @@ inline Vector<Compute<T>> load(const T* p, int64_t n) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer),
                             _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p));
 #else
-    std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
+#if defined(__AVX2__)
+    if constexpr (sizeof(T) == 8)
+        return bit_cast<Vector<double>>(_mm256_maskload_pd(p, first_lanes_mask<double>(n)));
+    else if constexpr (sizeof(T) == 4)
+        return bit_cast<Vector<float>>(_mm256_maskload_ps(p, first_lanes_mask<float>(n)));
+#endif
+    copy_few<kLanes<Compute<T>>>(buffer, p, n);
 #endif
     return load(buffer);
 }
@@ -304,7 +367,7 @@ inline void store(T* p, Vector<Compute<T>> v, int64_t n) {
 #endif
     T buffer[kLanes<Compute<T>>];
     store(buffer, v);
-    std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
+    copy_few<kLanes<Compute<T>>>(p, buffer, n);
 }
 
 // One element by the same rules as a vector of them.
@@ -334,6 +397,12 @@ template <class V>
 inline V max(V a, V b) {
     return a > b ? a : b;
 }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// GCC 12 compares and blends.
+inline Vector<float> max(Vector<float> a, Vector<float> b) {
+    return bit_cast<Vector<float>>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+}
+#endif
 
 // The lanes `from` of a and, counted on, b.
 template <int... from, class V>
