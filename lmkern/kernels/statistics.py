@@ -15,3 +15,8 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """The dtype of sums and statistics over x: float32, float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the dtype of its statistics."""
+    return x.to(statistics_dtype(x))

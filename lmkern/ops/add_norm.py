@@ -14,7 +14,7 @@ from torch import Tensor
 from lmkern.kernels import backends, philox
 from lmkern.kernels.add_norm import Options
 from lmkern.kernels.statistics import statistics_dtype
-from lmkern.ops.dispatch import check_dtype, direct, rows, takes_tensors, wants_gradient
+from lmkern.ops.dispatch import as_tensors, check_dtype, direct, rows, takes_tensors, wants_gradient
 from lmkern.ops.norm_arguments import check_beside, parameters, to_dtype_of
 
 Gradients = tuple[Tensor | None, ...]
@@ -196,7 +196,7 @@ def _add_norm_backward_op(
     if gradients[0] is gradients[1] and gradients[0] is not None:
         # Nor may two of its results be one tensor.
         gradients[0] = gradients[0].clone()
-    return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return as_tensors(gradients, dy)
 
 
 @_add_norm_backward_op.register_fake

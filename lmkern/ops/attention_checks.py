@@ -11,9 +11,7 @@ from lmkern.kernels.attention import Options
 from lmkern.kernels.checked import checked
 from lmkern.kernels.philox import threshold
 from lmkern.kernels.statistics import statistics_dtype
-from lmkern.ops.dispatch import autocast, int32
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+from lmkern.ops.dispatch import DTYPE_NAMES, DTYPES, autocast, int32
 
 
 def check_shapes(
@@ -47,9 +45,8 @@ def cast(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
     """q, k and v in the dtype to compute in: autocast's, or the one they share."""
     q, k, v = autocast(q, k, v)
     if q.dtype not in DTYPES or not (q.dtype == k.dtype == v.dtype):
-        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise ValueError(
-            f"{name}: q, k and v must share one dtype of {dtypes}; cast them first; "
+            f"{name}: q, k and v must share one dtype of {DTYPE_NAMES}; cast them first; "
             f"got {q.dtype}, {k.dtype}, {v.dtype}"
         )
     return q, k, v

@@ -10,9 +10,16 @@ from torch import Tensor
 from lmkern.kernels import backends
 from lmkern.kernels.cached_attention import Options
 from lmkern.kernels.statistics import statistics_dtype
-from lmkern.ops.dispatch import autocast, checked_softcap, direct, flag, int32, takes_tensors
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+from lmkern.ops.dispatch import (
+    DTYPE_NAMES,
+    DTYPES,
+    autocast,
+    checked_softcap,
+    direct,
+    flag,
+    int32,
+    takes_tensors,
+)
 
 
 @takes_tensors
@@ -199,9 +206,8 @@ def _cast(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor, 
     """The three in the dtype to compute in: autocast's, or the one they share. ValueError without one."""
     q, k_cache, v_cache = autocast(q, k_cache, v_cache)
     if q.dtype not in DTYPES or not (q.dtype == k_cache.dtype == v_cache.dtype):
-        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         _fail(
-            f"q, k_cache and v_cache must share one dtype of {dtypes}; cast them first",
+            f"q, k_cache and v_cache must share one dtype of {DTYPE_NAMES}; cast them first",
             f"{q.dtype}, {k_cache.dtype}, {v_cache.dtype}",
         )
     return q, k_cache, v_cache

@@ -10,10 +10,8 @@ from torch import Tensor
 
 from lmkern.kernels import backends
 from lmkern.kernels.statistics import statistics_dtype
-from lmkern.ops.dispatch import direct, takes_tensors, wants_gradient
+from lmkern.ops.dispatch import DTYPE_NAMES, DTYPES, direct, rows, takes_tensors, wants_gradient
 from lmkern.ops.losses import check_options, check_range, check_targets, reduce
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 NAME = "cross_entropy"
 
@@ -48,9 +46,8 @@ def cross_entropy(
     """
     check_options(NAME, label_smoothing, z_loss, softcap, reduction)
     if logits.dim() < 1 or logits.dtype not in DTYPES:
-        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise ValueError(
-            f"{NAME}: logits must be (..., V) of {dtypes}; got {logits.dtype} {tuple(logits.shape)}"
+            f"{NAME}: logits must be (..., V) of {DTYPE_NAMES}; got {logits.dtype} {tuple(logits.shape)}"
         )
     check_targets(NAME, "logits", targets, logits.shape[:-1], logits.device)
     rows, flat_targets = logits.reshape(targets.numel(), logits.shape[-1]), targets.reshape(-1)
@@ -90,7 +87,7 @@ def _forward(
     check_range(NAME, targets, logits.shape[1], ignore_index)
     options = _named(ignore_index, label_smoothing, z_loss, softcap)
     kernel = _kernel(logits, backend)
-    return kernel.forward(_rows(logits), targets.contiguous(), **options)  # type: ignore[no-any-return]
+    return kernel.forward(rows(logits), targets.contiguous(), **options)  # type: ignore[no-any-return]
 
 
 def _backward(
@@ -107,7 +104,7 @@ def _backward(
 ) -> Tensor:
     options = _named(ignore_index, label_smoothing, z_loss, softcap)
     kernel = _kernel(logits, backend)
-    return kernel.backward(dloss, _rows(logits), targets.contiguous(), row_max, log_sum, **options)  # type: ignore[no-any-return]
+    return kernel.backward(dloss, rows(logits), targets.contiguous(), row_max, log_sum, **options)  # type: ignore[no-any-return]
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -200,8 +197,3 @@ def _registered_gradients(ctx: Any, dloss: Tensor, *_statistics: Tensor | None) 
 
 
 torch.library.register_autograd("lmkern::cross_entropy", _registered_gradients, setup_context=_setup_context)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with the elements of a row next to each other, as the kernels read it."""
-    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -165,8 +166,7 @@ def flag(function: str, name: str, given: bool) -> bool:
 def check_dtype(op: str, name: str, dtype: torch.dtype) -> None:
     """ValueError in words for a dtype that no op computes in."""
     if dtype not in DTYPES:
-        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise ValueError(f"{op}: {name} must be one of {dtypes}; got {dtype}")
+        raise ValueError(f"{op}: {name} must be one of {DTYPE_NAMES}; got {dtype}")
 
 
 def checked_softcap(name: str, softcap: float | None) -> float:

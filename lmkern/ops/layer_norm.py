@@ -12,7 +12,7 @@ from torch import Tensor
 from lmkern.kernels import backends
 from lmkern.kernels.layer_norm import reference
 from lmkern.kernels.statistics import statistics_dtype
-from lmkern.ops.dispatch import direct, rows, takes_tensors, wants_gradient
+from lmkern.ops.dispatch import as_tensors, direct, rows, takes_tensors, wants_gradient
 from lmkern.ops.norm_arguments import (
     as_matrix,
     as_shape,
@@ -183,7 +183,7 @@ def _layer_norm_backward_op(
     kernel = _kernel(x, weight, bias, backend)
     gradients = _backward(kernel, dy, x, weight, bias, mean, rstd, 0.0, needs)
     # A registered op returns tensors only; a gradient nobody asked for is an empty one.
-    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]
+    return as_tensors(gradients, x)  # type: ignore[return-value]
 
 
 @_layer_norm_backward_op.register_fake

@@ -10,10 +10,8 @@ from torch import Tensor
 
 from lmkern.kernels import backends
 from lmkern.kernels.statistics import gradient_dtype, statistics_dtype
-from lmkern.ops.dispatch import autocast, direct, takes_tensors
+from lmkern.ops.dispatch import DTYPE_NAMES, DTYPES, as_tensors, autocast, direct, takes_tensors
 from lmkern.ops.losses import check_options, check_range, check_targets, reduce
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 NAME = "linear_cross_entropy"
 
@@ -56,10 +54,9 @@ def linear_cross_entropy(
     x, weight, *rest = autocast(*given)
     bias = rest[0] if rest else None
     if any(tensor.dtype != x.dtype or tensor.dtype not in DTYPES for tensor in (x, weight, *rest)):
-        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         got = ", ".join(str(tensor.dtype) for tensor in given)
         raise ValueError(
-            f"{NAME}: x, weight and bias must share one dtype of {dtypes}; cast them first; got {got}"
+            f"{NAME}: x, weight and bias must share one dtype of {DTYPE_NAMES}; cast them first; got {got}"
         )
     rows, flat_targets = x.reshape(targets.numel(), x.shape[-1]), targets.reshape(-1)
     # What torch.jit.trace keeps must not say whether gradients were wanted as it looked.
@@ -203,7 +200,7 @@ def _linear_cross_entropy_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = (ignore_index, label_smoothing, z_loss, softcap, reduction)
     loss, *gradients = _forward(x, weight, bias, targets, *options, [*map(bool, needs)], backend)
-    return loss, *_filled(x, gradients)
+    return loss, *as_tensors(gradients, x)  # type: ignore[return-value]
 
 
 @_linear_cross_entropy_op.register_fake
@@ -246,7 +243,7 @@ def _linear_cross_entropy_backward_op(
     kept = [g.clone() if had else None for g, had in zip((dx, dweight, dbias), early, strict=True)]
     options = (ignore_index, label_smoothing, z_loss, softcap, reduction)
     gradients = _backward(dloss, kept, x, weight, bias, targets, *options, needs, backend)
-    return _filled(x, gradients)
+    return as_tensors(gradients, x)  # type: ignore[return-value]
 
 
 @_linear_cross_entropy_backward_op.register_fake
@@ -289,11 +286,6 @@ def _registered_gradients(ctx: Any, dloss: Tensor, *_unused: Tensor | None) -> t
 torch.library.register_autograd(
     "lmkern::linear_cross_entropy", _registered_gradients, setup_context=_setup_context
 )
-
-
-def _filled(x: Tensor, gradients: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """A registered op returns tensors only; a gradient nobody asked for is an empty one."""
-    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]
 
 
 def _fake_gradients(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lmkern.kernels import backends
 from lmkern.kernels.statistics import statistics_dtype
-from lmkern.ops.dispatch import direct, rows, takes_tensors, wants_gradient
+from lmkern.ops.dispatch import as_tensors, direct, rows, takes_tensors, wants_gradient
 from lmkern.ops.norm_arguments import (
     as_matrix,
     as_shape,
@@ -135,7 +135,7 @@ def _rms_norm_backward_op(
 ) -> tuple[Tensor, Tensor]:
     gradients = _backward(_kernel(x, weight, backend), dy, x, weight, rstd, offset, needs)
     # A registered op returns tensors only; a gradient nobody asked for is an empty one.
-    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]
+    return as_tensors(gradients, x)  # type: ignore[return-value]
 
 
 @_rms_norm_backward_op.register_fake

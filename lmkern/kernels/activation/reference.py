@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lmkern.kernels.backends import Call
+from lmkern.kernels.statistics import wide
 
 
 def unavailable() -> str | None:
@@ -21,7 +22,7 @@ def unsupported(call: Call) -> str | None:
 
 
 def forward(x: Tensor, bias: Tensor | None, *, function: str, gated: bool) -> Tensor:
-    z = _wide(x) if bias is None else _wide(x) + bias
+    z = wide(x) if bias is None else wide(x) + bias
     if not gated:
         return _FUNCTIONS[function](z)[0].to(x.dtype)
     gate, value = z.chunk(2, dim=1)  # (R, F) each
@@ -37,7 +38,7 @@ def backward(
     gated: bool,
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    z, dy_wide = _wide(x) if bias is None else _wide(x) + bias, _wide(dy)
+    z, dy_wide = wide(x) if bias is None else wide(x) + bias, wide(dy)
     if gated:
         gate, value = z.chunk(2, dim=1)  # (R, F) each
         f, slope = _FUNCTIONS[function](gate)
@@ -82,7 +83,3 @@ _FUNCTIONS: Mapping[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = MappingPro
         "relu_squared": _relu_squared,
     }
 )
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lmkern.kernels import philox
@@ -10,6 +9,7 @@ from lmkern.kernels.add_norm.options import Options
 from lmkern.kernels.backends import Call
 from lmkern.kernels.layer_norm import reference as layer_norm
 from lmkern.kernels.rms_norm import reference as rms_norm
+from lmkern.kernels.statistics import wide
 
 
 def unavailable() -> str | None:
@@ -23,7 +23,7 @@ def unsupported(call: Call) -> str | None:
 def forward(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    h = (_wide(residual) + _dropout(_wide(x), options)).to(residual.dtype)  # (R, E)
+    h = (wide(residual) + _dropout(wide(x), options)).to(residual.dtype)  # (R, E)
     mean: Tensor | None = None
     if options.centred:
         y, mean, rstd = layer_norm.forward(h, _shifted(weight, options), bias, eps=options.eps)
@@ -47,16 +47,16 @@ def backward(
     needs_h = needs[0] or needs[1]
     if mean is not None:
         dh_norm, dweight, dbias = layer_norm.backward(
-            dy, _wide(h), _shifted(weight, options), mean, rstd, needs=(needs_h, *needs[2:])
+            dy, wide(h), _shifted(weight, options), mean, rstd, needs=(needs_h, *needs[2:])
         )
     else:
         dh_norm, dweight = rms_norm.backward(
-            dy, _wide(h), weight, rstd, offset=options.offset, needs=(needs_h, needs[2])
+            dy, wide(h), weight, rstd, offset=options.offset, needs=(needs_h, needs[2])
         )
     if dh_norm is None:
         return None, None, dweight, dbias
     if dh is not None:
-        dh_norm = dh_norm + _wide(dh)
+        dh_norm = dh_norm + wide(dh)
     dx = _dropout(dh_norm, options).to(dy.dtype) if needs[0] else None
     return dx, dh_norm.to(h.dtype) if needs[1] else None, dweight, dbias
 
@@ -69,8 +69,4 @@ def _dropout(x: Tensor, options: Options) -> Tensor:
 
 
 def _shifted(weight: Tensor | None, options: Options) -> Tensor | None:
-    return None if weight is None else options.offset + _wide(weight)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return None if weight is None else options.offset + wide(weight)

@@ -15,6 +15,7 @@ from lmkern.kernels.backends import Call
 from lmkern.kernels.cached_attention import cpu as cached_attention
 from lmkern.kernels.cached_attention.options import Options as CachedOptions
 from lmkern.kernels.cpu_call import on_huge_pages, unavailable
+from lmkern.kernels.philox import threshold
 from lmkern.kernels.statistics import statistics_dtype
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
@@ -136,7 +137,7 @@ def pack(tensors: Mapping[str, Tensor | None], options: Options) -> bytes:
         strides += _NO_STRIDES if x is None else x.stride()
     for x in (bias, options.mask, dbias):
         strides += _NO_STRIDES if x is None else _broadcast_strides(x, (batch, heads, n_q, n_k))
-    threshold = round(options.dropout_p * 65536)
+    levels = threshold(options.dropout_p)
     return _PARAMS.pack(
         *pointers,
         *strides,
@@ -152,8 +153,8 @@ def pack(tensors: Mapping[str, Tensor | None], options: Options) -> bytes:
         options.top_left,
         0 if relative is None else relative.shape[1] // 2,
         0 if relative is None or relative.shape[0] == 1 else relative.shape[1],
-        threshold,
-        int(options.seed.item()) if threshold and options.seed is not None else 0,
+        levels,
+        int(options.seed.item()) if levels and options.seed is not None else 0,
         options.softmax_scale,
         options.softcap,
         cpu_call.DTYPE_CODES[q.dtype],

@@ -14,6 +14,7 @@ from torch import Tensor
 from lmkern.kernels.attention import Options
 from lmkern.kernels.backends import Call
 from lmkern.kernels.philox import keep_mask, keep_scale, threshold
+from lmkern.kernels.statistics import wide
 
 # The sequence's number, as dropout counts (that of the first one of a batch), and its queries and keys.
 Sequence = tuple[int, slice, slice]
@@ -57,8 +58,8 @@ def backward(
     *,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    dout = _wide(dout)
-    delta = (dout * _wide(out)).sum(-1)  # (B, H, N_q)
+    dout = wide(dout)
+    delta = (dout * wide(out)).sum(-1)  # (B, H, N_q)
     if dlse is not None:
         delta = delta - dlse
     inputs = (q, k, v, options.bias, options.relative_bias, options.sinks)
@@ -92,7 +93,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, options: Options, number: int) -> t
     weights = _weights(scores, lse)  # (B, H, N_q, N_k)
     if (keep := _keep(weights, options, number)) is not None:
         weights = weights * keep
-    return weights @ _repeat_heads(_wide(v), q.shape[1]), lse
+    return weights @ _repeat_heads(wide(v), q.shape[1]), lse
 
 
 def _add_gradients(
@@ -114,7 +115,7 @@ def _add_gradients(
         dsinks -= (weight * delta).sum((0, 2))
     capped = _capped(q, k, options)
     weights = _weights(_scores(capped, options), lse)  # (B, H, N_q, N_k)
-    dweights = dout @ _repeat_heads(_wide(v), heads).mT  # (B, H, N_q, N_k)
+    dweights = dout @ _repeat_heads(wide(v), heads).mT  # (B, H, N_q, N_k)
     kept = weights
     if (keep := _keep(weights, options, number)) is not None:
         kept, dweights = weights * keep, dweights * keep
@@ -131,14 +132,14 @@ def _add_gradients(
         dscores = dscores * (1 - (capped / options.softcap) ** 2)
     dscores = dscores * options.softmax_scale
     if dq is not None:
-        dq += dscores @ _repeat_heads(_wide(k), heads)
+        dq += dscores @ _repeat_heads(wide(k), heads)
     if dk is not None:
-        dk += _sum_heads(dscores.mT @ _wide(q), heads_kv)
+        dk += _sum_heads(dscores.mT @ wide(q), heads_kv)
 
 
 def _capped(q: Tensor, k: Tensor, options: Options) -> Tensor:
     """softcap(q . k * softmax_scale), (B, H, N_q, N_k)."""
-    scores = _wide(q) @ _repeat_heads(_wide(k), q.shape[1]).mT * options.softmax_scale
+    scores = wide(q) @ _repeat_heads(wide(k), q.shape[1]).mT * options.softmax_scale
     return options.softcap * torch.tanh(scores / options.softcap) if options.softcap else scores
 
 
@@ -197,10 +198,6 @@ def _sequences(options: Options) -> Iterator[Sequence]:
 
 def _part(x: Tensor | None, tokens: slice) -> Tensor | None:
     return None if x is None else x[:, :, tokens]
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _repeat_heads(x: Tensor, heads: int) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lmkern.kernels.backends import Call
 from lmkern.kernels.cached_attention.options import Options
+from lmkern.kernels.statistics import wide
 
 
 def unavailable() -> str | None:
@@ -31,9 +32,9 @@ def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> tu
         seen &= key >= position[..., None] - options.left
     # What no query sees may be anything, and 0 * NaN is NaN.
     unseen = ~seen.any(1)[:, None, :, None]  # (B, 1, N_max, 1)
-    k, v = (_wide(x).masked_fill(unseen, 0.0).repeat_interleave(H // x.shape[1], 1) for x in (k, v))
+    k, v = (wide(x).masked_fill(unseen, 0.0).repeat_interleave(H // x.shape[1], 1) for x in (k, v))
 
-    scores = _wide(q) @ k.mT * options.softmax_scale  # (B, H, N_q, N_max)
+    scores = wide(q) @ k.mT * options.softmax_scale  # (B, H, N_q, N_max)
     if options.softcap:
         scores = options.softcap * torch.tanh(scores / options.softcap)
     if options.alibi_slopes is not None:
@@ -56,7 +57,3 @@ def _keys(cache: Tensor, page_table: Tensor | None) -> Tensor:
     index = page_table.where((page_table >= 0) & (page_table < cache.shape[0]), 0).long()
     pages = cache[index]  # (B, max_pages, H_kv, page_size, D)
     return pages.transpose(1, 2).flatten(2, 3)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lmkern.kernels.backends import Call
+from lmkern.kernels.statistics import wide
 
 
 def unavailable() -> str | None:
@@ -26,7 +27,7 @@ def forward(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     ignored = targets == ignore_index  # (R,)
-    z = _capped(_wide(logits), softcap)  # (R, V)
+    z = _capped(wide(logits), softcap)  # (R, V)
     row_max = z.amax(1) if z.shape[1] else z.new_zeros(z.shape[0])  # (R,)
     log_sum = (z - row_max[:, None]).exp().sum(1).log()  # (R,)
     hit = z.gather(1, targets.where(~ignored, 0)[:, None])[:, 0] if z.shape[1] else row_max  # (R,)
@@ -52,8 +53,8 @@ def backward(
     softcap: float,
 ) -> Tensor:
     ignored = targets == ignore_index  # (R,)
-    wide = _wide(logits)
-    z = _capped(wide, softcap)  # (R, V)
+    logits_wide = wide(logits)
+    z = _capped(logits_wide, softcap)  # (R, V)
     dz = (z - row_max[:, None] - log_sum[:, None]).exp()  # (R, V)
     if z_loss:
         dz = dz * (1 + 2 * z_loss * (row_max + log_sum))[:, None]
@@ -63,13 +64,9 @@ def backward(
         dz = dz.scatter_add(1, hit, torch.full_like(hit, label_smoothing - 1, dtype=dz.dtype))
     dz = dz * dloss[:, None]
     if softcap:
-        dz = dz * (1 - (wide / softcap).tanh().square())
+        dz = dz * (1 - (logits_wide / softcap).tanh().square())
     return dz.masked_fill(ignored[:, None], 0).to(logits.dtype)
 
 
 def _capped(logits: Tensor, softcap: float) -> Tensor:
     return (logits / softcap).tanh() * softcap if softcap else logits
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

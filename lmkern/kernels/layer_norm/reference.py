@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lmkern.kernels.backends import Call
+from lmkern.kernels.statistics import wide
 
 
 def unavailable() -> str | None:
@@ -19,7 +19,7 @@ def unsupported(call: Call) -> str | None:
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x_wide = _wide(x)
+    x_wide = wide(x)
     mean = x_wide.mean(-1)  # (R,)
     centred = x_wide - mean[:, None]  # (R, E)
     rstd = (centred.square().mean(-1) + eps).rsqrt()  # (R,)
@@ -40,8 +40,8 @@ def backward(
     *,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    dy_wide = _wide(dy)
-    x_hat = (_wide(x) - mean[:, None]) * rstd[:, None]  # (R, E)
+    dy_wide = wide(dy)
+    x_hat = (wide(x) - mean[:, None]) * rstd[:, None]  # (R, E)
     dx = dweight = dbias = None
     if needs[0]:
         dx_hat = dy_wide if weight is None else dy_wide * weight  # (R, E)
@@ -52,7 +52,3 @@ def backward(
     if needs[2]:
         dbias = dy_wide.sum(0)  # (E,)
     return dx, dweight, dbias
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

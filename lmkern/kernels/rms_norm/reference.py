@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lmkern.kernels.backends import Call
+from lmkern.kernels.statistics import wide
 
 
 def unavailable() -> str | None:
@@ -17,11 +17,11 @@ def unsupported(call: Call) -> str | None:
 
 
 def forward(x: Tensor, weight: Tensor | None, *, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    x_wide = _wide(x)
+    x_wide = wide(x)
     rstd = (x_wide.square().mean(-1) + eps).rsqrt()  # (R,)
     y = x_wide * rstd[:, None]  # (R, E)
     if weight is not None:
-        y = y * (offset + _wide(weight))
+        y = y * (offset + wide(weight))
     return y.to(x.dtype), rstd
 
 
@@ -34,17 +34,13 @@ def backward(
     offset: float,
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    dy_wide = _wide(dy)
-    x_hat = _wide(x) * rstd[:, None]  # (R, E)
+    dy_wide = wide(dy)
+    x_hat = wide(x) * rstd[:, None]  # (R, E)
     dx = dweight = None
     if needs[0]:
-        dx_hat = dy_wide if weight is None else dy_wide * (offset + _wide(weight))  # (R, E)
+        dx_hat = dy_wide if weight is None else dy_wide * (offset + wide(weight))  # (R, E)
         along = (dx_hat * x_hat).mean(-1, keepdim=True)  # (R, 1)
         dx = ((dx_hat - x_hat * along) * rstd[:, None]).to(x.dtype)
     if needs[1]:
         dweight = (dy_wide * x_hat).sum(0)  # (E,)
     return dx, dweight
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
