@@ -118,6 +118,21 @@ def test_a_patched_model_is_saved_and_copied_whole(name: str, tmp_path: Path) ->
         assert all(torch.equal(ours[2][key], gradient) for key, gradient in theirs[2].items())
 
 
+def test_who_listens_to_t5s_table_of_positions_is_told() -> None:
+    model, inputs = make("t5"), batch("right")
+    theirs = results(model, inputs)
+    lmkern.patch(model, verbose=False)
+    tables = [module for path, module in model.named_modules() if path.endswith("relative_attention_bias")]
+    heard: list[Tensor] = []
+    for table in tables:
+        table.register_forward_hook(lambda _module, _inputs, output: heard.append(output))
+    assert_same(results(model, inputs), theirs)
+    # The encoder's and the decoder's, in training and in evaluation.
+    assert len(heard) == 4
+    tables[0].register_forward_hook(lambda _module, _inputs, output: output + output)
+    assert not torch.equal(results(model, inputs)[1], theirs[1])
+
+
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_registered_attention_alone_agrees_with_eager(name: str, padding: str) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from lmkern.huggingface.attention import NAME
 from lmkern.huggingface.swapping import Recipe, agree, of_transformers, own_forward, subclass
+from lmkern.nn import Embedding
+from lmkern.nn.residual import plain
 from lmkern.ops import bucketed_bias, rotary
 from lmkern.patching import Undo, swap_class
 
@@ -99,11 +101,14 @@ def _compute_bias(cls: Any) -> Callable[..., Any]:
     def compute_bias(
         self: Any, query_length: int, key_length: int, device: Any = None, past_seen_tokens: Any = 0
     ) -> Tensor:
-        if isinstance(past_seen_tokens, Tensor) or past_seen_tokens + query_length != key_length:
+        table = self.relative_attention_bias
+        # What is listened to, or has taken the table's place, is called, for every pair of tokens.
+        called = not (plain(table, nn.Embedding) or plain(table, Embedding))
+        if called or isinstance(past_seen_tokens, Tensor) or past_seen_tokens + query_length != key_length:
             dense: Tensor = cls.compute_bias(self, query_length, key_length, device, past_seen_tokens)
             return dense
         line = bucketed_bias(
-            self.relative_attention_bias.weight,
+            table.weight,
             query_length,
             key_length,
             bidirectional=not self.is_decoder,
