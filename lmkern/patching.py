@@ -82,8 +82,8 @@ def patch(model: nn.Module, *, verbose: bool = True) -> Patch:
     that a forward calls are not touched.
 
     Returns a `Patch`, printed unless verbose is False. Patching twice changes nothing more. If a rule raises,
-    all is as before. Patch before torch.compile. Save the state dict (save_pretrained does), not the object:
-    pickle does not know the classes that are made here of transformers'.
+    all is as before. Patch before torch.compile. A model saved whole (torch.save(model)) is read where lmkern
+    is installed; its state dict (save_pretrained) is read anywhere.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: expected a torch.nn.Module; got {type(model).__name__}")

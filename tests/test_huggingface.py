@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,37 @@ def test_patched_models_agree_with_eager_attention_and_undo(name: str, padding: 
     again = results(model, inputs)
     assert torch.equal(again[0], theirs[0]) and torch.equal(again[1], theirs[1])
     assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_patched_model_is_saved_and_copied_whole(name: str, tmp_path: Path) -> None:
+    model, inputs = make(name), batch("right")
+    swapped = lmkern.patch(model, verbose=False).swapped
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    theirs = results(model, inputs)
+    for other in (loaded, copy.deepcopy(model)):
+        classes = [(path, type(module)) for path, module in other.named_modules()]
+        assert classes == [(path, type(module)) for path, module in model.named_modules()]
+        assert not set(lmkern.patch(other, verbose=False).swapped) & set(swapped)
+        ours = results(other, inputs)
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+        assert all(torch.equal(ours[2][key], gradient) for key, gradient in theirs[2].items())
+
+
+def test_who_listens_to_t5s_table_of_positions_is_told() -> None:
+    model, inputs = make("t5"), batch("right")
+    theirs = results(model, inputs)
+    lmkern.patch(model, verbose=False)
+    tables = [module for path, module in model.named_modules() if path.endswith("relative_attention_bias")]
+    heard: list[Tensor] = []
+    for table in tables:
+        table.register_forward_hook(lambda _module, _inputs, output: heard.append(output))
+    assert_same(results(model, inputs), theirs)
+    # The encoder's and the decoder's, in training and in evaluation.
+    assert len(heard) == 4
+    tables[0].register_forward_hook(lambda _module, _inputs, output: output + output)
+    assert not torch.equal(results(model, inputs)[1], theirs[1])
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])

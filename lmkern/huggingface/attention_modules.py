@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lmkern.huggingface.attention import NAME
-from lmkern.huggingface.swapping import agree, of_transformers, own_forward, subclass
+from lmkern.huggingface.swapping import Recipe, agree, of_transformers, own_forward, subclass
+from lmkern.nn import Embedding
+from lmkern.nn.residual import plain
 from lmkern.ops import bucketed_bias, rotary
 from lmkern.patching import Undo, swap_class
 
@@ -33,13 +35,13 @@ def swap_attention(module: nn.Module) -> Undo | str:
         return f"{cls.__name__} does not ask transformers' registry of attentions"
     if getattr(module, "reorder_and_upcast_attn", False):
         return "reorder_and_upcast_attn wants float32 scores of its own"
-    methods: dict[str, Callable[..., Any]] = {}
+    methods: dict[str, Recipe] = {}
     rope = forward.__globals__.get("apply_rotary_pos_emb")
     if "apply_rotary_pos_emb" in forward.__code__.co_names and rope is not None and _turns_halves(rope):
-        methods["forward"] = _with_rotary(forward)
+        methods["forward"] = (_with_rotary, cls)
     if hasattr(cls, "_relative_position_bucket") and hasattr(cls, "compute_bias"):
-        methods["compute_bias"] = _compute_bias(cls)
-        methods["forward"] = _without_zero_bias(cls)
+        methods["compute_bias"] = (_compute_bias, cls)
+        methods["forward"] = (_without_zero_bias, cls)
     config: Any = module.config
     before = config._attn_implementation
     undo_class = swap_class(module, subclass(cls, **methods))
@@ -75,9 +77,9 @@ def _apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
     return rotary(q, *tables, positions=positions), rotary(k, *tables, positions=positions)
 
 
-@cache
-def _with_rotary(forward: types.FunctionType) -> Callable[..., Any]:
+def _with_rotary(cls: Any) -> Callable[..., Any]:
     """The attention's own forward with our rotary embedding in place of its function of that name."""
+    forward = own_forward(cls)
     theirs = forward.__globals__["apply_rotary_pos_emb"]
 
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any) -> Any:
@@ -93,18 +95,20 @@ def _with_rotary(forward: types.FunctionType) -> Callable[..., Any]:
     return copy
 
 
-@cache
 def _compute_bias(cls: Any) -> Callable[..., Any]:
     """T5's bias as (1, H, 1, 2 R + 1), one number a distance, for `lmkern_attention`."""
 
     def compute_bias(
         self: Any, query_length: int, key_length: int, device: Any = None, past_seen_tokens: Any = 0
     ) -> Tensor:
-        if isinstance(past_seen_tokens, Tensor) or past_seen_tokens + query_length != key_length:
+        table = self.relative_attention_bias
+        # What is listened to, or has taken the table's place, is called, for every pair of tokens.
+        called = not (plain(table, nn.Embedding) or plain(table, Embedding))
+        if called or isinstance(past_seen_tokens, Tensor) or past_seen_tokens + query_length != key_length:
             dense: Tensor = cls.compute_bias(self, query_length, key_length, device, past_seen_tokens)
             return dense
         line = bucketed_bias(
-            self.relative_attention_bias.weight,
+            table.weight,
             query_length,
             key_length,
             bidirectional=not self.is_decoder,
@@ -115,7 +119,6 @@ def _compute_bias(cls: Any) -> Callable[..., Any]:
     return compute_bias
 
 
-@cache
 def _without_zero_bias(cls: Any) -> Callable[..., Any]:
     """T5's cross-attention without the zeros it would add to its scores."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -58,7 +57,6 @@ def _product_and_bias(module: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return module(x), None
 
 
-@cache
 def _feed_forward(parts: tuple[str | None, ...], function: Any) -> Callable[[Any, Tensor], Tensor]:
     _, gate, value, dropout, down, last = parts
 
@@ -98,5 +96,5 @@ def swap_feed_forward(module: nn.Module) -> Undo | str:
         return f"its activation {type(act).__name__} is none of {', '.join(_FUNCTIONS)}"
     width = first.weight.shape[1 if isinstance(first, nn.Linear) else 0]
     theirs: Any = type(module)
-    cls = subclass(theirs, forward=_feed_forward(parts, function))
+    cls = subclass(theirs, forward=(_feed_forward, parts, function))
     return swap_if_same(module, width, cls) or f"{cls.__name__} computes something else than we would"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
 from typing import Any
 
 import torch.nn.functional as F
@@ -44,7 +44,6 @@ class _Head(nn.Linear):
         return x[..., :0]
 
 
-@cache
 def _loss_forward(cls: Any) -> Callable[..., Any]:
     theirs, kind = cls.forward, _kind_of_loss(cls)
 
@@ -108,7 +107,7 @@ def swap_loss(module: nn.Module) -> Undo | str:
         if hasattr(model.config, name):
             return f"its loss stays: config.{name} is not served"
     cls: Any = type(module)
-    undo_class = swap_class(module, subclass(cls, forward=_loss_forward(cls)))
+    undo_class = swap_class(module, subclass(cls, forward=(_loss_forward, cls)))
     undo_head = swap_class(head, _Head)
 
     def undo() -> None:

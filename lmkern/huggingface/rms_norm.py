@@ -36,15 +36,12 @@ def _rms_forward(offset: float) -> Callable[[Any, Tensor], Tensor]:
     return forward
 
 
-_RMS_FORWARDS = (_rms_forward(0.0), _rms_forward(1.0))
-
-
 def swap_rms_norm(module: nn.Module) -> Undo | str:
     if _epsilon(module) is not None:
         cls: Any = type(module)
         width = next(module.parameters()).shape[0]
-        for forward in _RMS_FORWARDS:
-            undo = swap_if_same(module, width, subclass(cls, forward=forward))
+        for offset in (0.0, 1.0):
+            undo = swap_if_same(module, width, subclass(cls, forward=(_rms_forward, offset)))
             if undo is not None:
                 return undo
     return f"{type(module).__name__} computes no RMS norm that lmkern.rms_norm knows"

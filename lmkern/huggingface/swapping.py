@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -14,16 +14,31 @@ from torch import Tensor, nn
 
 from lmkern.patching import Undo, swap_class
 
+# What makes a method, and its arguments.
+Recipe = tuple[Any, ...]
+
 
 class Ours:
-    """Marks the classes made here."""
+    """Marks the classes made here, whose objects are pickled by how their class is made."""
+
+    _made_of: tuple[Any, dict[str, Recipe]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        parts: Any = super().__reduce_ex__(protocol)
+        return _unpickled, self._made_of, *parts[2:]
 
 
 @cache
-def subclass(cls: Any, **methods: Callable[..., Any]) -> type[nn.Module]:
+def subclass(cls: Any, **methods: Recipe) -> type[nn.Module]:
     """cls with other methods, by the same name: transformers writes class names into configurations."""
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, **methods}
+    names = {name: maker(*arguments) for name, (maker, *arguments) in methods.items()}
+    names |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_made_of": (cls, methods)}
     return type(cls.__name__, (Ours, cls), names)
+
+
+def _unpickled(cls: Any, methods: dict[str, Recipe]) -> Any:
+    made = subclass(cls, **methods)
+    return made.__new__(made)
 
 
 def of_transformers(module: nn.Module) -> bool:
