@@ -25,7 +25,7 @@ endif
 
 GPU_STAGES := gpu-build gpu-test gpu-bench gpu-report
 
-.PHONY: demo test lint format bench report gpu $(GPU_STAGES)
+.PHONY: demo test lint format bench bench-avx2 report gpu $(GPU_STAGES)
 
 demo: $(READY)
 	$(BIN)/lmkern demo $(DATA) --minutes $(MINUTES) $(ARGS)
@@ -43,6 +43,13 @@ format: $(LINT_READY)
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks -p no:logging --benchmark-enable --record $(ARGS)
+
+# Ours and torch held to what most laptops have.
+bench-avx2: export LMKERN_CPU_ISA := avx2
+bench-avx2: export ATEN_CPU_CAPABILITY := avx2
+bench-avx2: export MKL_ENABLE_INSTRUCTIONS := AVX2
+bench-avx2: export ONEDNN_MAX_CPU_ISA := AVX2
+bench-avx2: bench
 
 report: $(READY)
 	$(BIN)/python -m benchmarks.report

@@ -74,6 +74,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
     if config.getoption("quick") and config.getoption("record"):
         raise pytest.UsageError("--quick gives no numbers to --record; give one of the two")
+    if config.getoption("record") and (reason := machine.one_sided_limit()):
+        raise pytest.UsageError(f"--record: {reason}")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

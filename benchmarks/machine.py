@@ -19,6 +19,8 @@ from lmkern.machine import hardware, versions
 ROOT = Path(__file__).parents[1]
 # What benchmarks write themselves.
 WRITTEN = (":!benchmarks/results", ":!docs/benchmarks", ":!README.md")
+# What holds torch, and the libraries under it, to an instruction set.
+TORCH_LIMITS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
 # Of the memory that is free, what is written once before the first row.
 TOUCHED = 0.5
 # More than any last-level cache holds, so that the copy runs at the speed of memory; on a GPU it lasts long
@@ -50,7 +52,29 @@ def instruction_set() -> str:
 
 def environment() -> dict[str, str]:
     """Hardware and versions, as the page prints them."""
-    return hardware() | {"CPU module used": instruction_set()} | versions()
+    return hardware() | {"CPU module used": instruction_set()} | torch_limits() | versions()
+
+
+def torch_limits() -> dict[str, str]:
+    """ "torch held to" what, where the environment says so."""
+    limits = [f"{name}={os.environ[name]}" for name in TORCH_LIMITS if name in os.environ]
+    return {"torch held to": ", ".join(limits)} if limits else {}
+
+
+def one_sided_limit() -> str | None:
+    """Why a run would compare unequal things: one side is held to an instruction set, the other not.
+
+    None where both or neither are.
+    """
+    names = ("LMKERN_CPU_ISA", *TORCH_LIMITS)
+    missing = [name for name in names if name not in os.environ]
+    if len(missing) in (0, len(names)):
+        return None
+    there = [name for name in names if name not in missing]
+    return (
+        "ours and torch must be held to one instruction set, or neither; "
+        f"got {', '.join(there)} without {', '.join(missing)}; make bench-avx2 sets them all"
+    )
 
 
 def gaps() -> dict[str, str]:

@@ -154,7 +154,7 @@ def page(record: Record) -> str:
         f"# Benchmarks: {name}",
         "Written by `make report`; do not edit. "
         f"Measured on {record['date']} at commit {record['commit']}, after {record['gate']} had passed.",
-        f"{METHOD}\n{GPU_METHOD if on_gpu(record) else CPU_METHOD}",
+        f"{METHOD}\n{GPU_METHOD if on_gpu(record) else CPU_METHOD}{held(record['environment'])}",
         f"Torch eager is {', '.join(f'{kernel} in {count} rows' for kernel, count in eager.items())}.",
         f"Ours is {verdict(rows)}.",
         row_table(rows),
@@ -173,6 +173,13 @@ def page(record: Record) -> str:
         gaps = "\n".join(f"* {backend}: {reason}" for backend, reason in record["gaps"].items())
         parts += ["Backends without rows here:", gaps]
     return "\n\n".join(parts) + "\n"
+
+
+def held(environment: dict[str, str]) -> str:
+    """What the two sides were held to, where they were, on a line of its own."""
+    if (limits := environment.get("torch held to")) is None:
+        return ""
+    return f"\nOurs is held to the instruction set {environment['CPU module used']}, torch by {limits}."
 
 
 @cache

@@ -194,3 +194,12 @@ def test_no_results_say_what_to_run(
     arguments = ["--results", str(results), "--docs", str(docs), "--readme", str(readme)]
     assert report.main(arguments) == 1
     assert "run make bench first" in capsys.readouterr().err
+
+
+def test_page_says_what_both_sides_were_held_to(folders: tuple[Path, Path, Path]) -> None:
+    results, docs, readme = folders
+    limits = {"CPU module used": "avx2", "torch held to": "ATEN_CPU_CAPABILITY=avx2"}
+    save(results, environment=RECORD["environment"] | limits)
+    report.write(results, docs, readme)
+    page = (docs / "some-cpu-avx512.md").read_text(encoding="utf-8")
+    assert "Ours is held to the instruction set avx2, torch by ATEN_CPU_CAPABILITY=avx2." in page
