@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -24,6 +25,9 @@ def versions() -> dict[str, str]:
 
 def version(package: str) -> str:
     """The installed version, or that there is none."""
+    if package == __package__:
+        # What runs: an installation in place keeps the number of the day it was made.
+        return str(sys.modules[package].__version__)
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

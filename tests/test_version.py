@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 import lmkern
+from lmkern.machine import version, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -14,6 +15,10 @@ def test_the_changelog_begins_with_the_version() -> None:
     release = lmkern.__version__.removesuffix(".dev0")
     unreleased = " (unreleased)" if lmkern.__version__.endswith(".dev0") else ""
     assert headings[0] == release + unreleased
+
+
+def test_doctor_runs_and_data_say_it() -> None:
+    assert version("lmkern") == versions()["lmkern"] == lmkern.__version__
 
 
 def test_the_package_is_built_with_it() -> None:

@@ -51,11 +51,11 @@ def peek(argv: Sequence[str], **options: Callable[[str], Any] | bool) -> argpars
         return argparse.Namespace(**dict.fromkeys(options))
 
 
-def config_defaults(path: Path | None) -> dict[str, Any]:
-    """data, model and training of a TOML file; nothing without one."""
+def config_defaults(path: Path | None, vocab_size: int | None = None) -> dict[str, Any]:
+    """data, model and training of a TOML file, as `load_config` reads it; nothing without one."""
     if path is None:
         return {}
     from lmkern.training import load_config
 
-    config = load_config(path)
+    config = load_config(path, vocab_size=vocab_size)
     return {field.name: getattr(config, field.name) for field in fields(config)}

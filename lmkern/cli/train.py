@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import arg
 
@@ -80,17 +80,17 @@ class TrainT5(Train):
 def command(argv: Sequence[str]) -> Train:
     """The command line as a Train, its model's options those of the architecture.
 
-    Without a file, the vocabulary is the data's, and pairs get an encoder-decoder and a stage of their own.
+    The vocabulary is the data's unless the file names one. Without a file, pairs get an encoder-decoder and a
+    stage of their own.
     """
     options = peek(argv, config=Path, data=Path, out=Path, architecture=str, resume=False)
     path = options.config
     if path is None and options.resume and options.out and (options.out / CONFIG).is_file():
         path = options.out / CONFIG
-    defaults: dict[str, Any] = {
-        name: value for name, value in config_defaults(path).items() if name != "data"
-    }
-    if path is None and options.data:
-        manifest = read_manifest(options.data)
+    manifest = read_manifest(options.data) if options.data else {}
+    defaults = config_defaults(path, manifest.get("vocab_size"))
+    defaults.pop("data", None)
+    if path is None and manifest:
         pairs = manifest["format"] == PAIRS_FORMAT
         if (options.architecture or ("t5" if pairs else "gpt")) == "t5":
             defaults["model"] = T5Config(

@@ -171,8 +171,10 @@ class RunConfig:
             )
 
 
-def load_config(path: str | Path) -> RunConfig:
+def load_config(path: str | Path, *, vocab_size: int | None = None) -> RunConfig:
     """The RunConfig in a TOML file; fields that the file does not name keep their defaults.
+
+    vocab_size: the model's, where the file does not name it.
 
     Raises FileNotFoundError if there is no such file; ValueError, with the place in words, for text that is
     not TOML, a field that does not exist (the nearest name is suggested) and a value of the wrong type or
@@ -183,6 +185,9 @@ def load_config(path: str | Path) -> RunConfig:
         raise FileNotFoundError(f"load_config: expected a TOML file; there is none at {path}")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
+        model = table.setdefault("model", {})
+        if vocab_size is not None and isinstance(model, dict):
+            model.setdefault("vocab_size", vocab_size)
         return _build(RunConfig, table, "")
     except (ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"load_config: {path}: {error}") from error

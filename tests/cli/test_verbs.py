@@ -171,6 +171,10 @@ def test_vocabulary_of_the_model_is_that_of_the_data(
     assert main(["prepare", str(place / "poem.txt"), "--out", data, "--config", config]) == 0
     assert command(["--data", data, "--out", "x"]).model.vocab_size == 300
     assert command(["--data", data, "--out", "x", "--model.vocab-size", "512"]).model.vocab_size == 512
+    for text, size in (("[model]\nlayers = 1", 300), ("", 300), ("[model]\nvocab_size = 320", 320)):
+        (tmp_path / "some.toml").write_text(text)
+        options = ["--data", data, "--out", "x", "--config", str(tmp_path / "some.toml")]
+        assert command(options).model.vocab_size == size
 
 
 def test_interrupted_demo_says_how_to_go_on(
