@@ -152,6 +152,19 @@ def test_errors_over_all_shapes_are_at_most_torchs(target: Target, dtype: torch.
     assert not (found := mean_verdicts(draws, target.units_beside)), "\n".join(found)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=ids)
+@pytest.mark.parametrize("target", [target for target in TARGETS if target.backend == "cpu"], ids=str)
+def test_errors_are_at_most_twice_torchs_where_torch_has_no_fast_product(
+    target: Target, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu.bf16, "usable", lambda x: False)
+    monkeypatch.setattr(cpu, "_torch_multiplies", lambda dtype: False)
+    monkeypatch.setattr(chunks, "_WIDENED_ROWS", 16)
+    monkeypatch.setattr(torch, "mm", None)  # of 16 bits, which this must not call
+    draw = functools.partial(errors.__wrapped__, target, dtype, SHAPE, "mean")
+    assert not (found := verdicts(draw, target.units_beside)), "\n".join(found)
+
+
 @pytest.mark.parametrize(("target", "dtype"), pairs(KERNELS), ids=ids)
 def test_chunks_change_nothing_but_rounding(
     target: Target, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

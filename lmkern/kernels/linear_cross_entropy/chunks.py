@@ -5,7 +5,7 @@ A backend brings the size of a chunk, its cross-entropy, and the products of the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -15,8 +15,14 @@ from torch import Tensor
 from lmkern.kernels.cpu_call import on_huge_pages
 from lmkern.kernels.statistics import gradient_dtype, statistics_dtype
 
-# Rows of dweight that a product in float32 of 16-bit factors makes at once, where torch has none of its own.
+# Rows of the weight, or of its gradient, that a product in float32 of 16-bit factors takes at once, where
+# torch has none of its own.
 _WIDENED_ROWS = 4096
+
+
+def widened_parts(rows: int) -> Iterator[slice]:
+    """The rows of the weight, some at a time."""
+    return (slice(first, first + _WIDENED_ROWS) for first in range(0, rows, _WIDENED_ROWS))
 
 
 class Sum(Protocol):
@@ -43,12 +49,19 @@ class WeightSum:
             torch.addmm(self.sums, dlogits.T, x, out_dtype=self.sums.dtype, out=self.sums)
         else:
             x = x.to(self.sums.dtype)
-            for first in range(0, self.sums.shape[0], _WIDENED_ROWS):
-                rows = slice(first, first + _WIDENED_ROWS)
+            for rows in widened_parts(self.sums.shape[0]):
                 self.sums[rows].addmm_(dlogits[:, rows].to(self.sums.dtype).T, x)
 
     def result(self) -> Tensor:
         return self.sums.to(gradient_dtype(self.dtype))
+
+
+def multiply_logits(x: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> None:
+    """Writes logits (T, V) = x (T, E) @ weight^T (E, V) + bias, by torch's product."""
+    if bias is None:
+        torch.mm(x, weight.T, out=logits)
+    else:
+        torch.addmm(bias, x, weight.T, out=logits)
 
 
 def by_chunks(
@@ -64,6 +77,7 @@ def by_chunks(
     cross_entropy: ModuleType,
     weight_sum: Callable[[Tensor], Sum],
     input_gradient: Callable[[Tensor, Tensor, Tensor], None],
+    make_logits: Callable[[Tensor, Tensor, Tensor | None, Tensor], None] = multiply_logits,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """loss, dx, dweight and dbias as the contract's forward gives them.
 
@@ -78,10 +92,7 @@ def by_chunks(
     for start in range(0, R, chunk):
         part = slice(start, min(R, start + chunk))
         logits = buffer[: part.stop - start]  # (T, V)
-        if bias is None:
-            torch.mm(x[part], weight.T, out=logits)
-        else:
-            torch.addmm(bias, x[part], weight.T, out=logits)
+        make_logits(x[part], weight, bias, logits)
         if not any(needs):
             loss[part] = cross_entropy.forward(logits, targets[part], **options)[0]
             continue

@@ -1,11 +1,13 @@
 """Linear + cross-entropy on the CPU, by chunks of tokens whose logits are held one chunk at a time.
 
-torch multiplies matrices, but for bfloat16 on processors that multiply its pairs (bf16.py);
-csrc/cross_entropy turns a chunk's logits into its loss and, in their place, their gradient.
+torch multiplies matrices, but for bfloat16 on processors that multiply its pairs (bf16.py); 16-bit ones in
+float32 where it has no fast product of them. csrc/cross_entropy turns a chunk's logits into its loss and, in
+their place, their gradient.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +18,12 @@ from lmkern.kernels.backends import Call
 from lmkern.kernels.cpu_call import unavailable
 from lmkern.kernels.cross_entropy import cpu as cross_entropy
 from lmkern.kernels.linear_cross_entropy import bf16
-from lmkern.kernels.linear_cross_entropy.chunks import WeightSum, by_chunks
+from lmkern.kernels.linear_cross_entropy.chunks import (
+    WeightSum,
+    by_chunks,
+    multiply_logits,
+    widened_parts,
+)
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
@@ -85,11 +92,43 @@ def _forward(
         cross_entropy=cross_entropy,
         weight_sum=WeightSum,
         input_gradient=_input_gradient,
+        make_logits=_make_logits,
     )
 
 
+@cache
+def _torch_multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies matrices of this dtype in vector instructions here.
+
+    It asks the same of oneDNN, and where that cannot it takes one element at a time: 16 bits then cost 70
+    times what float32 does.
+    """
+    if dtype.itemsize > 2:
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
+    ops = torch.ops.mkldnn
+    supported = ops._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else ops._is_mkldnn_fp16_supported
+    return bool(supported())
+
+
+def _make_logits(x: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> None:
+    if _torch_multiplies(x.dtype):
+        return multiply_logits(x, weight, bias, logits)
+    wide = x.float()
+    for rows in widened_parts(weight.shape[0]):
+        part = wide @ weight[rows].float().T
+        logits[:, rows] = part if bias is None else part.add_(bias[rows])
+
+
 def _input_gradient(dlogits: Tensor, weight: Tensor, dx: Tensor) -> None:
-    torch.mm(dlogits, weight, out=dx)
+    if _torch_multiplies(dx.dtype):
+        torch.mm(dlogits, weight, out=dx)
+        return
+    sums = dx.new_zeros(dx.shape, dtype=torch.float32)
+    for rows in widened_parts(weight.shape[0]):
+        sums.addmm_(dlogits[:, rows].float(), weight[rows].float())
+    dx.copy_(sums)
 
 
 def backward(
