@@ -1,7 +1,11 @@
-"""What the Python half of every CPU kernel shares: dtype codes, and why the module cannot take a call."""
+"""What the Python half of every CPU kernel shares: dtype codes, why the module cannot take a call, and what
+torch is good for."""
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 from torch import Tensor
 
 from lmkern.kernels import native
@@ -9,7 +13,7 @@ from lmkern.kernels.backends import Call
 from lmkern.kernels.native import DTYPE_CODES
 from lmkern.memory import HUGE_BYTES, prefer_huge_pages
 
-__all__ = ["DTYPE_CODES", "on_huge_pages", "pointer", "unavailable", "unsupported"]
+__all__ = ["DTYPE_CODES", "on_huge_pages", "pointer", "torch_multiplies", "unavailable", "unsupported"]
 
 
 def unavailable() -> str | None:
@@ -38,3 +42,19 @@ def on_huge_pages(tensor: Tensor) -> Tensor:
     if tensor.nbytes >= HUGE_BYTES and tensor.is_cpu:
         prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
+
+
+@cache
+def torch_multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies matrices of this dtype in vector instructions here.
+
+    It asks the same of oneDNN, and where that cannot it takes one element at a time: 16 bits then cost 70
+    times what float32 does.
+    """
+    if dtype.itemsize > 2:
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
+    ops = torch.ops.mkldnn
+    supported = ops._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else ops._is_mkldnn_fp16_supported
+    return bool(supported())

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lmkern
+from lmkern.kernels.linear import cpu
 from lmkern.kernels.linear.cpu import MOST_ROWS
 from lmkern.nn import Linear
 from lmkern.testing import (
@@ -156,7 +157,16 @@ def test_training_compiling_and_transforms_are_torchs(with_bias: bool) -> None:
         lmkern.linear(x, weight.T)
 
 
-def test_what_the_kernel_cannot_take_is_said_by_name() -> None:
+def test_more_rows_are_taken_where_torch_has_no_fast_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "torch_multiplies", lambda dtype: False)
+    x, weight, bias = inputs(130, 70, 33, torch.float16)
+    y = lmkern.linear(x, weight, bias, backend="cpu")
+    exact = x.double() @ weight.double().T + bias.double()
+    torch.testing.assert_close(y.double(), exact, rtol=2.0**-11, atol=1e-6)
+
+
+def test_what_the_kernel_cannot_take_is_said_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "torch_multiplies", lambda dtype: True)
     x, weight, _ = inputs(9, 8, 33, torch.float32)
     with pytest.raises(
         lmkern.UnsupportedBackend, match=r"takes up to 8 rows of 33 here, .* got 9\. Here: ref"

@@ -158,7 +158,7 @@ def test_errors_are_at_most_twice_torchs_where_torch_has_no_fast_product(
     target: Target, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu.bf16, "usable", lambda x: False)
-    monkeypatch.setattr(cpu, "_torch_multiplies", lambda dtype: False)
+    monkeypatch.setattr(cpu, "torch_multiplies", lambda dtype: False)
     monkeypatch.setattr(chunks, "_WIDENED_ROWS", 16)
     monkeypatch.setattr(torch, "mm", None)  # of 16 bits, which this must not call
     draw = functools.partial(errors.__wrapped__, target, dtype, SHAPE, "mean")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lmkern.kernels import cpu_call, native
 from lmkern.kernels.backends import Call
-from lmkern.kernels.cpu_call import DTYPE_CODES, pointer, unavailable
+from lmkern.kernels.cpu_call import DTYPE_CODES, pointer, torch_multiplies, unavailable
 
 __all__ = ["MOST_ROWS", "forward", "unavailable", "unsupported"]
 
@@ -21,6 +21,8 @@ _PARAMS = struct.Struct("=4q 7q")
 MOST_ROWS = {torch.float32: 8, torch.bfloat16: 4, torch.float16: 16}
 # What stays in the first cache of x in float32 while the weight passes by.
 _MOST_ELEMENTS = {torch.float32: 2**15, torch.bfloat16: 6144, torch.float16: 2**16}
+# Where torch takes one element at a time, and each thread has room for x.
+_MOST_WITHOUT_TORCH = 1024
 
 
 def unsupported(call: Call) -> str | None:
@@ -30,7 +32,9 @@ def unsupported(call: Call) -> str | None:
     if x is None or x.dtype not in MOST_ROWS:
         return "takes float32, bfloat16 and float16"
     count, K = x.shape
-    most = min(MOST_ROWS[x.dtype], max(1, _MOST_ELEMENTS[x.dtype] // max(K, 1)))
+    most = _MOST_WITHOUT_TORCH
+    if torch_multiplies(x.dtype):
+        most = min(MOST_ROWS[x.dtype], max(1, _MOST_ELEMENTS[x.dtype] // max(K, 1)))
     if count > most:
         return f"takes up to {most} rows of {K} here, and torch's product is faster for more; got {count}"
     return None

@@ -7,7 +7,6 @@ their place, their gradient.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from lmkern.kernels import cpu_call
 from lmkern.kernels.backends import Call
-from lmkern.kernels.cpu_call import unavailable
+from lmkern.kernels.cpu_call import torch_multiplies, unavailable
 from lmkern.kernels.cross_entropy import cpu as cross_entropy
 from lmkern.kernels.linear_cross_entropy import bf16
 from lmkern.kernels.linear_cross_entropy.chunks import (
@@ -96,24 +95,8 @@ def _forward(
     )
 
 
-@cache
-def _torch_multiplies(dtype: torch.dtype) -> bool:
-    """Whether torch multiplies matrices of this dtype in vector instructions here.
-
-    It asks the same of oneDNN, and where that cannot it takes one element at a time: 16 bits then cost 70
-    times what float32 does.
-    """
-    if dtype.itemsize > 2:
-        return True
-    if not torch.backends.mkldnn.is_available():
-        return False
-    ops = torch.ops.mkldnn
-    supported = ops._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else ops._is_mkldnn_fp16_supported
-    return bool(supported())
-
-
 def _make_logits(x: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> None:
-    if _torch_multiplies(x.dtype):
+    if torch_multiplies(x.dtype):
         return multiply_logits(x, weight, bias, logits)
     wide = x.float()
     for rows in widened_parts(weight.shape[0]):
@@ -122,7 +105,7 @@ def _make_logits(x: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor)
 
 
 def _input_gradient(dlogits: Tensor, weight: Tensor, dx: Tensor) -> None:
-    if _torch_multiplies(dx.dtype):
+    if torch_multiplies(dx.dtype):
         torch.mm(dlogits, weight, out=dx)
         return
     sums = dx.new_zeros(dx.shape, dtype=torch.float32)
