@@ -143,7 +143,9 @@ def _sides(line: str, place: str) -> tuple[str, str]:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"read_pairs: {place} is not JSON: {error}") from None
+        raise ValueError(
+            f"read_pairs: {place} is not JSON: {error}. Of parallel files name both, source before target"
+        ) from None
     if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in KEYS):
         got = f"keys {', '.join(record)}" if isinstance(record, dict) else type(record).__name__
         raise ValueError(f'read_pairs: {place} must be {{"source": text, "target": text}}; got {got}')

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -20,7 +20,9 @@ Norm = Literal["layer", "rms"]
 
 
 def make_norm(norm: Norm, width: int, *, eps: float, bias: bool) -> LayerNorm | RMSNorm:
-    """LayerNorm, or RMSNorm, which has no bias."""
+    """LayerNorm, or RMSNorm, which has no bias. ValueError for another name."""
+    if norm not in get_args(Norm):
+        raise ValueError(f"Block: norm must be 'layer' or 'rms'; got {norm!r}")
     return LayerNorm(width, eps=eps, bias=bias) if norm == "layer" else RMSNorm(width, eps=eps)
 
 
@@ -99,6 +101,8 @@ class Block(nn.Module):
         options = {"mask": mask, "relative_bias": relative_bias, "cache": cache, "cu_seqlens": cu_seqlens}
         x = self._add(x, self.attention_norm, self.attention, **options)
         if memory is not None:
+            if not hasattr(self, "cross_attention"):
+                raise ValueError("Block: a memory is for a block with cross=True; got one without")
             x = self._add(x, self.cross_norm, self.cross_attention, memory=memory, mask=memory_mask)
         x = self._add(x, self.feed_forward_norm, self.feed_forward)
         return closed(x) if close else x

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from functools import wraps
 from inspect import signature
 from itertools import chain
-from typing import Any, ParamSpec, TypeVar
+from numbers import Real
+from typing import ParamSpec, TypeVar
 
 import numpy
 import torch
@@ -19,6 +21,15 @@ DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# What an argument takes by its annotation, in words and as types. A tensor may be a number.
+_NUMBER = (Real, Tensor, torch.SymFloat, torch.SymInt)
+_TAKES: dict[str, tuple[str, tuple[type, ...]]] = {
+    "Tensor": ("torch.Tensor", (Tensor,)),
+    "Tensor | None": ("torch.Tensor", (Tensor, type(None))),
+    "float": ("number", _NUMBER),
+    "float | None": ("number", (*_NUMBER, type(None))),
+}
+
 # torch.SymBool: what a comparison of lengths is where a compiler traces.
 _TRUTH_VALUES = (bool, torch.SymBool, numpy.bool_)
 
@@ -26,23 +37,20 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def takes_tensors(op: Callable[P, R]) -> Callable[P, R]:
-    """The op, whose failure says which argument is no tensor, if one is not that should be one."""
-    allowed = {"Tensor": Tensor, "Tensor | None": (Tensor, type(None))}
-    types: dict[str, Any] = {
-        name: allowed.get(declared.annotation) for name, declared in signature(op).parameters.items()
-    }
+    """The op, whose failure says which argument is no tensor or number, if one is not that should be one."""
+    types = {name: _TAKES.get(declared.annotation) for name, declared in signature(op).parameters.items()}
 
     @wraps(op)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return op(*args, **kwargs)
-        except (AttributeError, TypeError):
+        except (AttributeError, TypeError, ValueError, struct.error):
             # Only now: in a call that succeeds the arguments need no look.
             for name, given in chain(zip(types, args, strict=False), kwargs.items()):
                 expected = types.get(name)
-                if expected is not None and not isinstance(given, expected):
+                if expected is not None and not isinstance(given, expected[1]):
                     raise TypeError(
-                        f"{op.__name__}: {name} must be a torch.Tensor; got {type(given).__name__}"
+                        f"{op.__name__}: {name} must be a {expected[0]}; got {type(given).__name__}"
                     ) from None
             raise
 

@@ -1,6 +1,7 @@
 """train(): the whole run, from an empty folder or a checkpoint to the best weights in model/."""
 
 import contextlib
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -209,10 +210,9 @@ class _Run:
         if state.skipped:
             done += f", {state.skipped} steps skipped"
         if reason == "interrupted":
-            return (
-                f"interrupted after {done}; everything is saved in {self.folder}. To go on, give the same "
-                "command with --resume: lmkern train ... --resume"
-            )
+            data, out = str(self.trainer.dataset.folder), str(self.folder)
+            again = shlex.join(("lmkern", "train", "--data", data, "--out", out, "--resume"))
+            return f"interrupted after {done}; everything is saved in {self.folder}. To go on: {again}"
         why = "the token budget is used up" if reason == "tokens" else "validation no longer improves"
         return (
             f"trained: {done}; {why}. The best weights (step {state.best_step}) are in {self.folder / MODEL}"

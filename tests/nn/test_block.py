@@ -62,3 +62,11 @@ def test_dropout_falls_on_what_a_half_adds_in_training_only(silent: str) -> None
     x = torch.randn(2, 8, 64)
     assert 0.4 < (block(x) == x).float().mean() < 0.6
     assert (block.eval()(x) != x).float().mean() > 0.99
+
+
+def test_what_a_block_does_not_have_is_refused_by_name():
+    x = torch.randn(1, 3, 8)
+    with pytest.raises(ValueError, match="Block: norm must be 'layer' or 'rms'; got 'batch'"):
+        Block(8, 2, 16, norm="batch")
+    with pytest.raises(ValueError, match="Block: a memory is for a block with cross=True"):
+        Block(8, 2, 16)(x, memory=x)

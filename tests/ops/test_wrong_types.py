@@ -1,4 +1,4 @@
-"""What is no tensor, and what is neither on nor off, is refused by the name of the argument."""
+"""What is no tensor or number, and what is neither on nor off, is refused by the name of the argument."""
 
 from collections.abc import Callable
 from inspect import signature
@@ -48,6 +48,24 @@ def test_an_optional_tensor_may_be_none_and_nothing_else() -> None:
         lmkern.layer_norm(x, (4,), bias=(4,))
     with pytest.raises(TypeError, match=r"^attention: alibi_slopes must be a torch\.Tensor; got float$"):
         lmkern.attention(*(torch.randn(1, 1, 2, 4) for _ in range(3)), alibi_slopes=0.5)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda q, given: lmkern.attention(q, q, q, softmax_scale=given), "attention: softmax_scale"),
+        (lambda q, given: lmkern.attention(q, q, q, dropout_p=given), "attention: dropout_p"),
+        (lambda q, given: lmkern.layer_norm(q, (4,), eps=given), "layer_norm: eps"),
+        (lambda q, given: lmkern.rms_norm(q, (4,), None, given), "rms_norm: eps"),
+        (
+            lambda q, given: lmkern.cross_entropy(q[0, 0], torch.zeros(3).long(), z_loss=given),
+            "cross_entropy: z_loss",
+        ),
+    ],
+)
+def test_what_is_no_number_is_named(call: Callable[[Any, Any], object], name: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{name} must be a number; got str$"):
+        call(torch.randn(1, 2, 3, 4), "x")
 
 
 def test_other_failures_are_as_they_were() -> None:

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lmkern.cli.main import main
+from lmkern.data import DataConfig
 from lmkern.models import GPT
 from lmkern.training import RunConfig, Stage, train
 from lmkern.training import loop as loop_module
@@ -77,6 +80,23 @@ def test_interrupted_and_continued_is_bit_identical_to_never_interrupted(
         assert (second["reason"], second["steps"]) == ("tokens", 12)
         assert [event["step"] for event in events(tmp_path, "resume")] == [step + 1]
     assert_same_run(read_run(tmp_path), read_run(uninterrupted[dtype]))
+
+
+def test_an_interrupted_run_says_the_command_that_goes_on(
+    make_config: Make,
+    dataset: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    signal_at(monkeypatch, 3, signal.SIGINT)
+    out = tmp_path / "a run"
+    config = dataclasses.replace(make_config(), data=DataConfig(**dataset.manifest["config"]))
+    assert train(config, dataset, out)["reason"] == "interrupted"
+    *_, said = capsys.readouterr().err.splitlines()
+    command = shlex.split(said.partition(" To go on: ")[2])
+    assert command == ["lmkern", "train", "--data", str(dataset.folder), "--out", str(out), "--resume"]
+    assert main(command[1:]) == 0
 
 
 def test_killed_between_checkpoints_goes_on_from_the_last_one(
