@@ -38,9 +38,10 @@ def test_cases_are_named_apart(path: Path) -> None:
         ]
         assert len(set(rows)) == len(rows)
         assert all(direction in DIRECTIONS and dtype in DTYPES for _, direction, dtype in rows)
-    # One shape an op in README.md.
+    # One shape an op in README.md; none where a GPU has no kernel of it.
     for cases in (module.CASES, module.GPU_CASES):
-        assert len({str(case.shape) for case in cases if case.main}) == 1
+        assert len({str(case.shape) for case in cases if case.main}) == bool(cases)
+    assert module.CASES
 
 
 @pytest.mark.parametrize(
