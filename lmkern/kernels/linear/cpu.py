@@ -19,9 +19,9 @@ _PARAMS = struct.Struct("=4q 7q")
 # Up to so many rows reading the weight is the work, and torch's product is slower; beyond it is faster
 # (LOG.md has the times). bfloat16's multiplies pairs at once.
 MOST_ROWS = {torch.float32: 8, torch.bfloat16: 4, torch.float16: 16}
-# What stays in the first cache of x in float32 while the weight passes by.
+# And up to so many elements of x.
 _MOST_ELEMENTS = {torch.float32: 2**15, torch.bfloat16: 6144, torch.float16: 2**16}
-# Where torch takes one element at a time, and each thread has room for x.
+# Where torch has no fast product; each thread has room for x in float32.
 _MOST_WITHOUT_TORCH = 1024
 
 
