@@ -3,12 +3,13 @@
     python -m pytest benchmarks -p no:logging --benchmark-enable --record
     python -m pytest benchmarks -p no:logging --benchmark-enable --quick
 
-The first runs the tests of the kernels and then every row; a run is recorded whole or not at all: the tests
-passed before it and every benchmark passed in it. With `-k attention` it times a part, whose rows join those
-on file if they are of the same commit and environment; else the file is written anew. On a GPU, which may be
-at hand for minutes alone, each row is recorded as it comes, and one on file of this commit and environment
-is not timed again. The second asks only whether the benchmarks run. (`-p no:logging`: torch.compile logs much
-that pytest would otherwise keep.)
+The first runs the tests of the kernels and then every row. Each row is recorded as it comes, beside those on
+file if they are of the same commit and environment; else the file is written anew. So a run may be stopped
+and goes on: what is on file is timed again only with `--again`. `-k attention` times a part. The second asks
+only whether the benchmarks run. (`-p no:logging`: torch.compile logs much that pytest would otherwise keep.)
+
+A product that torch has no instructions for, as of bfloat16 with AVX2, takes torch minutes: rows where one
+call would take longer than a minute are left out.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 
 from benchmarks import gpu_timing, machine, timing
 from benchmarks.contest import COMPILED, DIRECTIONS, EAGER, FORMAT, Compete, Contest, Inputs, dtype_name
-from benchmarks.record import joined, key
+from benchmarks.record import joined, key, of_one_state
 from lmkern.files import write_text
 from lmkern.kernels import backends
 from lmkern.memory import keep_freed_memory
@@ -34,6 +35,9 @@ from lmkern.memory import keep_freed_memory
 RESULTS = Path(__file__).parent / "results"
 # The tests that a number may not be reported without.
 GATE = ("tests/kernels", "tests/ops")
+
+# Seconds that a call of torch's may take, by the speed of its product.
+LONGEST_CALL = 60.0
 
 # Elsewhere a warning is an error. torch.compile uses parts of torch that torch deprecates, and to
 # pytest-benchmark a skipped row is worth a warning.
@@ -58,6 +62,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         nargs="?",
         const=" ".join(GATE),
         help="with --record: these tests have passed at this commit (in CI, say) and are not run again",
+    )
+    group.addoption(
+        "--again", action="store_true", help="with --record: rows that are on file are timed once more"
     )
     group.addoption(
         "--record",
@@ -122,7 +129,7 @@ def backend_parameter(support: backends.Support) -> Any:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Rows with kept memory last: what they ask of the allocator holds for the rest of the process."""
-    known = on_file(config) if config.getoption("record") and gpu_timing.used() else set()
+    known = on_file(config) if config.getoption("record") and not config.getoption("again") else set()
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=timing.clock))
         if known and key(named(item)) in known:
@@ -141,13 +148,23 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def ceilings(request: pytest.FixtureRequest, device: torch.device) -> dict[str, float]:
+def products(device: torch.device) -> dict[str, float]:
+    """FLOP/s of torch's matrix product by dtype, measured once in this run."""
+    return machine.measure_products(device)
+
+
+@pytest.fixture(scope="session")
+def ceilings(
+    request: pytest.FixtureRequest, device: torch.device, products: dict[str, float]
+) -> dict[str, float]:
     """The ceilings of this machine, measured once in this run."""
-    return request.config.stash.setdefault(ceilings_key, machine.measure_ceilings(device))
+    return request.config.stash.setdefault(ceilings_key, machine.ceilings(device, products))
 
 
 @pytest.fixture
-def compete(request: pytest.FixtureRequest, benchmark: Any, ceilings: dict[str, float]) -> Compete:
+def compete(
+    request: pytest.FixtureRequest, benchmark: Any, products: dict[str, float], ceilings: dict[str, float]
+) -> Compete:
     """compete(contest): time one row, check it against torch and keep it."""
     name, case = named(request.node), request.node.callspec.params["case"]
     direction, dtype = name["direction"], name["dtype"]
@@ -156,6 +173,8 @@ def compete(request: pytest.FixtureRequest, benchmark: Any, ceilings: dict[str, 
 
     def run(contest: Contest) -> None:
         work, beside, peaks = contest.work, contest.baseline, {}
+        if work.bound == "matmul" and (expected := work.flops / products[dtype]) > LONGEST_CALL:
+            pytest.skip(f"a call of torch's would take {expected:.0f} s")
         inputs = timing.rotated(contest.inputs, work.bytes)
         benchmark.group = f"{name['op']} {direction}"
         rounds = 3 if request.config.getoption("quick") else 0
@@ -183,7 +202,7 @@ def compete(request: pytest.FixtureRequest, benchmark: Any, ceilings: dict[str, 
         row["share_of_copy"] = work.bytes / median / ceilings["copy"]
         benchmark.extra_info.update(row, machine=machine.environment(), ceilings=ceilings)
         request.config.stash[rows_key].append(row)
-        if request.config.getoption("record") and gpu_timing.used():
+        if request.config.getoption("record"):
             record(request.config)
 
     return run
@@ -242,16 +261,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"{title:68} {row['ours']['median'] * 1e3:9.3f} ms   {ratios}")
 
 
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    rows = session.config.stash[rows_key]
-    if not session.config.getoption("record"):
-        return
-    if gpu_timing.used():
-        print(f"\nbenchmarks: {len(rows)} rows recorded as they came")
-    elif exitstatus != 0 or not rows:
-        print(f"\nbenchmarks: not recorded: exit status {int(exitstatus)}, {len(rows)} rows")
-    else:
-        record(session.config)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("record"):
+        print(f"\nbenchmarks: {len(session.config.stash[rows_key])} rows recorded as they came")
 
 
 def record(config: pytest.Config) -> None:
@@ -273,7 +285,6 @@ def record(config: pytest.Config) -> None:
     if path.exists():
         new = joined(json.loads(path.read_text(encoding="utf-8")), new)
     write_text(path, json.dumps(new, indent=1) + "\n")
-    print(f"\nbenchmarks: {len(rows)} rows, {len(new['rows'])} in all in {path}")
 
 
 def record_path(config: pytest.Config) -> Path:
@@ -287,4 +298,4 @@ def on_file(config: pytest.Config) -> set[tuple[str, ...]]:
         return set()
     old = json.loads(path.read_text(encoding="utf-8"))
     now = {"format": FORMAT, "commit": config.stash[commit_key], "environment": machine.environment()}
-    return {key(row) for row in old["rows"]} if all(old.get(k) == v for k, v in now.items()) else set()
+    return {key(row) for row in old["rows"]} if of_one_state(old, now) else set()

@@ -82,12 +82,21 @@ def gaps() -> dict[str, str]:
     return {f"{row.op} {row.backend}": row.reason for row in backends.describe() if not row.usable}
 
 
-def measure_ceilings(device: torch.device) -> dict[str, float]:
-    """Matrix products, FLOP/s by dtype, and "copy", bytes/s read plus written: the best of ten each."""
+def measure_products(device: torch.device) -> dict[str, float]:
+    """FLOP/s of torch's matrix product by dtype: the best of ten each."""
     if device.type == "cpu":
         touch_memory()
-    products = {dtype_name(dtype): measure_ceiling(device, dtype, tries=10) for dtype in DTYPES}
-    return products | {"copy": copy_bandwidth(device)}
+    return {dtype_name(dtype): measure_ceiling(device, dtype, tries=10) for dtype in DTYPES}
+
+
+def ceilings(device: torch.device, products: dict[str, float]) -> dict[str, float]:
+    """FLOP/s by dtype, and "copy", bytes/s read plus written, the best of ten.
+
+    What torch has no instructions for can still be multiplied in float32.
+    """
+    slowest = products["float32"]
+    by_dtype = {name: max(speed, slowest) for name, speed in products.items()}
+    return by_dtype | {"copy": copy_bandwidth(device)}
 
 
 def touch_memory() -> None:

@@ -36,6 +36,8 @@ Call = Callable[[], Any]
 
 MIN_ROUNDS, MAX_ROUNDS = 7, 101
 WARM_UPS = 2
+# Of rounds that take longer than this, in seconds, three do, after one to warm up.
+LONG_ROUND, LONG_ROUNDS = 10.0, 3
 # The rounds of one row together, in seconds, unless MIN_ROUNDS needs more.
 BUDGET = 1.0
 # A candidate this many times slower than another at first sight is not timed on.
@@ -73,7 +75,10 @@ def compare(
     """
     for _ in range(WARM_UPS):
         turn = sum(seconds(call) for call in (*competitors.values(), ours))
-    rounds = rounds or min(MAX_ROUNDS, max(MIN_ROUNDS, int(BUDGET / turn)))
+        if turn > LONG_ROUND:
+            break
+    fewest = LONG_ROUNDS if turn > LONG_ROUND else MIN_ROUNDS
+    rounds = rounds or min(MAX_ROUNDS, max(fewest, int(BUDGET / turn)))
     times: dict[str, list[float]] = {name: [] for name in competitors}
     order = list(competitors)
     on_gpu: list[float] = []

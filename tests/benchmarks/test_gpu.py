@@ -167,8 +167,11 @@ def test_a_row_is_recorded_as_it_comes_and_not_timed_again(
     stash[conftest.rows_key] = [row | {"shape": "R2-C2"}]
     conftest.record(config)
     assert len(conftest.on_file(config)) == 2
-    stash[conftest.commit_key] = "another"
-    assert conftest.on_file(config) == set()
+    for commit in ("another", "abc with local changes"):
+        stash[conftest.commit_key] = commit
+        assert conftest.on_file(config) == set()
+    conftest.record(config)
+    assert conftest.on_file(config) == set(), "of no commit: timed again"
 
 
 def test_a_backend_with_red_tests_of_an_op_is_not_timed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from benchmarks import machine
 
@@ -27,3 +28,9 @@ def test_limits_are_recorded_where_there_are_any(monkeypatch: pytest.MonkeyPatch
     assert machine.torch_limits() == {}
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     assert machine.torch_limits() == {"torch held to": "ATEN_CPU_CAPABILITY=avx2"}
+
+
+def test_what_torch_multiplies_slowly_has_the_ceiling_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "copy_bandwidth", lambda device: 5.0)
+    products = {"float32": 2.0, "bfloat16": 1.0}
+    assert machine.ceilings(torch.device("cpu"), products) == {"float32": 2.0, "bfloat16": 2.0, "copy": 5.0}

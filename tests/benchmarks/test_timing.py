@@ -42,6 +42,15 @@ def test_competitors_run_in_turn_with_ours() -> None:
     assert set(result["competitors"]) == {"eager", "compile"}
 
 
+def test_long_rounds_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    for long_round in (1e9, 0.0):
+        monkeypatch.setattr(timing, "LONG_ROUND", long_round)
+        monkeypatch.setattr(timing, "BUDGET", 0.0)
+        counts.append(timing.compare(Fixture(), lambda: None, {"eager": lambda: None})["rounds"])
+    assert counts == [timing.MIN_ROUNDS, timing.LONG_ROUNDS]
+
+
 def test_ratio_is_the_median_of_the_rounds_ratios() -> None:
     # The machine slows down fourfold in the last round: the ratio of that round is unharmed.
     result = timing.summarise([1.0, 2.0, 4.0], {"eager": [3.0, 4.0, 16.0]})
