@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lmkern.huggingface.swapping import of_transformers, subclass, swap_if_same
 from lmkern.nn.residual import plain
-from lmkern.ops import activation
+from lmkern.ops import activation, linear
 from lmkern.patching import Undo
 
 # The names of their parts: the activation, what it is applied to, the gated
@@ -51,7 +51,7 @@ def feeds_forward(module: nn.Module) -> bool:
 def _product_and_bias(module: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """What the activation adds up; what took a map's place since, or is listened to, gives the sum."""
     if plain(module, nn.Linear):
-        return F.linear(x, module.weight), module.bias
+        return linear(x, module.weight), module.bias
     if type(module).__name__ == "Conv1D" and plain(module, type(module)):
         return x @ module.weight, module.bias
     return module(x), None

@@ -13,7 +13,7 @@ from lmkern.nn.linear import Linear
 from lmkern.nn.positions import Rotary, positions_within
 from lmkern.nn.state_dict import LoadsWhole
 from lmkern.nn.stream import takes_dtype
-from lmkern.ops import attention, cached_attention
+from lmkern.ops import attention, cached_attention, linear
 from lmkern.ops.dispatch import flag
 
 # Up to so many new tokens the reading of the cache takes longer than the products with it.
@@ -235,7 +235,7 @@ class MultiheadAttention(LoadsWhole, nn.MultiheadAttention):
         """q, k, v, each (..., E): one product where they are of one tensor."""
         bias = self.in_proj_bias
         if query is key and key is value and self.in_proj_weight is not None:
-            q, k, v = F.linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)
+            q, k, v = linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)
             return q, k, v
         if self.in_proj_weight is not None:
             weights = self.in_proj_weight.chunk(3)
@@ -244,9 +244,9 @@ class MultiheadAttention(LoadsWhole, nn.MultiheadAttention):
         biases = (None, None, None) if bias is None else bias.chunk(3)
         if key is value and self.in_proj_weight is not None:
             both = None if bias is None else bias[self.embed_dim :]
-            k, v = F.linear(key, self.in_proj_weight[self.embed_dim :], both).chunk(2, dim=-1)
-            return F.linear(query, weights[0], biases[0]), k, v
-        q, k, v = (F.linear(*each) for each in zip((query, key, value), weights, biases, strict=True))
+            k, v = linear(key, self.in_proj_weight[self.embed_dim :], both).chunk(2, dim=-1)
+            return linear(query, weights[0], biases[0]), k, v
+        q, k, v = (linear(*each) for each in zip((query, key, value), weights, biases, strict=True))
         return q, k, v
 
     def _heads(self, x: Tensor) -> Tensor:

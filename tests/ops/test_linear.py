@@ -1,6 +1,7 @@
 """`lmkern.linear` against float64, for every dtype and instruction set, and where torch's product serves."""
 
 import functools
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lmkern
+from lmkern.kernels import widened
 from lmkern.kernels.linear import cpu
 from lmkern.kernels.linear.cpu import MOST_ROWS
 from lmkern.nn import Linear
@@ -157,12 +159,90 @@ def test_training_compiling_and_transforms_are_torchs(with_bias: bool) -> None:
         lmkern.linear(x, weight.T)
 
 
-def test_more_rows_are_taken_where_torch_has_no_fast_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "torch_multiplies", lambda dtype: False)
-    x, weight, bias = inputs(130, 70, 33, torch.float16)
-    y = lmkern.linear(x, weight, bias, backend="cpu")
-    exact = x.double() @ weight.double().T + bias.double()
-    torch.testing.assert_close(y.double(), exact, rtol=2.0**-11, atol=1e-6)
+@pytest.fixture
+def no_fast_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor without instructions for products of 16 bits, and parts so small that there are several."""
+    for module in (cpu, sys.modules["lmkern.ops.linear"]):
+        monkeypatch.setattr(module, "torch_multiplies", lambda dtype: dtype.itemsize > 2)
+    monkeypatch.setattr(widened, "_ROWS", 32)
+    monkeypatch.setattr(cpu, "_MOST_ROWS_WIDENED", 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=ids)
+@pytest.mark.parametrize("shape", [(20, 70, 33), (21, 70, 33), (3, 65, 130), (2, 3, 0), (0, 3, 4)])
+def test_errors_are_at_most_twice_torchs_without_a_fast_product(
+    shape: tuple[int, int, int], dtype: torch.dtype, no_fast_product: None
+) -> None:
+    """Forward by the kernel and in float32, backward, both with and without a gradient."""
+
+    @functools.cache
+    def draw(seed: int) -> dict[str, Errors]:
+        given = [t.requires_grad_() for t in inputs(*shape, dtype, seed)]
+        dy = seeded_randn(seed + 1, dtype)(shape[0], shape[1])
+        exact_x, exact_weight, exact_bias, exact_dy = (t.detach().double() for t in (*given, dy))
+        exact = {
+            "y": exact_x @ exact_weight.T + exact_bias,
+            "dx": exact_dy @ exact_weight,
+            "dweight": exact_dy.T @ exact_x,
+            "dbias": exact_dy.sum(0),
+        }
+        found = []
+        for function in (lmkern.linear, F.linear):
+            with poisoned_memory():
+                y = function(*given)
+                found.append((y, *torch.autograd.grad(y, given, dy)))
+        with torch.no_grad():
+            assert torch.equal(lmkern.linear(*given), found[0][0])
+        assert all(ours.dtype == dtype for ours in found[0])
+        return {
+            name: measure(*each, exact[name])
+            for name, each in zip(exact, zip(*found, strict=True), strict=True)
+        }
+
+    assert not (wrong := verdicts(draw)), wrong
+
+
+def test_gradients_without_a_fast_product_are_those_asked_for(no_fast_product: None) -> None:
+    given = inputs(30, 70, 33, torch.bfloat16)
+    dy = torch.randn(5, 6, 70).bfloat16()
+    whole: dict[str, Tensor] = {}
+    for needs in ((True,) * 3, (True, False, False), (False, True, False), (False, False, True)):
+        leaves = [t.clone().requires_grad_(need) for t, need in zip(given, needs, strict=True)]
+        y = lmkern.linear(leaves[0].view(5, 6, 33), *leaves[1:])
+        assert y.grad_fn is not None and "Linear" in repr(y.grad_fn.next_functions[0][0])
+        y.backward(dy)
+        for name, leaf, need in zip(("x", "weight", "bias"), leaves, needs, strict=True):
+            assert (leaf.grad is not None) == need
+            if leaf.grad is not None:
+                assert torch.equal(leaf.grad, whole.setdefault(name, leaf.grad))
+
+
+def test_double_backward_without_a_fast_product(no_fast_product: None) -> None:
+    x, weight, bias = (t.requires_grad_() for t in inputs(30, 9, 5, torch.bfloat16))
+    results = []
+    for function in (lmkern.linear, F.linear):
+        (dx,) = torch.autograd.grad(function(x, weight, bias).square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(dx.square().sum(), (x, weight)))
+    for ours, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=2.0**-5, atol=2.0**-5 * float(torchs.abs().max()))
+
+
+def test_autocast_without_a_fast_product(no_fast_product: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [t.requires_grad_() for t in inputs(30, 70, 33, torch.float32)]
+    narrow = [t.detach().bfloat16().requires_grad_() for t in given]
+    expected = lmkern.linear(*narrow)
+    expected.sum().backward()
+    monkeypatch.setattr(F, "linear", None)  # of 16 bits, which this must not call
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = lmkern.linear(*given)
+        assert torch.equal(y, expected)
+        y.sum().backward()
+    for leaf, other in zip(given, narrow, strict=True):
+        assert leaf.grad is not None and other.grad is not None
+        assert leaf.grad.dtype == torch.float32
+        assert torch.equal(leaf.grad, other.grad.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert lmkern.linear(given[0], given[1]).dtype == torch.bfloat16
 
 
 def test_what_the_kernel_cannot_take_is_said_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,9 +255,11 @@ def test_what_the_kernel_cannot_take_is_said_by_name(monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(lmkern.linear(x, weight), F.linear(x, weight))
     with pytest.raises(lmkern.UnsupportedBackend, match="takes float32, bfloat16 and float16"):
         lmkern.linear(x.double(), weight.double(), backend="cpu")
-    for wrong in (x.clone().requires_grad_(), x.bfloat16(), x[:, :5]):
-        with pytest.raises(lmkern.UnsupportedBackend, match="has no gradient and takes CPU tensors of one"):
+    for wrong in (x.bfloat16(), x[:, :5]):
+        with pytest.raises(lmkern.UnsupportedBackend, match="takes CPU tensors of one dtype"):
             lmkern.linear(wrong, weight, backend="cpu")
+    with pytest.raises(lmkern.UnsupportedBackend, match="has no gradient where torch has a fast product"):
+        lmkern.linear(x.clone().requires_grad_(), weight, backend="cpu")
     with pytest.raises(ValueError, match="no backend 'triton'; expected one of cpu, reference"):
         lmkern.linear(x, weight, backend="triton")
     with pytest.raises(TypeError, match=r"linear: weight must be a torch.Tensor; got list"):

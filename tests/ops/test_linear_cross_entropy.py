@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lmkern
-from lmkern.kernels.linear_cross_entropy import chunks, cpu, triton
+from lmkern.kernels import widened
+from lmkern.kernels.linear_cross_entropy import cpu, triton
 from lmkern.testing import (
     LINEAR_CROSS_ENTROPY_SHAPES,
     Errors,
@@ -159,7 +160,7 @@ def test_errors_are_at_most_twice_torchs_where_torch_has_no_fast_product(
 ) -> None:
     monkeypatch.setattr(cpu.bf16, "usable", lambda x: False)
     monkeypatch.setattr(cpu, "torch_multiplies", lambda dtype: False)
-    monkeypatch.setattr(chunks, "_WIDENED_ROWS", 16)
+    monkeypatch.setattr(widened, "_ROWS", 16)
     monkeypatch.setattr(torch, "mm", None)  # of 16 bits, which this must not call
     draw = functools.partial(errors.__wrapped__, target, dtype, SHAPE, "mean")
     assert not (found := verdicts(draw, target.units_beside)), "\n".join(found)
@@ -176,7 +177,7 @@ def test_chunks_change_nothing_but_rounding(
         monkeypatch.setattr(cpu, "_CHUNK_BYTES", 1)
         monkeypatch.setattr(cpu, "_CHUNK_TOKENS", 64)
         monkeypatch.setattr(triton, "CHUNK_BYTES", 1)
-        monkeypatch.setattr(chunks, "_WIDENED_ROWS", 16)
+        monkeypatch.setattr(widened, "_ROWS", 16)
         assert cpu._chunk_tokens(300, 45) == 64
         assert triton.chunk_tokens(300, 45) == 128
         parts = results(ours(target.backend), *inputs)

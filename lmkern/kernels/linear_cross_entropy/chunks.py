@@ -5,24 +5,16 @@ A backend brings the size of a chunk, its cross-entropy, and the products of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from lmkern.kernels import widened
 from lmkern.kernels.cpu_call import on_huge_pages
 from lmkern.kernels.statistics import gradient_dtype, statistics_dtype
-
-# Rows of the weight, or of its gradient, that a product in float32 of 16-bit factors takes at once, where
-# torch has none of its own.
-_WIDENED_ROWS = 4096
-
-
-def widened_parts(rows: int) -> Iterator[slice]:
-    """The rows of the weight, some at a time."""
-    return (slice(first, first + _WIDENED_ROWS) for first in range(0, rows, _WIDENED_ROWS))
 
 
 class Sum(Protocol):
@@ -48,9 +40,7 @@ class WeightSum:
         elif x.device.type == "cuda":
             torch.addmm(self.sums, dlogits.T, x, out_dtype=self.sums.dtype, out=self.sums)
         else:
-            x = x.to(self.sums.dtype)
-            for rows in widened_parts(self.sums.shape[0]):
-                self.sums[rows].addmm_(dlogits[:, rows].to(self.sums.dtype).T, x)
+            widened.add_weight_gradient(dlogits, x, self.sums)
 
     def result(self) -> Tensor:
         return self.sums.to(gradient_dtype(self.dtype))

@@ -12,17 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmkern.kernels import cpu_call
+from lmkern.kernels import cpu_call, widened
 from lmkern.kernels.backends import Call
 from lmkern.kernels.cpu_call import torch_multiplies, unavailable
 from lmkern.kernels.cross_entropy import cpu as cross_entropy
 from lmkern.kernels.linear_cross_entropy import bf16
-from lmkern.kernels.linear_cross_entropy.chunks import (
-    WeightSum,
-    by_chunks,
-    multiply_logits,
-    widened_parts,
-)
+from lmkern.kernels.linear_cross_entropy.chunks import WeightSum, by_chunks, multiply_logits
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
@@ -96,22 +91,15 @@ def _forward(
 
 
 def _make_logits(x: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> None:
-    if torch_multiplies(x.dtype):
-        return multiply_logits(x, weight, bias, logits)
-    wide = x.float()
-    for rows in widened_parts(weight.shape[0]):
-        part = wide @ weight[rows].float().T
-        logits[:, rows] = part if bias is None else part.add_(bias[rows])
+    multiply = multiply_logits if torch_multiplies(x.dtype) else widened.multiply
+    multiply(x, weight, bias, logits)
 
 
 def _input_gradient(dlogits: Tensor, weight: Tensor, dx: Tensor) -> None:
     if torch_multiplies(dx.dtype):
         torch.mm(dlogits, weight, out=dx)
-        return
-    sums = dx.new_zeros(dx.shape, dtype=torch.float32)
-    for rows in widened_parts(weight.shape[0]):
-        sums.addmm_(dlogits[:, rows].float(), weight[rows].float())
-    dx.copy_(sums)
+    else:
+        widened.input_gradient(dlogits, weight, dx)
 
 
 def backward(
