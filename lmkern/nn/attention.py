@@ -13,11 +13,8 @@ from lmkern.nn.linear import Linear
 from lmkern.nn.positions import Rotary, positions_within
 from lmkern.nn.state_dict import LoadsWhole
 from lmkern.nn.stream import takes_dtype
-from lmkern.ops import attention, cached_attention
+from lmkern.ops import attention
 from lmkern.ops.dispatch import flag
-
-# Up to so many new tokens the reading of the cache takes longer than the products with it.
-_FEW_QUERIES = 8
 
 
 class KeyValueCache:
@@ -138,23 +135,18 @@ class SelfAttention(nn.Module):
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H or H_kv, N, D)
         if cache is not None:
             k, v = cache.append(k, v)
-        few = cache is not None and q.shape[2] <= _FEW_QUERIES and self.causal
-        plain = mask is None and relative_bias is None and not (self.training and self.weight_dropout)
-        if few and plain and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
-            y = cast(Tensor, cached_attention(q, k, v, softmax_scale=self.softmax_scale))  # (B, H, N, D)
-        else:
-            attended = attention(
-                q,
-                k,
-                v,
-                causal=self.causal,
-                softmax_scale=self.softmax_scale,
-                mask=mask,
-                relative_bias=relative_bias,
-                cu_seqlens=cu_seqlens,
-                dropout_p=self.weight_dropout if self.training else 0.0,
-            )
-            y = cast(Tensor, attended)
+        attended = attention(
+            q,
+            k,
+            v,
+            causal=self.causal,
+            softmax_scale=self.softmax_scale,
+            mask=mask,
+            relative_bias=relative_bias,
+            cu_seqlens=cu_seqlens,
+            dropout_p=self.weight_dropout if self.training else 0.0,
+        )
+        y = cast(Tensor, attended)  # (B, H, N, D)
         return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
