@@ -316,8 +316,9 @@ REFUSED = [
     ({"page_table": torch.tensor([0, 1])}, r"page_table must be \(B, max_pages\)"),
     ({"softcap": -1.0}, "softcap must be above 0"),
     ({"window": (-1, None)}, "window must be"),
+    ({"window": 5}, r"window must be \(left, right\).*; got 5"),
     ({"sinks": torch.zeros(3)}, r"sinks must be \(4,\)"),
-    ({"alibi_slopes": torch.zeros(4, dtype=torch.int64)}, r"alibi_slopes must be \(4,\)"),
+    ({"alibi_slopes": torch.zeros(4, dtype=torch.int64)}, "alibi_slopes must be floating"),
 ]
 
 
