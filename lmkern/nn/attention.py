@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lmkern.nn.linear import Linear
 from lmkern.nn.positions import Rotary, positions_within
 from lmkern.nn.state_dict import LoadsWhole
-from lmkern.nn.stream import takes_dtype
+from lmkern.nn.stream import check_stream, takes_dtype
 from lmkern.ops import attention
 from lmkern.ops.dispatch import flag
 
@@ -95,7 +95,8 @@ class SelfAttention(nn.Module):
             raise ValueError(f"SelfAttention: width must be a multiple of heads; got {width}, {heads}")
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"SelfAttention: heads must be a multiple of kv_heads; got {heads}, {kv_heads}")
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim or width // heads
+        self.width, self.heads, self.kv_heads = width, heads, kv_heads
+        self.head_dim = head_dim or width // heads
         self.causal, self.softmax_scale, self.weight_dropout = causal, softmax_scale, weight_dropout
         self.qkv = Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias=bias)
         self.out = Linear(heads * self.head_dim, width, bias=bias)
@@ -118,6 +119,7 @@ class SelfAttention(nn.Module):
         """
         if cache is not None and cu_seqlens is not None:
             raise ValueError("SelfAttention: give a cache or cu_seqlens, documents read whole; got both")
+        check_stream(self, "x", x, self.width)
         counts = (self.heads, self.kv_heads, self.kv_heads)
         qkv = self.qkv(x).view(*x.shape[:2], sum(counts), self.head_dim)  # (B, N, H + 2 H_kv, D)
         if self.rotary is None:
