@@ -1,4 +1,4 @@
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_linear_maps_that_are_more_or_elsewhere_are_left():
 
     model = nn.Sequential(Adapter(2, 3), nn.Linear(3, 3))
     # As if it lay on a GPU.
-    model[1]._parameters["weight"] = SimpleNamespace(device=torch.device("cuda"))
+    model[1]._parameters["weight"] = Mock(device=torch.device("cuda"))
     done = lmkern.patch(model, verbose=False)
     assert not done.swapped
     assert done.left == {
