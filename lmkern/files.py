@@ -5,9 +5,14 @@ import hashlib
 import json
 import os
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import save_file
 
 
 def checksum(path: Path) -> dict[str, Any]:
@@ -26,6 +31,16 @@ def damage(path: Path, expected: Mapping[str, Any]) -> str | None:
         f"{path} is {kind}: expected {expected['bytes']} bytes with SHA-256 {expected['sha256']}, "
         f"got {found['bytes']} bytes with SHA-256 {found['sha256']}"
     )
+
+
+def save_tensors(
+    tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """safetensors' save_file, whose files only their owner may read; with the mode that other files have."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+    path.chmod(mode)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -70,6 +85,17 @@ def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
         finally:
             for part in parts:
                 part.unlink(missing_ok=True)
+
+
+def check_place(folder: Path) -> None:
+    """OSError, naming the folder, where `replacing_folder` could not begin."""
+    above = next(path for path in folder.parents if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=above):
+            pass
+    except OSError as error:
+        error.filename = str(folder)
+        raise
 
 
 @contextlib.contextmanager

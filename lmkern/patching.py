@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lmkern.nn import Dropout
 from lmkern.nn.transformer import COUNTERPARTS
@@ -77,13 +78,14 @@ def patch(model: nn.Module, *, verbose: bool = True) -> Patch:
 
     Of transformers' models: attention, rotary embedding, feed-forwards, RMS norms and the language models'
     loss (`lmkern.huggingface`). Of torch.nn: the Transformer and its parts, MultiheadAttention, LayerNorm,
-    RMSNorm, Embedding and Dropout. A module of a subclass of these is left, since it may compute something
-    else. Further rules stand in `RULES`; the first that matches a module decides. Other losses and functions
-    that a forward calls are not touched.
+    RMSNorm, Embedding, Dropout and, on CPUs, Linear. A module of a subclass of these is left, since it may
+    compute something else. Further rules stand in `RULES`; the first that matches a module decides. Other
+    losses and functions that a forward calls are not touched.
 
     Returns a `Patch`, printed unless verbose is False. Patching twice changes nothing more. If a rule raises,
-    all is as before. Patch before torch.compile. A model saved whole (torch.save(model)) is read where lmkern
-    is installed; its state dict (save_pretrained) is read anywhere.
+    all is as before. Patch before torch.compile, and after what asks for torch's very classes, as
+    torch.ao.quantization does. A model saved whole (torch.save(model)) is read where lmkern is installed; its
+    state dict (save_pretrained) is read anywhere.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: expected a torch.nn.Module; got {type(model).__name__}")
@@ -113,12 +115,15 @@ def patch(model: nn.Module, *, verbose: bool = True) -> Patch:
 
 def _rule(theirs: type[nn.Module], ours: type[nn.Module]) -> Rule:
     def matches(module: nn.Module) -> bool:
-        return isinstance(module, theirs) and not isinstance(module, ours)
+        # torch's name for the last map of its MultiheadAttention, which is a part of that.
+        return isinstance(module, theirs) and not isinstance(module, (ours, NonDynamicallyQuantizableLinear))
 
     def replace(module: nn.Module) -> Undo | str:
         if type(module) is not theirs:
             name = type(module).__name__
             return f"{name} is a subclass of torch.nn.{theirs.__name__} and may compute something else"
+        if isinstance(module, nn.Linear) and module.weight.device.type not in ("cpu", "meta"):
+            return f"on {module.weight.device.type} torch's own product serves"
         return swap_class(module, ours)
 
     return Rule(theirs.__name__, matches, replace)

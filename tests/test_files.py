@@ -1,11 +1,23 @@
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
 
 from lmkern import files
-from lmkern.files import checksum, damage, replacing, replacing_folder, write_json, write_text
+from lmkern.files import (
+    check_place,
+    checksum,
+    damage,
+    replacing,
+    replacing_folder,
+    save_tensors,
+    write_json,
+    write_text,
+)
 
 
 def interrupted(part: Path) -> None:
@@ -39,6 +51,30 @@ def test_damage_names_the_file_and_both_checksums(tmp_path: Path, content: bytes
         f"{path} is {kind}: expected 3 bytes with SHA-256 {before['sha256']}, "
         f"got {len(content)} bytes with SHA-256 {hashlib.sha256(content).hexdigest()}"
     )
+
+
+def test_tensors_have_the_mode_of_other_files(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_tensors({"x": torch.ones(2)}, tmp_path / "x.safetensors", {"format": "ours"})
+        (tmp_path / "other").write_text("")
+    finally:
+        os.umask(before)
+    mode = (tmp_path / "x.safetensors").stat().st_mode
+    assert mode == (tmp_path / "other").stat().st_mode
+    assert mode & 0o777 == 0o640
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "ours"}
+        assert torch.equal(file.get_tensor("x"), torch.ones(2))
+
+
+def test_a_place_where_nothing_can_be_made_is_refused_by_its_name(tmp_path: Path) -> None:
+    check_place(tmp_path / "a" / "b")
+    assert names(tmp_path) == set()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError) as error:
+        check_place(tmp_path / "file" / "a" / "b")
+    assert error.value.filename == str(tmp_path / "file" / "a" / "b")
 
 
 def test_failed_write_leaves_the_old_content_and_nothing_else(

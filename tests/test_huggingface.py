@@ -156,11 +156,38 @@ def test_generate_writes_the_same_tokens(name: str, cache: str) -> None:
     assert torch.equal(model.generate(**inputs, **options), theirs)
 
 
+def test_generation_reads_every_weight_by_the_kernel_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmkern.kernels.linear import cpu
+
+    model = make("llama").eval()
+    lmkern.patch(model, verbose=False)
+    theirs, taken = cpu.forward, []
+
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        taken.append(weight)
+        return theirs(x, weight, bias)
+
+    monkeypatch.setattr(cpu, "forward", forward)
+    with torch.no_grad():
+        model(torch.tensor([[3]]))
+    weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert len(weights) == 15
+    assert {id(weight) for weight in taken} == {id(weight) for weight in weights}
+
+
+def test_a_head_that_is_ours_already_has_its_loss_swapped() -> None:
+    model, inputs = make("llama"), batch("right")
+    theirs = results(model, inputs)
+    lmkern.patch(model.lm_head, verbose=False)
+    assert lmkern.patch(model, verbose=False).swapped[""] == "loss without logits"
+    assert_same(results(model, inputs), theirs)
+
+
 def test_what_is_left_of_a_model_is_listed_with_the_reason() -> None:
     config = transformers.MixtralConfig(**{**LLAMA, "num_hidden_layers": 1}, num_local_experts=2)
     model = transformers.MixtralForCausalLM(config)
     text = str(lmkern.patch(model, verbose=False))
-    assert "swapped Embedding x 1, attention x 1, RMS norm x 3" in text
+    assert "swapped Embedding x 1, attention x 1, Linear x 5, RMS norm x 3" in text
     assert "left the model itself: its loss stays: config.router_aux_loss_coef is not served" in text
     assert "left model.layers.0.mlp.experts: MixtralExperts has an activation between parts" in text
 

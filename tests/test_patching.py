@@ -1,3 +1,5 @@
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch import nn
@@ -46,11 +48,47 @@ def test_swaps_what_it_knows_and_says_what_it_leaves_and_why(capsys):
     assert type(model.encoder) is lmkern.nn.TransformerEncoder
     assert type(model.encoder.layers[1].self_attn) is lmkern.nn.MultiheadAttention
     assert type(model.norm) is lmkern.nn.RMSNorm
+    assert type(model.encoder.layers[1].linear2) is type(model.head) is lmkern.nn.Linear
     assert done.swapped["embedding"] == "Embedding"
     assert set(done.left) == {"scaled"}
     printed = capsys.readouterr().out
     assert "LayerNorm x 4" in printed
     assert "left scaled: ScaledNorm is a subclass of torch.nn.LayerNorm" in printed
+
+
+def test_linear_maps_take_few_rows_with_their_own_parameters_and_hooks(monkeypatch):
+    from lmkern.kernels.linear import cpu
+
+    calls = []
+    monkeypatch.setattr(cpu, "forward", lambda *args: calls.append(args) or nn.functional.linear(*args))
+    linear, seen = nn.Linear(4, 3), []
+    linear.register_forward_hook(lambda *_: seen.append("hook"))
+    weight, x = linear.weight, torch.randn(2, 4)
+    expected = linear(x)
+    done = lmkern.patch(linear, verbose=False)
+    assert done.swapped == {"": "Linear"} and linear.weight is weight
+    linear(x).sum().backward()
+    assert not calls
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x), expected)
+    assert len(calls) == 1 and len(seen) == 3
+    done.undo()
+    assert type(linear) is nn.Linear
+
+
+def test_linear_maps_that_are_more_or_elsewhere_are_left():
+    class Adapter(nn.Linear):
+        pass
+
+    model = nn.Sequential(Adapter(2, 3), nn.Linear(3, 3))
+    # As if it lay on a GPU.
+    model[1]._parameters["weight"] = Mock(device=torch.device("cuda"))
+    done = lmkern.patch(model, verbose=False)
+    assert not done.swapped
+    assert done.left == {
+        "0": "Adapter is a subclass of torch.nn.Linear and may compute something else",
+        "1": "on cuda torch's own product serves",
+    }
 
 
 def test_only_modules_are_patched():
@@ -111,8 +149,8 @@ def test_a_rule_that_raises_leaves_everything_as_it_was(monkeypatch):
     def replace(module):
         raise RuntimeError("no")
 
-    last = Rule("Linear", lambda module: module is model.head, replace)
-    monkeypatch.setattr("lmkern.patching.RULES", [*RULES, last])
+    of_the_last = Rule("Linear", lambda module: module is model.head, replace)
+    monkeypatch.setattr("lmkern.patching.RULES", [of_the_last, *RULES])
     model = Model()
     with pytest.raises(RuntimeError, match="no"):
         lmkern.patch(model, verbose=False)

@@ -13,7 +13,6 @@ from lmkern.cli.main import INTERRUPTED
 from lmkern.cli.options import config_defaults, parse, peek
 from lmkern.data import DataConfig
 from lmkern.data.shards import PAIRS_FORMAT, read_manifest
-from lmkern.data.tokenizer import END_OF_TEXT_ID
 from lmkern.models import GPTConfig, T5Config
 from lmkern.training import RunConfig, Stage, TrainingConfig
 from lmkern.training.run_folder import CHECKPOINTS, CONFIG
@@ -93,12 +92,7 @@ def command(argv: Sequence[str]) -> Train:
     if path is None and manifest:
         pairs = manifest["format"] == PAIRS_FORMAT
         if (options.architecture or ("t5" if pairs else "gpt")) == "t5":
-            defaults["model"] = T5Config(
-                vocab_size=manifest["vocab_size"],
-                start=END_OF_TEXT_ID,
-                end=END_OF_TEXT_ID,
-                scaled_scores=True,
-            )
+            defaults["model"] = T5Config(vocab_size=manifest["vocab_size"], scaled_scores=True)
         else:
             defaults["model"] = replace(GPTConfig(), vocab_size=manifest["vocab_size"])
         if pairs:

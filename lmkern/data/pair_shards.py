@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from lmkern.data.pairs import KEYS, Pair
 from lmkern.data.tokenizer import END_OF_TEXT_ID
+from lmkern.files import save_tensors
 
 ENCODE_AT_ONCE = 1024  # texts: bounds the memory that their encodings take
 
@@ -99,7 +99,7 @@ def write_pairs(
     metadata: dict[str, str],
 ) -> None:
     """<name>.safetensors and <name>.jsonl, a line a pair."""
-    save_file(tensors, folder / f"{name}.safetensors", metadata=metadata)
+    save_tensors(tensors, folder / f"{name}.safetensors", metadata)
     with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
         for pair in pairs:
             record = {"source": pair.source, "target": pair.target}

@@ -15,8 +15,9 @@ from lmkern.data.corpus import EMBEDDED_SOURCES, Document, Removed, list_files, 
 from lmkern.data.pair_shards import encode_pairs, write_pairs
 from lmkern.data.pairs import PairCorpus, clean_pairs
 from lmkern.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
-from lmkern.files import checksum, replacing_folder, write_json
+from lmkern.files import check_place, checksum, replacing_folder, write_json
 from lmkern.machine import version
+from lmkern.ops.dispatch import flag
 
 MIN_DOCUMENT_BYTES = 64
 MIN_SPLIT_BYTES = 1024
@@ -89,10 +90,11 @@ def prepare(
     progress: called with (stage, done, total) for the stages read, train tokenizer, encode <split> and write.
 
     Raises FileNotFoundError for a path that is missing, ValueError where there is no text or too little of
-    it, FileExistsError if the folder is taken.
+    it, FileExistsError if the folder is taken, OSError before all work where it cannot be written.
     """
     folder = Path(folder).resolve()
-    _check_free(folder, overwrite)
+    _check_free(folder, flag("prepare", "overwrite", overwrite))
+    check_place(folder)
     if config.train:
         return _prepare_pairs(config, folder, progress)
     name, sources, total, documents = _read(config)

@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from lmkern.data.clean import DOCUMENT_SEPARATOR, SPLITS
 from lmkern.data.pair_shards import PairDataset, PairSplit
 from lmkern.data.spans import paragraph_starts, sentence_starts
 from lmkern.data.tokenizer import END_OF_TEXT_ID, load_tokenizer
-from lmkern.files import damage
+from lmkern.files import damage, save_tensors
 
 FORMAT, PAIRS_FORMAT, VERSION = "lmkern-data", "lmkern-pairs", 1
 # One key: safetensors writes several in no fixed order, and the same data should give the same bytes.
@@ -112,7 +111,7 @@ def encode(
 
 def write_split(folder: Path, name: str, tensors: dict[str, torch.Tensor], texts: Sequence[str]) -> None:
     """<name>.safetensors and <name>.txt, the documents of which are separated by DOCUMENT_SEPARATOR."""
-    save_file(tensors, folder / f"{name}.safetensors", metadata=SHARD_METADATA)
+    save_tensors(tensors, folder / f"{name}.safetensors", SHARD_METADATA)
     (folder / f"{name}.txt").write_bytes(DOCUMENT_SEPARATOR.join(texts).encode())
 
 

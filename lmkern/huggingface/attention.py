@@ -21,14 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmkern.ops import attention, cached_attention
-from lmkern.ops.dispatch import wants_gradient
+from lmkern.ops import attention
 
 NAME = "lmkern"
 # The first version of transformers whose T5 asks the registry of attentions.
 OLDEST = (5, 15)
-# Up to so many new tokens a call is a step of generation, and goes to the kernel that splits the keys.
-DECODED_TOKENS = 8
 
 
 def lmkern_mask(
@@ -151,15 +148,10 @@ def lmkern_attention(
         scaling = query.shape[3] ** -0.5 if scaling is None else scaling
         widest = max(query.shape[3], width)
         query, key, value = (F.pad(x, (0, widest - x.shape[3])) for x in (query, key, value))
-    shared: dict[str, Any] = {"softmax_scale": scaling, "softcap": softcap, "sinks": s_aux, "window": window}
-    decodes = n_q <= DECODED_TOKENS and (causal or n_q == 1) and not dropout
-    if decodes and mask is bias is relative_bias is None and not wants_gradient(query, key, value, s_aux):
-        out = cached_attention(query, key, value, **shared)
-    else:
-        out = attention(
-            query, key, value, causal=causal, mask=mask, bias=bias, relative_bias=relative_bias,
-            dropout_p=dropout, **shared,
-        )  # fmt: skip
+    out = attention(
+        query, key, value, causal=causal, window=window, softmax_scale=scaling, softcap=softcap, mask=mask,
+        bias=bias, relative_bias=relative_bias, sinks=s_aux, dropout_p=dropout,
+    )  # fmt: skip
     assert isinstance(out, Tensor)
     return out[..., :width].transpose(1, 2).contiguous(), None
 

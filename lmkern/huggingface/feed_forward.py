@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmkern.huggingface.swapping import of_transformers, subclass, swap_if_same
+from lmkern.nn.linear import plain_linear
 from lmkern.nn.residual import plain
 from lmkern.ops import activation, linear
 from lmkern.patching import Undo
@@ -50,7 +51,7 @@ def feeds_forward(module: nn.Module) -> bool:
 
 def _product_and_bias(module: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """What the activation adds up; what took a map's place since, or is listened to, gives the sum."""
-    if plain(module, nn.Linear):
+    if plain_linear(module):
         return linear(x, module.weight), module.bias
     if type(module).__name__ == "Conv1D" and plain(module, type(module)):
         return x @ module.weight, module.bias

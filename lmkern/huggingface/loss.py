@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmkern.huggingface.swapping import of_transformers, own_forward, subclass
+from lmkern.nn import Linear
 from lmkern.nn.residual import plain
 from lmkern.ops import linear_cross_entropy
 from lmkern.patching import Undo, swap_class
@@ -32,7 +33,7 @@ def _kind_of_loss(cls: type[nn.Module]) -> str | None:
     return None
 
 
-class _Head(nn.Linear):
+class _Head(Linear):
     """The last map, which can be told to keep what it is given and to give logits of width 0."""
 
     kept: list[Tensor] | None = None
@@ -101,7 +102,7 @@ def _training_forward(self: Any, theirs: Any, kind: str | None, labels: Tensor, 
 def swap_loss(module: nn.Module) -> Undo | str:
     model: Any = module
     head = model.get_output_embeddings()
-    if type(head) not in (nn.Linear,):
+    if type(head) not in (nn.Linear, Linear):
         return f"its loss stays: the head is a {type(head).__name__}"
     for name in ("logit_scale", "logits_scaling", "lm_head_multiplier", "router_aux_loss_coef"):
         if hasattr(model.config, name):

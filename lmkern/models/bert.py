@@ -8,12 +8,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lmkern.kernels.checked import checked
+from lmkern.models.arguments import check_config, check_packed, check_targets, check_tokens
 from lmkern.models.config import check_fields, check_heads
 from lmkern.models.decoder import initialise
 from lmkern.models.head import head_loss
 from lmkern.models.tied import tie
 from lmkern.nn import Block, Dropout, Embedding, LayerNorm, LearnedPositions, Linear
 from lmkern.nn.feed_forward import mapped
+from lmkern.nn.positions import positions_within
 from lmkern.nn.state_dict import LoadsWhole
 from lmkern.ops import cross_entropy
 
@@ -78,6 +81,7 @@ class Bert(LoadsWhole):
     """
 
     def __init__(self, config: BertConfig) -> None:
+        check_config(config, BertConfig)
         super().__init__()
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.width)
@@ -110,25 +114,46 @@ class Bert(LoadsWhole):
             self.head = Linear(config.width, config.labels)
         initialise(self)
 
-    def encode(self, tokens: Tensor, mask: Tensor | None = None, types: Tensor | None = None) -> Tensor:
+    def encode(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        types: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """tokens (B, N) int64 -> the stream after the last block, (B, N, E).
 
         mask: (B, N) boolean, False: padding, seen by none. types: (B, N) int64, default all 0.
-        Raises ValueError for another shape or dtype and for more tokens than the context; IndexError, on the
-        CPU, for a token or type that there is not.
+        cu_seqlens: (documents + 1,) int32 or int64. B is 1, and document s holds the tokens cu_seqlens[s] to
+            cu_seqlens[s + 1]: each is read as if it were alone, and the context bounds each. Without a mask.
+        Raises ValueError for another shape or dtype and for more tokens than the context (of packed
+        documents, on the CPU); IndexError, on the CPU, for a token or type that there is not.
         """
-        self._check(tokens, mask, types)
+        self._check(tokens, mask, types, cu_seqlens)
         types = torch.zeros_like(tokens) if types is None else types
+        positions = self.positions(min(tokens.shape[1], self.config.context))  # (N, E)
+        if cu_seqlens is not None:
+            positions = positions[positions_within("Bert", cu_seqlens, tokens.shape[1])]
         x = self.embedding(tokens) + self.types(types)  # (B, N, E)
-        x = self.dropout(self.embedding_norm(x + self.positions(tokens.shape[1])))
+        x = self.dropout(self.embedding_norm(x + positions))
         seen = None if mask is None else mask[:, None, None, :]
+        packed = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
         for block in self.blocks:
-            x = block(x, mask=seen)
+            x = block(x, mask=seen, **packed)
         return x  # type: ignore[no-any-return]
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None, types: Tensor | None = None) -> Tensor:
-        """The logits of the head; arguments as in encode."""
-        return self.head(self._features(tokens, mask, types))  # type: ignore[no-any-return]
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        types: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """The logits of the head; arguments as in encode. Of packed documents the head "sequence" gives
+        (documents, labels), and none of them may be empty."""
+        return self.head(self._features(tokens, mask, types, cu_seqlens))  # type: ignore[no-any-return]
 
     def loss(
         self,
@@ -138,19 +163,15 @@ class Bert(LoadsWhole):
         types: Tensor | None = None,
         *,
         reduction: Literal["mean", "sum"] = "mean",
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Cross-entropy of the head's logits in nats, a float32 scalar (float64 for a float64 model).
 
-        targets: (B, N) int64, or (B,) for the head "sequence"; -100 for what does not count, as every token
-        that was not masked.
+        targets: (B, N) int64, or (B,), of packed documents (documents,), for the head "sequence"; -100 for
+            what does not count, as every token that was not masked. The other arguments as in encode.
         """
-        expected = tokens.shape[:1] if self.config.head == "sequence" else tokens.shape
-        if targets.shape != expected or targets.dtype != torch.int64:
-            raise ValueError(
-                f"Bert.loss: targets must be int64 {tuple(expected)}; "
-                f"got {targets.dtype} {tuple(targets.shape)}"
-            )
-        x = self._features(tokens, mask, types)
+        x = self._features(tokens, mask, types, cu_seqlens)
+        check_targets("Bert.loss", targets, tokens.shape if x.dim() == 3 else x.shape[:1])
         if self.config.head != "masked":
             return cross_entropy(self.head(x), targets, reduction=reduction)
         return head_loss(self.head, x, targets, reduction=reduction)
@@ -165,20 +186,33 @@ class Bert(LoadsWhole):
         weights = sum(each.weight.numel() / (context if each in once else 1) for each in maps)
         return 6.0 * weights + 12.0 * self.config.layers * self.config.width * context
 
-    def _features(self, tokens: Tensor, mask: Tensor | None, types: Tensor | None) -> Tensor:
+    def _features(
+        self, tokens: Tensor, mask: Tensor | None, types: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
         """What the last map reads."""
-        x = self.encode(tokens, mask, types)
+        x = self.encode(tokens, mask, types, cu_seqlens=cu_seqlens)
         if self.config.head == "masked":
             x = mapped(self.transform, x, self.config.activation)
             return self.transform_norm(x)  # type: ignore[no-any-return]
         if self.config.head == "sequence":
-            x = torch.tanh(self.transform(x[:, 0]))
+            first = x[:, 0] if cu_seqlens is None else x[0, cu_seqlens[:-1]]
+            x = torch.tanh(self.transform(first))
         return self.classifier_dropout(x)  # type: ignore[no-any-return]
 
-    def _check(self, tokens: Tensor, mask: Tensor | None, types: Tensor | None) -> None:
-        if tokens.dim() != 2 or tokens.dtype != torch.int64:
-            raise ValueError(f"Bert: tokens must be (B, N) int64; got {tuple(tokens.shape)} {tokens.dtype}")
-        if tokens.shape[1] > self.config.context:
+    def _check(
+        self, tokens: Tensor, mask: Tensor | None, types: Tensor | None, cu_seqlens: Tensor | None
+    ) -> None:
+        check_tokens("Bert", "tokens", tokens)
+        if cu_seqlens is not None:
+            check_packed("Bert", tokens, cu_seqlens, self.config.context, mask=mask)
+            if self.config.head == "sequence" and not torch.compiler.is_compiling() and checked(cu_seqlens):
+                lengths = cu_seqlens.diff().tolist()
+                if 0 in lengths:
+                    raise ValueError(
+                        "Bert: the head 'sequence' reads the first token of each document; got an empty one, "
+                        f"document {lengths.index(0)} of {len(lengths)}. Leave it out"
+                    )
+        elif tokens.shape[1] > self.config.context:
             raise ValueError(
                 f"Bert: the context is {self.config.context} tokens; got {tokens.shape[1]}. Cut them"
             )

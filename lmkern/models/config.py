@@ -32,10 +32,10 @@ def check_fields(
             require(config, isinstance(value, bool), f"{field.name} must be True or False", repr(value))
     for name in (*at_least_1, *at_least_0):
         value = getattr(config, name)
-        require(config, isinstance(value, int), f"{name} must be int", repr(value))
+        require(config, is_number(value, int), f"{name} must be int", repr(value))
     for name in (*positive, *probabilities):
         value = getattr(config, name)
-        require(config, isinstance(value, int | float), f"{name} must be float", repr(value))
+        require(config, is_number(value, int | float), f"{name} must be float", repr(value))
     for name in at_least_1:
         require(config, getattr(config, name) >= 1, f"{name} must be at least 1", getattr(config, name))
     for name in at_least_0:
@@ -48,6 +48,11 @@ def check_fields(
     for name, kind in (choices or {}).items():
         value, among = getattr(config, name), get_args(kind)
         require(config, value in among, f"{name} must be one of {', '.join(among)}", repr(value))
+
+
+def is_number(value: object, kind: Any) -> bool:
+    """Whether it is a number of this kind: True would count as 1."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def check_heads(config: object, width: int, heads: int, kv_heads: int, head_dim: int = 0) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lmkern.kernels.checked import checked
+from lmkern.models.arguments import check_packed, check_targets, check_tokens
 from lmkern.models.head import head_loss
 from lmkern.nn import KeyValueCache
 from lmkern.nn.block import in_turn
@@ -80,11 +80,9 @@ class Decoder(LoadsWhole):
         does not count. cu_seqlens: packed documents, as in forward; what follows the last token of one is up
         to targets.
         """
-        if targets.shape != tokens.shape or targets.dtype != torch.int64:
-            raise ValueError(
-                f"{self._name}.loss: targets must be int64 of tokens' shape {tuple(tokens.shape)}; "
-                f"got {targets.dtype} {tuple(targets.shape)}"
-            )
+        name = f"{self._name}.loss"
+        check_tokens(name, "tokens", tokens)
+        check_targets(name, targets, tokens.shape, "of tokens' shape ")
         hidden = self._hidden(tokens, None, cu_seqlens)  # (B, N, E)
         return head_loss(self.head, hidden, targets, label_smoothing=label_smoothing, reduction=reduction)
 
@@ -134,21 +132,9 @@ class Decoder(LoadsWhole):
 
     def _check(self, tokens: Tensor, cache: DecoderCache | None, cu_seqlens: Tensor | None) -> None:
         name = self._name
-        if tokens.dim() != 2 or tokens.dtype != torch.int64:
-            raise ValueError(f"{name}: tokens must be (B, N) int64; got {tuple(tokens.shape)} {tokens.dtype}")
+        check_tokens(name, "tokens", tokens)
         if cu_seqlens is not None:
-            if tokens.shape[0] != 1 or cache is not None:
-                raise ValueError(
-                    f"{name}: packed documents (cu_seqlens) stand in one row, tokens (1, N), without cache; "
-                    f"got tokens {tuple(tokens.shape)}" + ("" if cache is None else " and a cache")
-                )
-            positions = positions_within(name, cu_seqlens, tokens.shape[1])
-            if positions.numel() and not torch.compiler.is_compiling() and checked(positions):
-                longest = int(positions.max()) + 1
-                if longest > self.config.context:
-                    raise ValueError(
-                        f"{name}: the context is {self.config.context} tokens; got a document of {longest}"
-                    )
+            check_packed(name, tokens, cu_seqlens, self.config.context, cache=cache)
             return
         cached = 0 if cache is None else cache.length
         if tokens.shape[1] + cached > self.config.context:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import nn
 
+from lmkern.models.arguments import check_config
 from lmkern.models.config import check_fields, check_heads, require
 from lmkern.models.decoder import Decoder, initialise
 from lmkern.models.tied import tie
@@ -91,6 +92,7 @@ class GPT(Decoder):
     """
 
     def __init__(self, config: GPTConfig) -> None:
+        check_config(config, GPTConfig)
         super().__init__()
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.width)

@@ -14,7 +14,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from lmkern.files import checksum, damage, replacing
+from lmkern.files import checksum, damage, replacing, save_tensors
 from lmkern.models.bert import Bert, BertConfig
 from lmkern.models.gpt import GPT, GPTConfig
 from lmkern.models.llama import Llama, LlamaConfig
@@ -58,7 +58,7 @@ def save(model: Model, folder: str | os.PathLike[str], *, beside: Sequence[Path]
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     names = (WEIGHTS, *(path.name for path in beside))
     with replacing(*(folder / name for name in (*names, CONFIG))) as (weights, *copies, config):
-        safetensors.torch.save_file(tensors, weights)
+        save_tensors(tensors, weights)
         for path, copy in zip(beside, copies, strict=True):
             shutil.copyfile(path, copy)
         description = {

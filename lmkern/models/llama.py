@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lmkern.models.arguments import check_config
 from lmkern.models.config import check_fields, check_heads, require
 from lmkern.models.decoder import Decoder, initialise
 from lmkern.models.tied import tie
@@ -73,6 +74,7 @@ class Llama(Decoder):
     """
 
     def __init__(self, config: LlamaConfig) -> None:
+        check_config(config, LlamaConfig)
         super().__init__()
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.width)

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lmkern.models.arguments import check_config, check_tokens
 from lmkern.models.config import check_fields, check_heads
 from lmkern.models.head import head_loss
 from lmkern.models.tied import tie
@@ -59,8 +60,8 @@ class T5Config:
     """The token in the place of what does not count."""
     start: int = 0
     """The token before the first of a target."""
-    end: int = 1
-    """The token after the last of a target."""
+    end: int = 0
+    """The token after the last of a target. 0, as start: the end of text of our tokenizers."""
 
     def __post_init__(self) -> None:
         check_fields(
@@ -120,6 +121,7 @@ class T5(LoadsWhole):
     """
 
     def __init__(self, config: T5Config) -> None:
+        check_config(config, T5Config)
         super().__init__()
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.width)
@@ -159,7 +161,7 @@ class T5(LoadsWhole):
 
     def encode(self, source: Tensor, source_mask: Tensor | None = None) -> Tensor:
         """source (B, N_s) int64 -> memory (B, N_s, E). source_mask: (B, N_s) boolean, False: padding."""
-        _check_tokens("source", source)
+        check_tokens("T5", "source", source)
         mask = _seen(source, source_mask)
         bias = bucketed_bias(
             self.encoder_bias,
@@ -210,7 +212,7 @@ class T5(LoadsWhole):
 
     def shift_right(self, targets: Tensor) -> Tensor:
         """What the decoder reads to predict targets (B, N_t): the start token, then all but the last."""
-        _check_tokens("targets", targets)
+        check_tokens("T5", "targets", targets)
         before = nn.functional.pad(targets[:, :-1], (1, 0), value=self.config.start)
         return before.masked_fill(before == -100, self.config.pad)
 
@@ -246,7 +248,7 @@ class T5(LoadsWhole):
         self, target: Tensor, memory: Tensor, source_mask: Tensor | None, cache: T5Cache | None
     ) -> Tensor:
         """(B, N_t, E): what the head reads."""
-        _check_tokens("target", target)
+        check_tokens("T5", "target", target)
         if memory.shape[0] < 1 or target.shape[0] % memory.shape[0]:
             raise ValueError(
                 f"T5: the batch of target must be a multiple of the memory's; got target "
@@ -296,11 +298,6 @@ def _block(config: T5Config, *, decoder: bool) -> Block:
         bias=False,
         eps=config.eps,
     )
-
-
-def _check_tokens(what: str, tokens: Tensor) -> None:
-    if tokens.dim() != 2 or tokens.dtype != torch.int64:
-        raise ValueError(f"T5: {what} must be (B, N) int64; got {tuple(tokens.shape)} {tokens.dtype}")
 
 
 def _seen(source: Tensor, source_mask: Tensor | None) -> Tensor | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
+from lmkern.models.arguments import check_tokens
+from lmkern.models.config import is_number
 from lmkern.nn import Block, Embedding, LayerNorm, Linear, sinusoidal_positions
 from lmkern.nn.block import in_turn
 from lmkern.nn.residual import normed
@@ -27,8 +28,11 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         for name in ("input_dim", "output_dim", "hidden_dim", "nhead", "num_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Transformer: {name} must be at least 1; got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not is_number(value, int):
+                raise ValueError(f"Transformer: {name} must be int; got {value!r}")
+            if value < 1:
+                raise ValueError(f"Transformer: {name} must be at least 1; got {value}")
         if self.hidden_dim % self.nhead:
             raise ValueError(
                 f"Transformer: hidden_dim must be a multiple of nhead; got {self.hidden_dim}, {self.nhead}"
@@ -101,10 +105,10 @@ class Transformer(LoadsWhole):
         return self.head(self._hidden(tokens))  # type: ignore[no-any-return]
 
     def _hidden(self, tokens: Tensor) -> Tensor:
-        if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.shape[1] < 1:
+        check_tokens("Transformer", "tokens", tokens)
+        if tokens.shape[1] < 1:
             raise ValueError(
-                f"Transformer: tokens must be (B, N) int64 with N at least 1; "
-                f"got {tuple(tokens.shape)} {tokens.dtype}"
+                f"Transformer: tokens must be (B, N) int64 with N at least 1; got {tuple(tokens.shape)}"
             )
         x = self.embedding(tokens) * math.sqrt(self.config.hidden_dim)  # (B, N, E)
         x = self.positional_encoder(x)

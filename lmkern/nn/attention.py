@@ -12,12 +12,9 @@ from torch import Tensor, nn
 from lmkern.nn.linear import Linear
 from lmkern.nn.positions import Rotary, positions_within
 from lmkern.nn.state_dict import LoadsWhole
-from lmkern.nn.stream import takes_dtype
-from lmkern.ops import attention, cached_attention, linear
+from lmkern.nn.stream import check_stream, takes_dtype
+from lmkern.ops import attention, linear
 from lmkern.ops.dispatch import flag
-
-# Up to so many new tokens the reading of the cache takes longer than the products with it.
-_FEW_QUERIES = 8
 
 
 class KeyValueCache:
@@ -98,7 +95,8 @@ class SelfAttention(nn.Module):
             raise ValueError(f"SelfAttention: width must be a multiple of heads; got {width}, {heads}")
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"SelfAttention: heads must be a multiple of kv_heads; got {heads}, {kv_heads}")
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim or width // heads
+        self.width, self.heads, self.kv_heads = width, heads, kv_heads
+        self.head_dim = head_dim or width // heads
         self.causal, self.softmax_scale, self.weight_dropout = causal, softmax_scale, weight_dropout
         self.qkv = Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias=bias)
         self.out = Linear(heads * self.head_dim, width, bias=bias)
@@ -121,6 +119,7 @@ class SelfAttention(nn.Module):
         """
         if cache is not None and cu_seqlens is not None:
             raise ValueError("SelfAttention: give a cache or cu_seqlens, documents read whole; got both")
+        check_stream(self, "x", x, self.width)
         counts = (self.heads, self.kv_heads, self.kv_heads)
         qkv = self.qkv(x).view(*x.shape[:2], sum(counts), self.head_dim)  # (B, N, H + 2 H_kv, D)
         if self.rotary is None:
@@ -138,23 +137,18 @@ class SelfAttention(nn.Module):
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H or H_kv, N, D)
         if cache is not None:
             k, v = cache.append(k, v)
-        few = cache is not None and q.shape[2] <= _FEW_QUERIES and self.causal
-        plain = mask is None and relative_bias is None and not (self.training and self.weight_dropout)
-        if few and plain and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
-            y = cast(Tensor, cached_attention(q, k, v, softmax_scale=self.softmax_scale))  # (B, H, N, D)
-        else:
-            attended = attention(
-                q,
-                k,
-                v,
-                causal=self.causal,
-                softmax_scale=self.softmax_scale,
-                mask=mask,
-                relative_bias=relative_bias,
-                cu_seqlens=cu_seqlens,
-                dropout_p=self.weight_dropout if self.training else 0.0,
-            )
-            y = cast(Tensor, attended)
+        attended = attention(
+            q,
+            k,
+            v,
+            causal=self.causal,
+            softmax_scale=self.softmax_scale,
+            mask=mask,
+            relative_bias=relative_bias,
+            cu_seqlens=cu_seqlens,
+            dropout_p=self.weight_dropout if self.training else 0.0,
+        )
+        y = cast(Tensor, attended)  # (B, H, N, D)
         return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 

@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from lmkern.nn.linear import Linear
-from lmkern.nn.stream import takes_dtype
+from lmkern.nn.stream import check_stream, takes_dtype
 from lmkern.ops import attention
 from lmkern.ops.dispatch import flag
 
@@ -38,7 +38,7 @@ class CrossAttention(nn.Module):
         bias = flag("CrossAttention", "bias", bias)
         if heads < 1 or (head_dim is None and width % heads):
             raise ValueError(f"CrossAttention: width must be a multiple of heads; got {width}, {heads}")
-        self.heads, self.head_dim = heads, head_dim or width // heads
+        self.width, self.heads, self.head_dim = width, heads, head_dim or width // heads
         self.softmax_scale, self.weight_dropout = softmax_scale, weight_dropout
         self.query = Linear(width, heads * self.head_dim, bias=bias)
         self.key_value = Linear(width, 2 * heads * self.head_dim, bias=bias)
@@ -57,7 +57,12 @@ class CrossAttention(nn.Module):
         memory: (B, N_k, E), or what keys_values made of it. mask: boolean, broadcasts to (B, H, 1, N_k).
         beams rows of x, next to each other, may share one row of the memory: its keys are read once for all.
         """
-        k, v = self.keys_values(memory) if isinstance(memory, Tensor) else memory
+        check_stream(self, "x", x, self.width)
+        if isinstance(memory, Tensor):
+            check_stream(self, "memory", memory, self.width)
+            k, v = self.keys_values(memory)
+        else:
+            k, v = memory
         # The tokens of the beams are so many queries of one sequence: none sees another.
         q = self.query(x).view(k.shape[0], -1, self.heads, self.head_dim).transpose(1, 2)
         y = attention(

@@ -17,6 +17,16 @@ R = TypeVar("R")
 _CAST = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
 
+def check_stream(module: torch.nn.Module, name: str, x: Any, width: int) -> None:
+    """TypeError for what is no tensor, ValueError for one that is not (B, N, width)."""
+    owner = type(module).__name__
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{owner}: {name} must be a torch.Tensor; got {type(x).__name__}")
+    if x.dim() != 3 or x.shape[2] != width:
+        one = f". One sequence is {name}[None]" if x.dim() == 2 and x.shape[1] == width else ""
+        raise ValueError(f"{owner}: {name} must be (B, N, {width}); got {tuple(x.shape)}{one}")
+
+
 def takes_dtype(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """For a module's forward: its failure says so where one of the arguments named has another dtype than the
     module's parameters, and no autocast makes them one."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lmkern.nn.attention import MultiheadAttention
 from lmkern.nn.embedding import Embedding
 from lmkern.nn.feed_forward import mapped
+from lmkern.nn.linear import Linear
 from lmkern.nn.norm import LayerNorm, RMSNorm
 from lmkern.nn.residual import Seam, normed, plain
 from lmkern.nn.state_dict import LoadsWhole
@@ -207,6 +208,7 @@ COUNTERPARTS: Mapping[type[nn.Module], type[nn.Module]] = MappingProxyType(
         nn.LayerNorm: LayerNorm,
         nn.RMSNorm: RMSNorm,
         nn.Embedding: Embedding,
+        nn.Linear: Linear,
     }
 )
 

@@ -41,12 +41,14 @@ def check_shapes(
         )
 
 
-def cast(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v in the dtype to compute in: autocast's, or the one they share."""
+def cast(
+    name: str, q: Tensor, k: Tensor, v: Tensor, what: str = "q, k and v"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, what the caller calls so, in the dtype to compute in: autocast's, or the one they share."""
     q, k, v = autocast(q, k, v)
     if q.dtype not in DTYPES or not (q.dtype == k.dtype == v.dtype):
         raise ValueError(
-            f"{name}: q, k and v must share one dtype of {DTYPE_NAMES}; cast them first; "
+            f"{name}: {what} must share one dtype of {DTYPE_NAMES}; cast them first; "
             f"got {q.dtype}, {k.dtype}, {v.dtype}"
         )
     return q, k, v
@@ -81,7 +83,7 @@ def checked_dropout(
                 f"{name}: dropout_seed must be an int64 tensor without dimensions; "
                 f"got {seed.dtype} {tuple(seed.shape)}"
             )
-        _same_device(name, "dropout_seed", seed, q)
+        check_device(name, "dropout_seed", seed, q)
     if not threshold(dropout_p):
         return 0.0, None
     if seed is None:
@@ -94,7 +96,7 @@ def checked_bias(name: str, what: str, bias: Tensor, q: Tensor, scores: tuple[in
     if not bias.dtype.is_floating_point:
         raise ValueError(f"{name}: {what} must be floating; got {bias.dtype}")
     check_broadcast(name, what, bias, scores)
-    _same_device(name, what, bias, q)
+    check_device(name, what, bias, q)
     if bias.dtype == torch.float64 and q.dtype != torch.float64:
         raise ValueError(f"{name}: {what} must be no wider than q; got {bias.dtype} and {q.dtype}")
     wide = statistics_dtype(q)
@@ -106,7 +108,7 @@ def checked_mask(name: str, what: str, mask: Tensor, q: Tensor, scores: tuple[in
     if mask.dtype != torch.bool:
         raise ValueError(f"{name}: {what} must be boolean (True: seen); got {mask.dtype}")
     check_broadcast(name, what, mask, scores)
-    _same_device(name, what, mask, q)
+    check_device(name, what, mask, q)
     return _four_dimensional(mask)
 
 
@@ -152,7 +154,7 @@ def checked_lengths(
         raise ValueError(f"{name}: packed documents need a batch of 1, all in a row; got B = {q.shape[0]}")
     for what, x in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
         check_cu_seqlens(name, what, x)
-        _same_device(name, what, x, q)
+        check_device(name, what, x, q)
     if cu_seqlens.shape != cu_seqlens_k.shape:
         raise ValueError(
             f"{name}: cu_seqlens and cu_seqlens_k must have as many documents; "
@@ -213,11 +215,12 @@ def check_broadcast(name: str, what: str, x: Tensor, scores: tuple[int, ...]) ->
 def _statistics(name: str, what: str, x: Tensor, q: Tensor) -> Tensor:
     if not x.dtype.is_floating_point:
         raise ValueError(f"{name}: {what} must be floating; got {x.dtype}")
-    _same_device(name, what, x, q)
+    check_device(name, what, x, q)
     return x.to(statistics_dtype(q)).contiguous()
 
 
-def _same_device(name: str, what: str, x: Tensor, q: Tensor) -> None:
+def check_device(name: str, what: str, x: Tensor, q: Tensor) -> None:
+    """That x lies where q does."""
     if x.device != q.device:
         raise ValueError(
             f"{name}: {what} must be on q's device, {q.device}; move it with .to(); got {x.device}"

@@ -10,16 +10,8 @@ from torch import Tensor
 from lmkern.kernels import backends
 from lmkern.kernels.cached_attention import Options
 from lmkern.kernels.statistics import statistics_dtype
-from lmkern.ops.dispatch import (
-    DTYPE_NAMES,
-    DTYPES,
-    autocast,
-    checked_softcap,
-    direct,
-    flag,
-    int32,
-    takes_tensors,
-)
+from lmkern.ops import attention_checks as checks
+from lmkern.ops.dispatch import checked_softcap, direct, flag, int32, takes_tensors
 
 
 @takes_tensors
@@ -61,13 +53,14 @@ def cached_attention(
     and where a gradient would be wanted: take `attention` then. UnsupportedBackend if the named backend
     cannot run this here.
     """
-    return_lse = flag("cached_attention", "return_lse", return_lse)
+    name = "cached_attention"
+    return_lse = flag(name, "return_lse", return_lse)
     _check(q, k_cache, v_cache, lengths, page_table)
-    q, k_cache, v_cache = _cast(q, k_cache, v_cache)
-    left = _checked_left(window)
-    cap = checked_softcap("cached_attention", softcap)
-    alibi_slopes = _checked_per_head("alibi_slopes", alibi_slopes, q)
-    sinks = _checked_per_head("sinks", sinks, q)
+    q, k_cache, v_cache = checks.cast(name, q, k_cache, v_cache, "q, k_cache and v_cache")
+    left, _ = checks.checked_band(name, window, causal=True)
+    cap = checked_softcap(name, softcap)
+    alibi_slopes = _per_head("alibi_slopes", alibi_slopes, q)
+    sinks = _per_head("sinks", sinks, q)
     scale = 1.0 / math.sqrt(q.shape[3]) if softmax_scale is None else float(softmax_scale)
     tensors = (q, k_cache, v_cache, _indices(lengths), _indices(page_table), alibi_slopes, sinks)
     call = _forward if direct(*tensors) else torch.ops.lmkern.cached_attention
@@ -169,8 +162,8 @@ def _check(
         fail("pages must hold at least one key each")
     tensors = {"k_cache": k_cache, "v_cache": v_cache, "lengths": lengths, "page_table": page_table}
     for name, x in tensors.items():
-        if x is not None and x.device != q.device:
-            _fail(f"{name} must be on q's device {q.device}; move it with .to()", x.device)
+        if x is not None:
+            checks.check_device("cached_attention", name, x, q)
     if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
         _fail(
             "there is no gradient; call it under torch.no_grad() or inference_mode(), or take attention",
@@ -202,35 +195,9 @@ def _check_range(q: Tensor, k_cache: Tensor, lengths: Tensor | None, page_table:
         )
 
 
-def _cast(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three in the dtype to compute in: autocast's, or the one they share. ValueError without one."""
-    q, k_cache, v_cache = autocast(q, k_cache, v_cache)
-    if q.dtype not in DTYPES or not (q.dtype == k_cache.dtype == v_cache.dtype):
-        _fail(
-            f"q, k_cache and v_cache must share one dtype of {DTYPE_NAMES}; cast them first",
-            f"{q.dtype}, {k_cache.dtype}, {v_cache.dtype}",
-        )
-    return q, k_cache, v_cache
-
-
-def _checked_left(window: tuple[int | None, int | None] | None) -> int | None:
-    if window is None:
-        return None
-    left, right = window
-    if any(bound is not None and bound < 0 for bound in (left, right)):
-        _fail("window must be (left, right), each at least 0 or None for no bound", window)
-    return left
-
-
-def _checked_per_head(name: str, x: Tensor | None, q: Tensor) -> Tensor | None:
-    """(H,) in the dtype of statistics, contiguous."""
-    if x is None:
-        return None
-    if tuple(x.shape) != (q.shape[1],) or not x.dtype.is_floating_point:
-        _fail(f"{name} must be ({q.shape[1]},), one floating number a head", f"{tuple(x.shape)} {x.dtype}")
-    if x.device != q.device:
-        _fail(f"{name} must be on q's device {q.device}; move it with .to()", x.device)
-    return x.detach().to(statistics_dtype(q)).contiguous()
+def _per_head(name: str, x: Tensor | None, q: Tensor) -> Tensor | None:
+    """(H,) as the contract takes it; what requires a gradient gets none."""
+    return None if x is None else checks.checked_per_head("cached_attention", name, x, q).detach()
 
 
 def _indices(x: Tensor | None) -> Tensor | None:

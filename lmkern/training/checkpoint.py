@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from lmkern.files import checksum, damage, flush_to_disk, write_text
+from lmkern.files import checksum, damage, flush_to_disk, save_tensors, write_text
 
 FORMAT = "lmkern-checkpoint"
 VERSION = 1
@@ -64,7 +64,7 @@ def save_checkpoint(
         for group, named in tensors.items():
             path = part / f"{group}.safetensors"
             contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-            save_file(contiguous, path, metadata={"format": FORMAT, "version": str(VERSION)})
+            save_tensors(contiguous, path, {"format": FORMAT, "version": str(VERSION)})
             flush_to_disk(path)
             files[path.name] = checksum(path)
         content = {"format": FORMAT, "version": VERSION, "step": step, **state, "files": files}

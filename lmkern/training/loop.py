@@ -14,6 +14,7 @@ from lmkern.data import Dataset, PairBatches, PairDataset
 from lmkern.data.shards import TOKENIZER
 from lmkern.memory import keep_freed_memory
 from lmkern.models import T5Config, save
+from lmkern.ops.dispatch import flag
 from lmkern.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lmkern.training.config import RunConfig
 from lmkern.training.interruption import Interruption
@@ -58,9 +59,10 @@ def train(
     or a damaged checkpoint, and FloatingPointError when the loss stays not finite.
     """
     folder = Path(folder)
+    resume, overwrite = flag("train", "resume", resume), flag("train", "overwrite", overwrite)
+    line = ProgressLine(flag("train", "progress", progress))
     check_fits(config, dataset)
     keep_freed_memory()
-    line = ProgressLine(progress)
     path = check_run_folder(config, folder, resume=resume, overwrite=overwrite)
     checkpoint = load_checkpoint(path) if path else None
     device = choose_device(config.training.device)

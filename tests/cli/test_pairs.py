@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_refused_in_words(
         ('[model]\narchitecture = "t5"\n', "an encoder-decoder learns from pairs"),
         ("[model]\nvocab_size = 400\n", "holds pairs and the stages read documents"),
         (
-            '[model]\narchitecture = "t5"\n[[training.stages]]\nunit = "pairs"\n',
+            '[model]\narchitecture = "t5"\nend = 1\n[[training.stages]]\nunit = "pairs"\n',
             "model.end must be the data's end of text, 0; got 1: set model.end = 0",
         ),
     ):

@@ -154,6 +154,22 @@ def test_an_empty_folder_is_used(config: DataConfig, tmp_path: Path) -> None:
     load(tmp_path / "data")
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_all_work(
+    config: DataConfig, tmp_path: Path
+) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("work was begun")
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError):
+        prepare(config, tmp_path / "file" / "data", progress=fail)
+
+
+def test_overwrite_is_true_or_false(config: DataConfig, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="prepare: overwrite must be True or False; got 'no'"):
+        prepare(config, tmp_path / "data", overwrite="no")
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_an_interrupted_prepare_leaves_what_was_there(
     config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]

@@ -222,6 +222,7 @@ OPS = (
     attention("wide", AttentionShape(1, 4, 300, 128, 300, 4, True)),
     attention("ragged", AttentionShape(2, 4, 129, 80, 257, 2, True), layout="transposed"),
     attention("full", AttentionShape(1, 2, 100, 256, 130, 2, False)),
+    attention("few", AttentionShape(2, 4, 5, 64, 300, 2, True)),
     attention("narrow", AttentionShape(1, 2, 77, 16, 91, 1, False)),
     attention("window", SQUARE, AttentionFeatures(window=(30, 5))),
     attention("bias", SQUARE, AttentionFeatures(bias="Hqk", mask="Bk")),

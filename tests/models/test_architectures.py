@@ -292,7 +292,14 @@ def test_bad_input_is_refused_in_words():
     for name, what in (("llama", "Llama"), ("bert", "Bert")):
         with pytest.raises(ValueError, match=f"{what}: the context is 24 tokens; got 25"):
             _model(name)(long)
+    for cls in (Bert, Llama, T5):
+        with pytest.raises(
+            TypeError, match=f"{cls.__name__}: config must be a {cls.__name__}Config; got dict"
+        ):
+            cls({})
     bert = _model("bert")
+    with pytest.raises(TypeError, match=r"Bert: tokens must be a torch.Tensor \(B, N\) int64; got list"):
+        bert([[1, 2]])
     with pytest.raises(ValueError, match=r"Bert: tokens must be \(B, N\) int64; got \(5,\) torch.float32"):
         bert(torch.zeros(5))
     with pytest.raises(

@@ -222,6 +222,9 @@ def test_bfloat16_autocast_is_near_float32_with_float32_gradients(model):
         ({"kv_heads": -1}, "kv_heads must be at least 0; got -1"),
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\); got 1.0"),
         ({"eps": 0.0}, "eps must be positive; got 0.0"),
+        ({"layers": True}, "layers must be int; got True"),
+        ({"kv_heads": False}, "kv_heads must be int; got False"),
+        ({"dropout": False}, "dropout must be float; got False"),
         ({"positions": "alibi"}, "positions must be one of rotary, learned, sinusoidal; got 'alibi'"),
         ({"activation": "tanh"}, "activation must be one of gelu, .*; got 'tanh'"),
     ],
@@ -229,6 +232,11 @@ def test_bfloat16_autocast_is_near_float32_with_float32_gradients(model):
 def test_config_that_does_not_fit_is_refused_in_words(options, message):
     with pytest.raises(ValueError, match=f"GPTConfig: {message}"):
         GPTConfig(**{**SIZES, **options})
+
+
+def test_what_is_no_config_is_refused_in_words():
+    with pytest.raises(TypeError, match=r"GPT: config must be a GPTConfig; got list\. Give GPT\(GPTConfig"):
+        GPT([1, 2])
 
 
 def test_bad_tokens_are_refused_in_words():
@@ -241,6 +249,13 @@ def test_bad_tokens_are_refused_in_words():
         model(_tokens(1, 25))
     with pytest.raises(ValueError, match=r"GPT.loss: targets must be int64 of tokens' shape \(3, 17\)"):
         model.loss(_tokens(), _tokens(3, 16))
+    with pytest.raises(
+        TypeError, match=r"GPT: tokens must be a torch.Tensor \(B, N\) int64; got list\. Give "
+    ):
+        model([1, 2])
+    for tokens, targets, what in (([1], _tokens(), "tokens"), (_tokens(), [1], "targets")):
+        with pytest.raises(TypeError, match=rf"GPT.loss: {what} must be a torch.Tensor.*; got list"):
+            model.loss(tokens, targets)
     with pytest.raises(IndexError, match=r"tokens must lie in \[0, 61\); got 61 to 61"):
         model(torch.full((1, 1), 61))
 

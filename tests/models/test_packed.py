@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmkern.models import GPT, GPTConfig, Llama, LlamaConfig
+from lmkern.models import GPT, Bert, BertConfig, GPTConfig, Llama, LlamaConfig
 from lmkern.models.decoder import Decoder
 
 SIZES = {"vocab_size": 61, "context": 24, "layers": 2, "heads": 4, "kv_heads": 2, "width": 32}
@@ -87,3 +87,47 @@ def test_what_makes_no_sense_is_refused_by_name() -> None:
     x = torch.randn(1, 45, 32)
     with pytest.raises(ValueError, match=r"^SelfAttention: give a cache or cu_seqlens"):
         model.blocks[0](x, cu_seqlens=cu_seqlens, cache=model.new_cache(1).layers[0])
+
+
+BERT = {"vocab_size": 61, "context": 24, "layers": 2, "heads": 4, "width": 32, "labels": 3}
+
+
+def bert(head: str) -> Bert:
+    torch.manual_seed(0)
+    return loud(Bert(BertConfig(**BERT, head=head)).eval())
+
+
+@pytest.mark.parametrize("head", ["masked", "token", "sequence"])
+def test_bert_reads_each_document_alone(head: str) -> None:
+    model, (tokens, targets, _) = bert(head), packed()
+    lengths = tuple(n for n in LENGTHS if n or head != "sequence")
+    cu_seqlens = torch.tensor((0, *lengths)).cumsum(0)
+    types = torch.randint(2, tokens.shape)
+    if head == "sequence":
+        targets = torch.tensor([0, 2, 1, 1])
+        answers = targets.split(1)
+    else:
+        targets = targets % (61 if head == "masked" else 3)
+        answers = targets.split(lengths, dim=1)
+    documents = zip(tokens.split(lengths, 1), types.split(lengths, 1), answers, strict=True)
+    alone = [(model(x, None, kind), model.loss(x, y, None, kind, reduction="sum"))
+             for x, kind, y in documents if x.numel()]  # fmt: skip
+    together = model(tokens, types=types, cu_seqlens=cu_seqlens)
+    logits = torch.cat([each for each, _ in alone], 0 if head == "sequence" else 1)
+    torch.testing.assert_close(together, logits, rtol=1e-11, atol=1e-11)
+    parameters = list(model.parameters())
+    loss = model.loss(tokens, targets, types=types, reduction="sum", cu_seqlens=cu_seqlens.int())
+    ours, theirs = (
+        torch.autograd.grad(each, parameters) for each in (loss, torch.stack([one for _, one in alone]).sum())
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_bert_refuses_what_makes_no_sense_by_name() -> None:
+    model, (tokens, _, cu_seqlens) = bert("sequence"), packed()
+    with pytest.raises(ValueError, match=r"^Bert: .*tokens \(1, N\), without mask; .*\(1, 45\) and a mask$"):
+        model(tokens, tokens > 0, cu_seqlens=cu_seqlens)
+    with pytest.raises(ValueError, match=r"^Bert: the context is 24 tokens; got a document of 25$"):
+        model(tokens, cu_seqlens=torch.tensor([0, 20, 45]))
+    with pytest.raises(ValueError, match=r"^Bert: the head 'sequence' .*; got an empty one, document 2 of 5"):
+        model(tokens, cu_seqlens=cu_seqlens)

@@ -98,6 +98,7 @@ def test_loss_falls_on_one_batch():
     [
         ({"hidden_dim": 18}, "hidden_dim must be a multiple of nhead; got 18, 4"),
         ({"num_layers": 0}, "num_layers must be at least 1; got 0"),
+        ({"num_layers": True}, "num_layers must be int; got True"),
         ({"dropout": 64}, r"dropout must lie in \[0, 1\); got 64"),
     ],
 )
@@ -107,6 +108,10 @@ def test_sizes_that_do_not_fit_are_refused_in_words(options, message):
 
 
 def test_bad_input_is_refused_in_words():
+    with pytest.raises(
+        TypeError, match=r"Transformer: tokens must be a torch.Tensor \(B, N\) int64; got list"
+    ):
+        _model()([1, 2])
     with pytest.raises(
         ValueError, match=r"Transformer: tokens must be \(B, N\) int64 with N at least 1; got \(2, 0\)"
     ):

@@ -44,6 +44,24 @@ def test_says_what_to_do_and_that_does_it(case: str) -> None:
         module(*[x] * count)
 
 
+def test_a_stream_has_a_batch_tokens_and_the_modules_width() -> None:
+    attention, cross = SelfAttention(8, 2), CrossAttention(8, 2)
+    x = torch.randn(3, 8)
+    with pytest.raises(
+        ValueError, match=r"SelfAttention: x must be \(B, N, 8\); got \(3, 8\)\. One sequence is x\[None\]$"
+    ):
+        attention(x)
+    attention(x[None])
+    with pytest.raises(ValueError, match=r"SelfAttention: x must be \(B, N, 8\); got \(1, 8, 3\)$"):
+        attention(x.mT[None])
+    with pytest.raises(TypeError, match=r"SelfAttention: x must be a torch.Tensor; got list$"):
+        attention([1, 2])
+    with pytest.raises(ValueError, match=r"CrossAttention: x must be \(B, N, 8\); got \(3, 8\)"):
+        cross(x, x[None])
+    with pytest.raises(ValueError, match=r"CrossAttention: memory must be \(B, N, 8\); got \(3, 8\)"):
+        cross(x[None], x)
+
+
 def test_names_the_argument_that_differs_however_it_is_given() -> None:
     x = torch.randn(2, 3, 8)
     with pytest.raises(ValueError, match=r"CrossAttention: memory .* Give memory.to\(torch.float32\)$"):

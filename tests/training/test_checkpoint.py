@@ -116,7 +116,7 @@ def count_writes(monkeypatch: pytest.MonkeyPatch, fail_at: int | None) -> list[s
         monkeypatch.setattr(owner, name, watched)
 
     for owner, name in (
-        (module, "save_file"),
+        (module, "save_tensors"),
         (module, "flush_to_disk"),
         (module, "write_text"),
         (Path, "mkdir"),
@@ -172,7 +172,7 @@ import os, signal, sys
 from lmkern.data import load
 from lmkern.training import checkpoint, load_config, train
 
-plain, calls = checkpoint.save_file, []
+plain, calls = checkpoint.save_tensors, []
 
 def killed(*args, **kwargs):
     calls.append(args)
@@ -181,7 +181,7 @@ def killed(*args, **kwargs):
     if len(calls) == 5:
         os.kill(os.getpid(), signal.SIGKILL)
 
-checkpoint.save_file = killed
+checkpoint.save_tensors = killed
 train(load_config(sys.argv[1]), load(sys.argv[2]), sys.argv[3], progress=False)
 """
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from lmkern.data import DataConfig
-from lmkern.models import GPTConfig
+from lmkern.data.tokenizer import END_OF_TEXT_ID
+from lmkern.models import GPTConfig, T5Config
 from lmkern.training import RunConfig, Stage, TrainingConfig, dump_config, load_config
 from lmkern.training.config import config_differences
 
@@ -109,3 +110,7 @@ def test_stage_longer_than_the_model_is_refused() -> None:
 def test_differences_are_listed_by_dotted_name() -> None:
     other = RunConfig(data=DataConfig(paths=("x",)), training=TrainingConfig(seed=1))
     assert config_differences(RunConfig(), other) == {"data.paths": ((), ("x",)), "training.seed": (0, 1)}
+
+
+def test_an_encoder_decoder_begins_and_ends_with_the_tokenizers_end_of_text() -> None:
+    assert T5Config().start == T5Config().end == END_OF_TEXT_ID

@@ -323,6 +323,15 @@ def test_resume_with_other_data_is_refused(make_config: Make, dataset: Any, tmp_
         )
 
 
+@pytest.mark.parametrize("option", ["resume", "overwrite", "progress"])
+def test_what_is_on_or_off_is_true_or_false(
+    make_config: Make, dataset: Any, tmp_path: Path, option: str
+) -> None:
+    options: dict[str, Any] = {option: "no"}
+    with pytest.raises(TypeError, match=f"train: {option} must be True or False; got 'no'"):
+        train(make_config(), dataset, tmp_path, **options)
+
+
 def test_resume_without_a_run_is_refused(make_config: Make, dataset: Any, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="leave --resume out"):
         train(make_config(), dataset, tmp_path / "none", resume=True, progress=False)

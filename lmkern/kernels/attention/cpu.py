@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lmkern.kernels import cpu_call, native
 from lmkern.kernels.attention import Options
+from lmkern.kernels.attention.few_queries import as_cache
 from lmkern.kernels.attention.sinks import sink_gradient
 from lmkern.kernels.backends import Call
 from lmkern.kernels.cached_attention import cpu as cached_attention
-from lmkern.kernels.cached_attention.options import Options as CachedOptions
 from lmkern.kernels.cpu_call import on_huge_pages, unavailable
 from lmkern.kernels.philox import threshold
 from lmkern.kernels.statistics import statistics_dtype
@@ -29,9 +29,6 @@ _PARAMS = struct.Struct("=18q 44q 7q 3q 2q 2q 2d 3q")
 _NO_STRIDES = (0, 0, 0, 0)
 _UNBOUNDED = 1 << 40  # kUnbounded
 
-# For so few queries packing so many keys would take longer than the products.
-_FEW_QUERIES, _MANY_KEYS = 8, 128
-
 
 def unsupported(call: Call) -> str | None:
     q = call.tensors["q"]
@@ -41,36 +38,14 @@ def unsupported(call: Call) -> str | None:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    N_q, N_k = q.shape[2], k.shape[2]
-    if N_q <= _FEW_QUERIES and N_k >= _MANY_KEYS and _sees_a_cache(N_q, options):
-        return cached_attention.forward(q, k, v, _as_cache(options))
+    if (cached := as_cache(q, k, options)) is not None:
+        return cached_attention.forward(q, k, v, cached)
     out = on_huge_pages(torch.empty_like(q))
     lse = q.new_empty(q.shape[:3], dtype=statistics_dtype(q))
     native.function("attention_forward", q.dtype)(
         pack({"q": q, "k": k, "v": v, "out": out, "lse": lse}, options)
     )
     return out, lse
-
-
-def _sees_a_cache(queries: int, options: Options) -> bool:
-    """Whether the keys are a cache to the queries, and nothing is asked that cached attention does not do."""
-    if (
-        options.bias is not None
-        or options.mask is not None
-        or options.relative_bias is not None
-        or options.cu_seqlens_q is not None
-        or options.dropout_p > 0
-    ):
-        return False
-    if options.left is None and options.right is None:
-        return queries == 1
-    return not options.top_left and (options.right == 0 or (queries == 1 and options.right is None))
-
-
-def _as_cache(options: Options) -> CachedOptions:
-    return CachedOptions(
-        options.softmax_scale, left=options.left, softcap=options.softcap, sinks=options.sinks
-    )
 
 
 def backward(

@@ -10,6 +10,7 @@ from torch import Tensor
 from lmkern.kernels import cuda_call
 from lmkern.kernels.attention import Options
 from lmkern.kernels.attention.cpu import pack
+from lmkern.kernels.attention.few_queries import as_cache
 from lmkern.kernels.backends import Call
 from lmkern.kernels.cpu_call import pointer
 
@@ -57,7 +58,13 @@ def unsupported(call: Call) -> str | None:
         if tensor is not None and not _copyable(tensor):
             return f"takes starts and strides of 16 bytes and neighbouring columns; {name} has others"
     options: Options | None = call.options.get("options")
-    return None if options is None else _not_taken(options)
+    if options is None:
+        return None
+    if call.backend is None and as_cache(q, k, options) is not None:
+        return (
+            "has tiles of many queries; few queries over many keys are cached attention's, which is Triton's"
+        )
+    return _not_taken(options)
 
 
 def _not_taken(options: Options) -> str | None:

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from lmkern.kernels import philox, triton_runtime, tuning
 from lmkern.kernels.attention import Options
+from lmkern.kernels.attention.few_queries import as_cache
 from lmkern.kernels.attention.sinks import sink_gradient
 from lmkern.kernels.backends import Call
+from lmkern.kernels.cached_attention import triton as cached_attention
 
 MAX_HEAD_DIM = 256
 
@@ -90,6 +92,8 @@ def unsupported(call: Call) -> str | None:
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     from lmkern.kernels.attention import triton_kernels
 
+    if (cached := as_cache(q, k, options)) is not None:
+        return cached_attention.forward(q, k, v, cached)
     B, H, N, _ = q.shape
     out = torch.empty_like(q)
     lse = q.new_empty((B, H, N), dtype=torch.float32)

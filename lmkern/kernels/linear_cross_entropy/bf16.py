@@ -20,7 +20,7 @@ from lmkern.kernels.cross_entropy import cpu as cross_entropy
 PARAMS = struct.Struct("=8q 7q")
 
 # What the tokens of a chunk, V and E are rounded up to, and a tile of logits.
-_SIDE = 32
+SIDE = 32
 _TILE = (16, 32)
 
 
@@ -67,7 +67,7 @@ class _Products:
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, tokens: int, sums: bool) -> None:
         self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
         self.bias = None if bias is None else bias.contiguous()
-        rows, columns, width = (_rounded_up(n) for n in (tokens, *weight.shape))
+        rows, columns, width = (rounded_up(n) for n in (tokens, *weight.shape))
         self.tiles = on_huge_pages(x.new_empty(rows // _TILE[0], columns // _TILE[1], *_TILE))
         self.packed_x = x.new_empty(rows * width)
         self.sums = on_huge_pages(x.new_empty(columns * width, dtype=torch.float32)) if sums else None
@@ -76,7 +76,7 @@ class _Products:
     def logits(self, x: Tensor) -> Tensor:
         self.x = x if x.stride(1) == 1 else x.contiguous()
         self._run("linear_logits")
-        return self.tiles[: _rounded_up(x.shape[0]) // _TILE[0]]
+        return self.tiles[: rounded_up(x.shape[0]) // _TILE[0]]
 
     def input_gradient(self, dx: Tensor) -> None:
         self._run("linear_input_gradient", dx=dx)
@@ -108,5 +108,6 @@ class _Products:
         )
 
 
-def _rounded_up(n: int) -> int:
-    return -(-n // _SIDE) * _SIDE
+def rounded_up(n: int) -> int:
+    """To a multiple of SIDE."""
+    return -(-n // SIDE) * SIDE

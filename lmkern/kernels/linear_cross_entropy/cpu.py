@@ -24,8 +24,6 @@ __all__ = ["backward", "forward", "unavailable", "unsupported"]
 # A chunk's logits take at most so many bytes, unless it has this few tokens.
 _CHUNK_BYTES = 2**27
 _CHUNK_TOKENS = 256
-# A multiple of which a chunk has.
-_SIDE = 32
 
 # Below this share of tokens that count, they are gathered first: masked language models count 15 in 100.
 _GATHERED_SHARE = 0.875
@@ -119,8 +117,4 @@ def _chunk_tokens(R: int, row_bytes: int) -> int:
     """Tokens of a chunk: a function of the shapes alone, and chunks of one size but for the last."""
     most = max(_CHUNK_TOKENS, _CHUNK_BYTES // max(row_bytes, 1))
     chunks = max(1, -(-R // most))
-    return _rounded_up(-(-R // chunks))
-
-
-def _rounded_up(n: int) -> int:
-    return max(_SIDE, -(-n // _SIDE) * _SIDE)
+    return max(bf16.SIDE, bf16.rounded_up(-(-R // chunks)))

@@ -10,11 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from lmkern.files import replacing
+from lmkern.files import replacing, save_tensors
 from lmkern.models.pretrained import configs, files, names
 from lmkern.models.pretrained.architectures import ARCHITECTURES, Architecture, PretrainedModel
 from lmkern.models.t5 import T5
@@ -94,7 +93,7 @@ def save_pretrained(model: PretrainedModel, folder: str | os.PathLike[str]) -> N
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / files.WEIGHTS, folder / files.CONFIG) as (weights, configuration):
-        safetensors.torch.save_file(tensors, weights, {"format": "pt"})
+        save_tensors(tensors, weights, {"format": "pt"})
         configuration.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
