@@ -19,19 +19,15 @@ namespace {
 template <class C>
 struct Scratch {
     C* weight;                  // (E,)
-    C* x_hat[kRowsTogether];    // (E,) each
-    C* g[kRowsTogether];        // (E,) each
     C* factors[kRowsTogether];  // (E,) each: dropout
 
     Scratch(const NormParams& p, bool in_pairs) {
         Workspace& workspace = Workspace::of_this_thread();
         const int64_t width = scratch_width(p);
-        workspace.reserve(static_cast<size_t>((1 + 3 * kRowsTogether) * width) * sizeof(C));
+        workspace.reserve(static_cast<size_t>((1 + kRowsTogether) * width) * sizeof(C));
         weight = workspace.take<C>(width);
-        for (C*& row : x_hat) row = workspace.take<C>(width);
-        for (C*& row : g) row = workspace.take<C>(width);
         for (C*& row : factors) row = workspace.take<C>(width);
-        C* in_order = in_pairs ? g[0] : weight;
+        C* in_order = in_pairs ? factors[0] : weight;
         widen_parameter(p, p.weight, static_cast<C>(p.offset), C(1), in_order);
         for (int64_t column = 0; in_pairs && column < p.columns; ++column)
             weight[place_in_pairs<C>(column)] = in_order[column];
@@ -44,6 +40,7 @@ void backward_rows(const NormParams& p, int64_t first, const Scratch<Compute<T>>
                    Compute<T>* dweight, Compute<T>* dbias) {
     using C = Compute<T>;
     const C columns = static_cast<C>(p.columns);
+    const C* const weight = scratch.weight;
     const S *h[rows], *dh[rows];
     const T* dy[rows];
     C mean[rows], rstd[rows];
@@ -54,31 +51,35 @@ void backward_rows(const NormParams& p, int64_t first, const Scratch<Compute<T>>
         mean[r] = centred ? static_cast<const C*>(p.mean)[first + r] : C(0);
         rstd[r] = static_cast<const C*>(p.rstd)[first + r];
     }
-    const bool prefetched = is_prefetched<T>(p);
+    auto x_hat = [&](auto at, int r) {
+        return centred ? (at(h[r]) - mean[r]) * rstd[r] : at(h[r]) * rstd[r];
+    };
+    const bool prefetched = is_prefetched<T>(p), dh_prefetched = prefetched && p.dh != nullptr;
     const int64_t h_ahead = rows * p.h_stride, dy_ahead = rows * p.dy_stride, dh_ahead = rows * p.dh_stride;
 
-    // g x_hat, then g.
+    // g x_hat, then g. Neither is kept: to compute them again costs less than to store and load them.
     constexpr int sums_per_row = centred ? 2 : 1;
-    const auto sums = sums_over_row<C, sums_per_row * rows, 1, in_pairs>(p.columns, [&](auto at, auto add) {
-        const auto weight = at(scratch.weight);
+    auto sum_up = [&](auto at, auto add) {
+        const auto weight_here = at(weight);
         auto dweight_here = at(dweight);
         decltype(dweight_here) dbias_here{};
         if constexpr (centred) dbias_here = at(dbias);
+        if (dh_prefetched)
+            for (int r = 0; r < rows; ++r) at.prefetch(dh[r] + dh_ahead);
+#pragma GCC unroll 2
         for (int r = 0; r < rows; ++r) {
-            if (prefetched && dh[r] != nullptr) at.prefetch(dh[r] + dh_ahead);
-            const auto dy_here = at(dy[r]);
-            const auto x_hat = centred ? at.inside((at(h[r]) - mean[r]) * rstd[r]) : at(h[r]) * rstd[r];
-            const auto g = dy_here * weight;
-            add(sums_per_row * r, g * x_hat);
+            const auto dy_all = at(dy[r]);
+            const auto dy_here = at.inside(dy_all), g = at.inside(dy_all * weight_here);
+            const auto x_hat_here = at.inside(x_hat(at, r));
+            add(sums_per_row * r, g * x_hat_here);
             if constexpr (centred) add(sums_per_row * r + 1, g);
-            dweight_here += dy_here * x_hat;
+            dweight_here += dy_here * x_hat_here;
             dbias_here += dy_here;
-            at.store(scratch.x_hat[r], x_hat);
-            at.store(scratch.g[r], g);
         }
         at.store(dweight, dweight_here);
         if constexpr (centred) at.store(dbias, dbias_here);
-    });
+    };
+    const auto sums = sums_over_row<C, sums_per_row * rows, in_pairs ? 2 : 1, in_pairs>(p.columns, sum_up);
     if (p.dx == nullptr && p.dresidual == nullptr) return;
 
     C along[rows], level[rows];
@@ -91,30 +92,32 @@ void backward_rows(const NormParams& p, int64_t first, const Scratch<Compute<T>>
             at.prefetch(h[r] + h_ahead);
             at.prefetch(dy[r] + dy_ahead);
         }
-        const auto g = at(scratch.g[r]);
-        return ((centred ? g - level[r] : g) - at(scratch.x_hat[r]) * along[r]) * rstd[r];
+        const auto off = x_hat(at, r) * along[r];
+        return (at(dy[r]) * at(weight) - (centred ? off + level[r] : off)) * rstd[r];
     };
     T* dx = static_cast<T*>(p.dx) + first * p.columns;
     const bool dx_streamed = is_streamed(p, dx);
     if (p.dresidual == nullptr && p.dh == nullptr && p.keep_threshold == 0) {
-        for_row<C, in_pairs>(p.columns, [&](auto at) {
+        for_row_anew<C, in_pairs>(p.columns, [&](auto at) {
+#pragma GCC unroll 2
             for (int r = 0; r < rows; ++r) put(at, dx + r * p.columns, gradient(at, r), dx_streamed);
         });
         return;
     }
     S* dresidual = static_cast<S*>(p.dresidual) + first * p.columns;
     const bool dresidual_streamed = is_streamed(p, dresidual);
-    if (!in_pairs && p.keep_threshold != 0 && p.dx != nullptr)
-        for (int r = 0; r < rows; ++r) dropout_factors(p, first + r, scratch.factors[r]);
-    for_row<C, in_pairs>(p.columns, [&](auto at) {
+    const bool with_dh = p.dh != nullptr, with_dresidual = p.dresidual != nullptr, with_dx = p.dx != nullptr;
+    const bool dropped = !in_pairs && p.keep_threshold != 0 && with_dx;
+    for (int r = 0; dropped && r < rows; ++r) dropout_factors(p, first + r, scratch.factors[r]);
+    for_row_anew<C, in_pairs>(p.columns, [&](auto at) {
+#pragma GCC unroll 2
         for (int r = 0; r < rows; ++r) {
             auto v = gradient(at, r);
-            if (p.dh != nullptr) v += at(dh[r]);
-            if (p.dresidual != nullptr) put(at, dresidual + r * p.columns, v, dresidual_streamed);
-            if (p.dx == nullptr) continue;
+            if (with_dh) v += at(dh[r]);
+            if (with_dresidual) put(at, dresidual + r * p.columns, v, dresidual_streamed);
             if constexpr (!in_pairs)
-                if (p.keep_threshold != 0) v *= at(scratch.factors[r]);
-            put(at, dx + r * p.columns, v, dx_streamed);
+                if (dropped) v *= at(scratch.factors[r]);
+            if (with_dx) put(at, dx + r * p.columns, v, dx_streamed);
         }
     });
 }

@@ -60,7 +60,7 @@ void forward_rows(const NormParams& p, int64_t first, const Scratch<Compute<T>>&
             for (int r = 0; r < rows; ++r) {
                 const Vector<C> v = source(at, r);
                 if (other_type || streamed) at.store(scratch.rows[r], v);
-                add(r, centred ? v : v * v);
+                add(r, at.inside(centred ? v : v * v));
             }
         });
     };
@@ -97,7 +97,7 @@ void forward_rows(const NormParams& p, int64_t first, const Scratch<Compute<T>>&
         static_cast<C*>(p.rstd)[first + r] = rstd[r];
     }
     const int64_t x_ahead = rows * p.x_stride, residual_ahead = rows * p.residual_stride;
-    for_row<C>(p.columns, [&](auto at) {
+    for_row_anew<C>(p.columns, [&](auto at) {
         const Vector<C> weight = at(scratch.weight);
         for (int r = 0; r < rows; ++r) {
             if (prefetched) at.prefetch(x[r] + x_ahead);

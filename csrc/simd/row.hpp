@@ -93,6 +93,34 @@ struct Tail {
     }
 };
 
+// The last vector of a row that is no whole number of them: it begins in columns that were done before, whose
+// lanes `inside` clears. Cheaper than Tail, where a row has a vector, and what is computed there may be
+// again.
+template <class C>
+struct Last {
+    int64_t columns;
+
+    template <class T>
+    Vector<C> operator()(const T* p) const {
+        return load(p + columns - kLanes<C>);
+    }
+    template <class T>
+    void store(T* p, Vector<C> v) const {
+        lmkern::store(p + columns - kLanes<C>, v);
+    }
+    // Rows that are streamed have no last part.
+    template <class T>
+    void stream(T* p, Vector<C> v) const {
+        store(p, v);
+    }
+    template <class T>
+    void prefetch(const T*) const {}
+    Vector<C> inside(Vector<C> v) const {
+        const auto before = static_cast<typename IntegerOf<C>::type>(kLanes<C> - columns % kLanes<C>);
+        return lane_indices<C>() >= before ? v : Vector<C>{};
+    }
+};
+
 // in_pairs: the columns are whole pairs of vectors, and body takes those.
 template <class C, bool in_pairs = false, class Body>
 inline void for_row(int64_t columns, const Body& body) {
@@ -102,6 +130,21 @@ inline void for_row(int64_t columns, const Body& body) {
     } else {
         for (; column + kLanes<C> <= columns; column += kLanes<C>) body(Whole<C>{column});
         if (column < columns) body(Tail<C>{column, columns - column});
+    }
+}
+
+// The same for a body that writes what it has not read: it may see a column twice.
+template <class C, bool in_pairs = false, class Body>
+[[gnu::always_inline]] inline void for_row_anew(int64_t columns, const Body& body) {
+    int64_t column = 0;
+    if constexpr (in_pairs) {
+        for (; column < columns; column += 2 * kLanes<C>) body(WholePair<C>{column});
+    } else {
+        for (; column + kLanes<C> <= columns; column += kLanes<C>) body(Whole<C>{column});
+        if (column < columns && columns >= kLanes<C>)
+            body(Last<C>{columns});
+        else if (column < columns)
+            body(Tail<C>{column, columns - column});
     }
 }
 
@@ -118,8 +161,8 @@ inline std::array<C, count> sums_over_row(int64_t columns, const Body& body) {
         auto step = [&](auto at, int turn) {
             body(at, [&](int which, auto v) {
                 if constexpr (in_pairs) {
-                    running[turn][which] += v.even;
-                    running[turn][which] += v.odd;
+                    running[0][which] += v.even;
+                    running[turns - 1][which] += v.odd;
                 } else {
                     running[turn][which] += v;
                 }
@@ -132,10 +175,16 @@ inline std::array<C, count> sums_over_row(int64_t columns, const Body& body) {
 #pragma GCC unroll 4
                 for (int turn = 0; turn < turns; ++turn) step(Whole<C>{column + turn * lanes}, turn);
             for (; column + lanes <= end; column += lanes) step(Whole<C>{column}, 0);
-            if (column < end) step(Tail<C>{column, end - column}, turns - 1);
+            if (column < end && columns >= lanes)
+                step(Last<C>{columns}, turns - 1);
+            else if (column < end)
+                step(Tail<C>{column, end - column}, turns - 1);
         }
         column = end;
+        // Unrolled: else all of these stay in memory.
+#pragma GCC unroll 4
         for (int turn = 0; turn < turns; ++turn)
+#pragma GCC unroll 4
             for (int which = 0; which < count; ++which) {
                 const Vector<C> more = running[turn][which] - lost[which], grown = total[which] + more;
                 lost[which] = (grown - total[which]) - more;
@@ -143,6 +192,7 @@ inline std::array<C, count> sums_over_row(int64_t columns, const Body& body) {
             }
     }
     std::array<C, count> sums;
+#pragma GCC unroll 4
     for (int which = 0; which < count; ++which) sums[which] = sum<C>(total[which]);
     return sums;
 }

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "core/types.hpp"
@@ -178,16 +179,19 @@ inline void store(double* p, Vector<double> v) {
     std::memcpy(p, &v, sizeof v);
 }
 
+// Rounded to bfloat16, in the upper halves.
+inline Vector<uint32_t> rounded_to_upper(Vector<float> v) {
+    const Vector<uint32_t> bits = bit_cast<Vector<uint32_t>>(v);
+    return v == v ? bits + 0x7fffu + ((bits >> 16) & 1u) : (bits | 0x400000u);
+}
+
 // Rounds to nearest, ties to even; a NaN stays one. The processor's own conversion takes float32's subnormals
 // for zero, as all arithmetic in a kernel does (FlushDenormals in core/parallel_for.hpp).
 inline void store(bfloat16* p, Vector<float> v) {
 #if defined(__AVX512BF16__)
     const auto half = _mm512_maskz_cvtneps_pbh(0xffff, bit_cast<__m512>(v));
 #else
-    Vector<uint32_t> bits = bit_cast<Vector<uint32_t>>(v);
-    Vector<uint32_t> rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-    rounded = v == v ? rounded : (bits | 0x400000u);
-    const HalfBits half = narrow(rounded >> 16);
+    const HalfBits half = narrow(rounded_to_upper(v) >> 16);
 #endif
     std::memcpy(p, &half, sizeof half);
 }
@@ -227,6 +231,7 @@ struct EvenOdd {
     friend EvenOdd operator+(EvenOdd a, EvenOdd b) { return {a.even + b.even, a.odd + b.odd}; }
     friend EvenOdd operator-(EvenOdd a, EvenOdd b) { return {a.even - b.even, a.odd - b.odd}; }
     friend EvenOdd operator*(EvenOdd a, EvenOdd b) { return {a.even * b.even, a.odd * b.odd}; }
+    friend EvenOdd operator+(EvenOdd a, C b) { return {a.even + b, a.odd + b}; }
     friend EvenOdd operator-(EvenOdd a, C b) { return {a.even - b, a.odd - b}; }
     friend EvenOdd operator*(EvenOdd a, C b) { return {a.even * b, a.odd * b}; }
     EvenOdd& operator+=(EvenOdd b) { return *this = *this + b; }
@@ -240,6 +245,17 @@ inline EvenOdd<float> load_pairs(const bfloat16* p) {
 
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes)));
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Of numbers alone: one look for a NaN in two vectors costs less than a choice in each.
+inline bool either_has_nan(Vector<float> a, Vector<float> b) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(bit_cast<__m256>(a), bit_cast<__m256>(b), _CMP_UNORD_Q)) != 0;
+}
+inline Vector<uint32_t> number_to_upper(Vector<float> v) {
+    const Vector<uint32_t> bits = bit_cast<Vector<uint32_t>>(v);
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+#endif
+
 // As stored by store().
 inline Halves narrow_pairs(EvenOdd<float> v) {
 #if defined(__AVX512BF16__)
@@ -250,12 +266,29 @@ inline Halves narrow_pairs(EvenOdd<float> v) {
     for (int lane = 0; lane < 2 * lanes; ++lane) order[lane] = lane / 2 + lane % 2 * lanes;
     return bit_cast<Halves>(_mm512_permutexvar_epi16(bit_cast<__m512i>(order), bit_cast<__m512i>(apart)));
 #else
-    auto rounded = [](Vector<float> x) {
-        const Vector<uint32_t> bits = bit_cast<Vector<uint32_t>>(x);
-        return x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : (bits | 0x400000u);
-    };
-    return bit_cast<Halves>((rounded(v.even) >> 16) | (rounded(v.odd) & 0xffff0000u));
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if (__builtin_expect(!either_has_nan(v.even, v.odd), 1))
+        return bit_cast<Halves>(_mm256_blend_epi16(bit_cast<__m256i>(number_to_upper(v.even) >> 16),
+                                                   bit_cast<__m256i>(number_to_upper(v.odd)), 0xaa));
 #endif
+    return bit_cast<Halves>((rounded_to_upper(v.even) >> 16) | (rounded_to_upper(v.odd) & 0xffff0000u));
+#endif
+}
+
+// Two vectors of neighbours, one behind the other.
+template <class T>
+inline void store_two(T* p, Vector<Compute<T>> a, Vector<Compute<T>> b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if constexpr (std::is_same_v<T, bfloat16>)
+        if (__builtin_expect(!either_has_nan(a, b), 1)) {
+            // Packed within the halves of the registers: their quarters are then in the order 0, 2, 1, 3.
+            const __m256i packed = _mm256_packus_epi32(bit_cast<__m256i>(number_to_upper(a) >> 16),
+                                                       bit_cast<__m256i>(number_to_upper(b) >> 16));
+            return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+        }
+#endif
+    store(p, a);
+    store(p + kLanes<Compute<T>>, b);
 }
 
 // The values that would be stored.

@@ -95,14 +95,15 @@ def _activated(
 ) -> Tensor:
     """The activation, which calls itself in errors as its caller called it."""
     _check(name, x, bias, function, gated)
-    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # (R, F) or (R, 2F)
+    # (R, F) or (R, 2F)
+    flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if not direct(x, bias):
         y = torch.ops.lmkern.activation(flat, bias, function, gated, backend)
     elif wants_gradient(x, bias):
         y = _Activation.apply(flat, bias, function, gated, backend)
     else:
         y = _forward(flat, bias, function, gated, backend)
-    return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
+    return y if flat is x else y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
 
 def _forward(x: Tensor, bias: Tensor | None, function: str, gated: bool, backend: str | None) -> Tensor:

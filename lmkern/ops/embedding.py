@@ -27,14 +27,14 @@ def embedding(
     UnsupportedBackend if the named backend cannot run this here.
     """
     padding = _check(tokens, weight, padding_idx)
-    flat = tokens.reshape(-1).long()
+    flat = (tokens if tokens.dim() == 1 else tokens.reshape(-1)).long()
     if not direct(flat, weight):
         y = torch.ops.lmkern.embedding(flat, weight, padding, backend)
     elif wants_gradient(weight):
         y = _Embedding.apply(flat, weight, padding, backend)
     else:
         y = _forward(flat, weight, padding, backend)
-    return y.view(*tokens.shape, weight.shape[1])  # type: ignore[no-any-return]
+    return y if tokens.dim() == 1 else y.view(*tokens.shape, weight.shape[1])  # type: ignore[no-any-return]
 
 
 def _forward(tokens: Tensor, weight: Tensor, padding_idx: int, backend: str | None) -> Tensor:

@@ -63,6 +63,16 @@ def test_values_are_torchs(target: Target, source: torch.dtype, dtype: torch.dty
             assert turned.is_contiguous()
 
 
+@pytest.mark.parametrize("target", KERNELS, ids=str)
+def test_a_nan_anywhere_stays_one_and_alone(target: Target) -> None:
+    # Every lane of two vectors and of what is left of a row; with a payload that rounding would carry away.
+    x = seeded_randn(0, torch.float32)(41).repeat(41, 1)
+    x.view(torch.int32).diagonal().copy_(torch.tensor([0x7F800001, 0x7FFFFFFF, -1] * 14)[:41])
+    with target.active(), poisoned_memory():
+        for row in x:
+            assert same(lmkern.cast(row, torch.bfloat16, backend=target.backend), row.bfloat16())
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "sliced rows": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
     "every second row": lambda x: x.repeat_interleave(2, -2)[..., ::2, :],

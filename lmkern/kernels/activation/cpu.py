@@ -33,10 +33,12 @@ def unsupported(call: Call) -> str | None:
 def forward(x: Tensor, bias: Tensor | None, *, function: str, gated: bool) -> Tensor:
     rows, width = x.shape
     y = on_huge_pages(x.new_empty(rows, width // 2 if gated else width))
-    pointers = (x, bias, y, None, None, None, None)
     native.function("activation_forward", x.dtype)(
         _PARAMS.pack(
-            *(pointer(tensor) for tensor in pointers),
+            x.data_ptr(),
+            pointer(bias),
+            y.data_ptr(),
+            *(0,) * 4,
             x.stride(0),
             0,
             *y.shape,

@@ -25,16 +25,19 @@ def forward(x: Tensor, *, dtype: torch.dtype, transposed: bool) -> Tensor:
     if not transposed:
         y = on_huge_pages(torch.empty_like(x, dtype=dtype))
         # In the order of memory, where both have the same; else row by row.
-        flat = x.stride() == y.stride()
-        rows = x.as_strided((1, 1, x.numel()), (0, 0, 1)) if flat else _rows(x.contiguous())
-        _call(rows, y, transposed=False)
+        if x.stride() == y.stride():
+            _call(x, y, (0, 0, 1, 1, x.numel()), transposed=False)
+        else:
+            rows = _rows(x.contiguous())
+            _call(rows, y, _layout(rows), transposed=False)
         return y
     y = on_huge_pages(x.new_empty(*x.mT.shape, dtype=dtype))
     if x.dim() > 2 and x.mT.is_contiguous():
         # The transposed order is already there.
-        _call(x.mT.reshape(1, 1, -1), y, transposed=False)
+        _call(x, y, (0, 0, 1, 1, x.numel()), transposed=False)
     else:
-        _call(_rows(x), y, transposed=True)
+        rows = _rows(x)
+        _call(rows, y, _layout(rows), transposed=True)
     return y
 
 
@@ -48,13 +51,18 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
-def _call(x: Tensor, y: Tensor, *, transposed: bool) -> None:
+def _layout(rows: Tensor) -> tuple[int, ...]:
+    """batch_stride, row_stride, batch, rows and columns of (B, R, C)."""
+    return (*rows.stride()[:2], *rows.shape)
+
+
+def _call(x: Tensor, y: Tensor, layout: tuple[int, ...], *, transposed: bool) -> None:
+    """x: its first element, of those that layout says."""
     native.function("copy_forward", x.dtype)(
         _PARAMS.pack(
             x.data_ptr(),
             y.data_ptr(),
-            *x.stride()[:2],
-            *x.shape,
+            *layout,
             transposed,
             DTYPE_CODES[x.dtype],
             DTYPE_CODES[y.dtype],

@@ -22,11 +22,12 @@ def unsupported(call: Call) -> str | None:
 
 def forward(tokens: Tensor, weight: Tensor) -> Tensor:
     y = on_huge_pages(weight.new_empty(tokens.shape[0], weight.shape[1]))
-    pointers = (tokens, weight, y, None, None, None, None)
     native.function("embedding_forward", weight.dtype)(
         _PARAMS.pack(
-            *(pointer(tensor) for tensor in pointers),
-            0,
+            tokens.data_ptr(),
+            weight.data_ptr(),
+            y.data_ptr(),
+            *(0,) * 5,
             *y.shape,
             weight.shape[0],
             -1,
