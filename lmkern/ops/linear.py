@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from lmkern.kernels import backends
 from lmkern.kernels.cpu_call import torch_multiplies
+from lmkern.kernels.linear import MOST_ROWS
 from lmkern.ops.dispatch import autocast, direct, rows, takes_tensors, wants_gradient
 
 
@@ -31,12 +32,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
 
     Returns (..., N). Raises UnsupportedBackend where "cpu" is named and cannot run this call.
     """
+    if backend is None and torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
     if backend is None and x.is_cpu and _narrowed(x):
         x, weight, *others = autocast(x, weight, *(() if bias is None else (bias,)))
         with torch.autocast("cpu", enabled=False):
             return linear(x, weight, *others)
-    plain, gradient = _plain(x, weight, bias), wants_gradient(x, weight, bias)
-    if backend is None and (not plain or (gradient and x.dtype.itemsize > 2)):
+    gradient = wants_gradient(x, weight, bias)
+    if backend is None and x.dtype.itemsize > 2 and (gradient or _many_rows(x)):
+        return F.linear(x, weight, bias)
+    plain = _plain(x, weight, bias)
+    if backend is None and not plain:
         return F.linear(x, weight, bias)
     if backend == "cpu" and not plain:
         raise backends.UnsupportedBackend(
@@ -75,9 +81,13 @@ class _Linear(torch.autograd.Function):
         return *(each if need else None for each, need in zip(gradients, needs, strict=True)), None
 
 
+def _many_rows(x: Tensor) -> bool:
+    return x.dim() == 0 or x.numel() > MOST_ROWS.get(x.dtype, 0) * x.shape[-1]
+
+
 def _narrowed(x: Tensor) -> bool:
-    """Whether autocast, in eager mode, takes x to a dtype of which this CPU has no product."""
-    if torch.compiler.is_compiling() or not torch.is_autocast_enabled("cpu") or x.dtype == torch.float64:
+    """Whether autocast takes x to a dtype of which this CPU has no product."""
+    if not torch.is_autocast_enabled("cpu") or x.dtype == torch.float64:
         return False
     return not torch_multiplies(torch.get_autocast_dtype("cpu"))
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 import lmkern
 from lmkern.kernels import widened
-from lmkern.kernels.linear import cpu
-from lmkern.kernels.linear.cpu import MOST_ROWS
+from lmkern.kernels.linear import MOST_ROWS, cpu
 from lmkern.nn import Linear
 from lmkern.testing import (
     Errors,

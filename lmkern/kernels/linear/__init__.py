@@ -17,5 +17,11 @@ The option "gradient" of a call says whether one is wanted.
 GPUs have no kernel of ours here: torch's own product serves them.
 """
 
+import torch
+
 BACKENDS = ("cpu", "reference")
 PASSES = ("forward",)
+
+# Up to so many rows reading the weight is the work, and torch's product is slower; beyond it is faster
+# (LOG.md has the times). bfloat16's multiplies pairs at once.
+MOST_ROWS = {torch.float32: 8, torch.bfloat16: 4, torch.float16: 16}

@@ -13,16 +13,14 @@ from torch import Tensor
 from lmkern.kernels import cpu_call, native, widened
 from lmkern.kernels.backends import Call
 from lmkern.kernels.cpu_call import DTYPE_CODES, pointer, torch_multiplies, unavailable
+from lmkern.kernels.linear import MOST_ROWS
 
-__all__ = ["MOST_ROWS", "backward", "forward", "unavailable", "unsupported"]
+__all__ = ["backward", "forward", "unavailable", "unsupported"]
 
 # LinearParams: 4 pointers; x_stride, weight_stride, rows, outputs, inputs, dtype, threads.
 _PARAMS = struct.Struct("=4q 7q")
 
-# Up to so many rows reading the weight is the work, and torch's product is slower; beyond it is faster
-# (LOG.md has the times). bfloat16's multiplies pairs at once.
-MOST_ROWS = {torch.float32: 8, torch.bfloat16: 4, torch.float16: 16}
-# And up to so many elements of x.
+# Up to so many elements of x, too, torch's product is slower.
 _MOST_ELEMENTS = {torch.float32: 2**15, torch.bfloat16: 6144, torch.float16: 2**16}
 # The same beside products in float32.
 _MOST_ROWS_WIDENED, _MOST_ELEMENTS_WIDENED = 128, 2**17
