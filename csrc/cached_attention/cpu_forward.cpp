@@ -307,8 +307,8 @@ void cached_attention_forward(const CachedAttentionParams& p) {
             to_come[batch * p.heads_kv + head_kv] = splits;
     }
     const int64_t total = ends.back();
-    // Neighbouring ranges go to one thread, whose reads then run on through memory: those of a head, or, where
-    // the heads of a key lie side by side, those of the same keys.
+    // Neighbouring ranges go to one thread, whose reads then run on through memory: those of a head, or,
+    // where the heads of a key lie side by side, those of the same keys.
     const int64_t tasks = std::min(total, p.threads * 8);
     const bool heads_beside = p.k_strides.head < p.k_strides.row;
     with_order(p, [&](auto type, auto order) {
