@@ -307,8 +307,10 @@ void cached_attention_forward(const CachedAttentionParams& p) {
             to_come[batch * p.heads_kv + head_kv] = splits;
     }
     const int64_t total = ends.back();
-    // Neighbouring ranges go to one thread, whose reads then run on through memory.
+    // Neighbouring ranges go to one thread, whose reads then run on through memory: those of a head, or,
+    // where the heads of a key lie side by side, those of the same keys.
     const int64_t tasks = std::min(total, p.threads * 8);
+    const bool heads_beside = p.k_strides.head < p.k_strides.row;
     with_order(p, [&](auto type, auto order) {
         using T = typename decltype(type)::type;
         using Order = decltype(order);
@@ -319,9 +321,10 @@ void cached_attention_forward(const CachedAttentionParams& p) {
             for (int64_t index = task * total / tasks; index < (task + 1) * total / tasks; ++index) {
                 while (index >= ends[batch + 1]) ++batch;
                 const CachedKeys sequence(p, batch);
-                const int64_t place = index - ends[batch], splits = sequence.splits(p),
-                              head_kv = place / splits;
-                forward_split<T, Order>(p, batch, head_kv, sequence.first_split(p) + place % splits);
+                const int64_t place = index - ends[batch], splits = sequence.splits(p);
+                const int64_t head_kv = heads_beside ? place % p.heads_kv : place / splits;
+                const int64_t split = heads_beside ? place / p.heads_kv : place % splits;
+                forward_split<T, Order>(p, batch, head_kv, sequence.first_split(p) + split);
                 // Whoever comes last joins them, in their order.
                 if (to_come[batch * p.heads_kv + head_kv].fetch_sub(1, std::memory_order_acq_rel) == 1)
                     join_splits<T, Order>(p, batch, head_kv);

@@ -99,6 +99,13 @@ constexpr int kTileVectors = 2;
 #endif
 constexpr int kTileRows = 6;
 
+// Steps along the depth between two branches: the end of a longer run of them is foretold.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int kDepthUnroll = 4;
+#else
+constexpr int kDepthUnroll = 1;
+#endif
+
 template <int rows, int vectors, bool accumulate, class C>
 inline void product_tile(Left<C> a, Block<C> b, int64_t depth, Block<C> c) {
     Vector<C> acc[rows][vectors];
@@ -106,6 +113,7 @@ inline void product_tile(Left<C> a, Block<C> b, int64_t depth, Block<C> c) {
     for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < vectors; ++j) acc[i][j] = Vector<C>{};
+#pragma GCC unroll kDepthUnroll
     for (int64_t k = 0; k < depth; ++k) {
         Vector<C> right[vectors];
 #pragma GCC unroll 4

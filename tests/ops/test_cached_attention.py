@@ -257,6 +257,18 @@ def test_bits_depend_neither_on_threads_nor_on_the_batch(target: Target) -> None
             assert all(torch.equal(a, e[one]) for a, e in zip(alone, expected, strict=True))
 
 
+@pytest.mark.parametrize("window", [None, (700, None)], ids=["all", "window"])
+@pytest.mark.parametrize("target", [t for t in KERNELS if t.takes(torch.float32)], ids=str)
+def test_many_ranges_of_heads_side_by_side_give_the_same_bits(target: Target, window: Any) -> None:
+    q, k, v, lengths = cached_inputs(Shape(3, 6, 3, 2, 600 if target.interpreted else 1800, 16))
+    side_by_side = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    with target.active(), poisoned_memory():
+        options = {"lengths": lengths, "window": window, "return_lse": True, "backend": target.backend}
+        expected = lmkern.cached_attention(q, k, v, **options)
+        result = lmkern.cached_attention(q, *side_by_side, **options)
+        assert all(map(torch.equal, result, expected))
+
+
 @pytest.mark.parametrize("target", [t for t in KERNELS if t.takes(torch.float32)], ids=str)
 def test_many_ranges_of_keys_are_one_softmax(target: Target) -> None:
     q, k, v, _ = cached_inputs(Shape(1, 1, 1, 1, 4500, 8))
