@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -34,12 +35,13 @@ def evaluate_run(
     beams: int = 5,
     length_penalty: float = 1.0,
     progress: Progress = lambda stage, done, total: None,
+    note: Callable[[str], object] = warnings.warn,
 ) -> dict[str, Any]:
     """Judge the run's model on a split of its own data; writes evaluation.json and returns it.
 
     Texts are read in windows as long as the longest rows of the training: later positions were never trained.
     Targets of pairs are searched to that length, and written to outputs.txt, a line each.
-    beams, length_penalty: of that search, as in beam_search; text has none.
+    beams, length_penalty: of that search, as in beam_search; text has none. note: as in rewrite.
     Raises FileNotFoundError where there is no run or no model yet, ValueError for altered data.
     """
     run = read_run(folder)
@@ -55,6 +57,7 @@ def evaluate_run(
                 length_penalty=length_penalty,
                 max_new_tokens=_longest_row(run),
                 progress=progress,
+                note=note,
             )
         # A target may hold line ends; here they are spaces.
         lines = (" ".join(output.split()) + "\n" for output in result.pop("outputs"))
