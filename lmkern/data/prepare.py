@@ -167,7 +167,7 @@ def _write(
     with replacing_folder(folder) as partial:
         splits = {split: write_split(partial, split) for split in SPLITS}
         progress("write", 0, 1)
-        tokenizer.save(str(partial / shards.TOKENIZER))
+        (partial / shards.TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         with (partial / shards.REMOVED).open("w", encoding="utf-8") as file:
             for removed in corpus.removed:
                 file.write(json.dumps(asdict(removed), ensure_ascii=False) + "\n")

@@ -22,7 +22,7 @@ class BeamCache(Protocol):
 class EncoderDecoder(Protocol):
     """What beam search asks of a model: any nn.Module with these.
 
-    One that reads source and target as one sequence also says its `context`, as `room` reads it.
+    One that reads source and target as one sequence also has `context`: the most tokens it can read of both.
     """
 
     @property
@@ -48,13 +48,10 @@ class Hypothesis:
     score: float
 
 
-def room(model: EncoderDecoder, source_tokens: int, max_new_tokens: int) -> int:
-    """The longest target, of max_new_tokens at most, that a source of so many tokens leaves room for.
-
-    context: the tokens that the model can read, source and target together; the last of a target is not read.
-    """
-    context: int | None = getattr(model, "context", None)
-    return max_new_tokens if context is None else min(max_new_tokens, context + 1 - source_tokens)
+def room(context: int | None, source_tokens: int) -> float:
+    """The most tokens of a target that a source of so many leaves room for in a context; None: no end."""
+    # The last token of a target is not read.
+    return float("inf") if context is None else context + 1 - source_tokens
 
 
 @dataclass
@@ -104,11 +101,12 @@ def beam_search(
     best: list[Hypothesis] = [Hypothesis((), -float("inf"))] * len(source)
     if not len(source):
         return best
-    max_new_tokens = room(model, source.shape[1], max_new_tokens)
+    context: int | None = getattr(model, "context", None)
+    max_new_tokens = int(min(max_new_tokens, room(context, source.shape[1])))
     if max_new_tokens < 1:
         raise ValueError(
-            f"beam_search: source must leave room for a target in the model's context of {model.context} "  # type: ignore[attr-defined]
-            f"tokens; got sources of {source.shape[1]}. Give shorter ones"
+            f"beam_search: source must leave room for a target in the model's context of {context} tokens; "
+            f"got sources of {source.shape[1]}. Give shorter ones"
         )
     module = cast(nn.Module, model)
     device = next(module.parameters()).device

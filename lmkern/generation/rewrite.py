@@ -35,12 +35,13 @@ def rewrite(
     ids = [encoding.ids for encoding in tokenizer.encode_batch([source.strip() for source in sources])]
     # Longest first: what does not fit into memory shows at once.
     order = sorted((index for index, tokens in enumerate(ids) if tokens), key=lambda index: -len(ids[index]))
+    context: int | None = getattr(model, "context", None)
     # A source is read with its end.
-    long = [index for index in order if room(model, len(ids[index]) + 1, 1) < 1]
+    long = [index for index in order if room(context, len(ids[index]) + 1) < 1]
     for index in sorted(long):
         note(
             f"rewrite: source {index + 1} has {len(ids[index])} tokens and its end; the model's context of "
-            f"{model.context} leaves no room for a target, which is left empty: {sources[index].strip()[:40]!r}"  # type: ignore[attr-defined]
+            f"{context} leaves no room for a target, which is left empty: {sources[index].strip()[:40]!r}"
         )
     order = order[len(long) :]
     targets = [""] * len(sources)

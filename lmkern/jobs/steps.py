@@ -15,7 +15,7 @@ from lmkern import models
 from lmkern.ceiling import choose_device
 from lmkern.data import Dataset, PairDataset, load_tokenizer
 from lmkern.data.shards import TOKENIZER
-from lmkern.data.tokenizer import END_OF_TEXT_ID
+from lmkern.data.tokenizer import END_OF_TEXT_ID, lone_surrogate
 from lmkern.evaluation import evaluate, evaluate_pairs
 from lmkern.files import write_json, write_text
 from lmkern.generation import PrefixDecoder, generate, rewrite, stream_text
@@ -74,8 +74,11 @@ def evaluate_run(
 def translate(folder: str | Path, sources: Sequence[str], **search: Any) -> list[str]:
     """The target that the run's model gives each source; search: options of rewrite.
 
-    The tokenizer lies beside the weights: the data folder is not needed.
+    The tokenizer lies beside the weights: the data folder is not needed. Raises ValueError for a source that
+    is no Unicode text.
     """
+    for number, source in enumerate(sources, 1):
+        _check_text(f"translate: source {number}", source)
     run = read_run(folder)
     tokenizer = load_tokenizer(run.folder / MODEL / TOKENIZER)
     return rewrite(load_rewriter(run), tokenizer, sources, max_new_tokens=_longest_row(run), **search)
@@ -115,8 +118,10 @@ def continue_text(
 ) -> Iterator[str]:
     """The run's continuation of the prompt, in pieces as they are drawn; options: those of generate.
 
-    dtype: of the weights. The tokenizer lies beside them: the data folder is not needed.
+    dtype: of the weights. The tokenizer lies beside them: the data folder is not needed. Raises ValueError
+    for a prompt that is no Unicode text.
     """
+    _check_text("generate: prompt", prompt)
     run = read_run(folder)
     model = load_model(run).to(getattr(torch, dtype))
     tokenizer = load_tokenizer(run.folder / MODEL / TOKENIZER)
@@ -163,6 +168,14 @@ def _load(run: Run) -> Any:
             f"lmkern train --data {run.data} --out {run.folder} --resume"
         )
     return models.load(folder, device=choose_device("auto"))
+
+
+def _check_text(name: str, text: str) -> None:
+    if (at := lone_surrogate(text)) is not None:
+        raise ValueError(
+            f"{name} must be Unicode text; got {text[at]!a} at character {at}: a byte that is not UTF-8, or "
+            "half of a surrogate pair; give it in UTF-8"
+        )
 
 
 def _stages(run: Run) -> Sequence[dict[str, Any]]:

@@ -59,7 +59,7 @@ def adamw_(
     with torch.no_grad():
         if direct(param, grad, exp_avg, exp_avg_sq, copy):
             _step(param, grad, exp_avg, exp_avg_sq, copy, *scalars, backend)
-            # Autograd knows nothing of the kernels' writes: a graph that has saved these must not run backward.
+            # Autograd sees no kernel's write: a graph that saved these before must not run backward.
             written = (param, exp_avg, exp_avg_sq)
             increment_version(written if copy is None else (*written, copy))
         else:

@@ -73,7 +73,9 @@ class AdamW(torch.optim.AdamW):
                     for entry in ("exp_avg", "exp_avg_sq"):
                         if index in state_dict["state"]:
                             moment = state_dict["state"][index][entry]
-                            self.state[param][entry] = moment.to(param.device, _moment_dtype(param), copy=True)
+                            self.state[param][entry] = moment.to(
+                                param.device, _moment_dtype(param), copy=True
+                            )
 
     def _step_one(self, param: Tensor, group: Mapping[str, Any], grad_scale: float) -> None:
         state = self.state[param]

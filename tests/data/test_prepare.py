@@ -165,6 +165,16 @@ def test_a_folder_that_cannot_be_written_is_refused_before_all_work(
         prepare(config, tmp_path / "file" / "data", progress=fail)
 
 
+@pytest.mark.parametrize("size", [100, 5_000, 40_000])
+def test_a_full_disk_names_the_folder_and_leaves_nothing(
+    config: DataConfig, tmp_path: Path, full_disk: Any, size: int
+) -> None:
+    with full_disk(size), pytest.raises(OSError, match="too large") as refused:
+        prepare(config, tmp_path / "data")
+    assert str(refused.value.filename).startswith(str(tmp_path / "data"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_overwrite_is_true_or_false(config: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="prepare: overwrite must be True or False; got 'no'"):
         prepare(config, tmp_path / "data", overwrite="no")

@@ -44,7 +44,7 @@ def test_a_target_is_as_long_as_the_context_leaves_and_that_of_a_longer_context(
 
 
 def test_a_source_without_room_for_a_target_is_refused():
-    with pytest.raises(ValueError, match="leave room for a target in the model's context of 16.*got .* 17"):
+    with pytest.raises(ValueError, match=r"leave room for a target in the model's context of 16.*got .* 17"):
         beam_search(decoder(), torch.ones(1, 17, dtype=torch.int64))
 
 
@@ -65,7 +65,9 @@ def test_a_source_that_is_too_long_costs_its_own_target_only():
     assert found[0] == rewrite(model, Letters(), ["abc"], beams=2, max_new_tokens=16)[0]
     assert steps[-1] == (3, 3)
     assert len(notes) == 2
-    assert notes[0].startswith("rewrite: source 2 has 16 tokens and its end; the model's context of 16 leaves")
+    assert notes[0].startswith(
+        "rewrite: source 2 has 16 tokens and its end; the model's context of 16 leaves"
+    )
     assert notes[1].startswith("rewrite: source 5 has 40 tokens") and "'dddd" in notes[1]
     with pytest.warns(UserWarning, match="source 1 has 16 tokens"):
         assert rewrite(model, Letters(), ["a" * 16]) == [""]
