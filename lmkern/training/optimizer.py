@@ -59,7 +59,7 @@ class AdamW(torch.optim.AdamW):
                 )
             groups, self.param_groups = self.param_groups, others
             try:
-                super().step()
+                _unhooked(torch.optim.AdamW.step)(self)
             finally:
                 self.param_groups = groups
         return loss
@@ -98,6 +98,11 @@ class AdamW(torch.optim.AdamW):
             step=int(state["step"]),
             grad_scale=grad_scale,
         )
+
+
+def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step without the hooks that torch puts around it once it has made one of its class: ours ran them."""
+    return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
 
 
 def _on_cpu(group: Mapping[str, Any]) -> bool:

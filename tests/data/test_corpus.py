@@ -138,7 +138,7 @@ def test_what_is_no_file_is_left_out_with_the_reason(tmp_path: Path) -> None:
 def test_a_pipe_is_read(tmp_path: Path, data: bytes) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    threading.Thread(target=pipe.write_bytes, args=(data,)).start()
+    threading.Thread(target=pipe.write_bytes, args=(data,), daemon=True).start()
     (found,) = read_files(list_files([pipe]))
     expected = Removed(str(pipe), "not text", "NUL at byte 4", 6)
     assert found == (Document(str(pipe), "words") if data == b"words" else expected)

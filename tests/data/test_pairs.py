@@ -75,7 +75,9 @@ def test_what_json_spells_as_a_pair_of_surrogates_is_a_character(tmp_path: Path)
 def test_pairs_are_read_from_pipes(tmp_path: Path) -> None:
     for name in ("de", "en"):
         os.mkfifo(tmp_path / name)
-        threading.Thread(target=(tmp_path / name).write_text, args=(f"{name} 1\n{name} 2\n",)).start()
+        threading.Thread(
+            target=(tmp_path / name).write_text, args=(f"{name} 1\n{name} 2\n",), daemon=True
+        ).start()
     assert sides((str(tmp_path / "de"), str(tmp_path / "en"))) == [("de 1", "en 1"), ("de 2", "en 2")]
     with pytest.raises(ValueError, match=f"expected a file of pairs; {tmp_path} is a folder"):
         list(read_pairs([tmp_path]))

@@ -1,8 +1,11 @@
 import hashlib
 import importlib
 import json
+import os
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +111,19 @@ def test_a_file_that_is_no_text_is_named_skipped_and_counted(config: DataConfig,
     assert [entry["source"] for entry in removed if entry["reason"] == "not text"] == [
         str(tmp_path / "image.png")
     ]
+
+
+def test_a_corpus_from_a_pipe_is_called_so(config: DataConfig, corpus_folder: Path, tmp_path: Path) -> None:
+    text = "\n\n".join(path.read_text() for path in sorted(corpus_folder.iterdir()))
+    (tmp_path / "text").write_text(text)
+    os.mkfifo(tmp_path / "pipe")
+    threading.Thread(target=(tmp_path / "pipe").write_text, args=(text,), daemon=True).start()
+    found = [
+        prepare(replace(config, paths=(str(tmp_path / name),)), tmp_path / f"of {name}")["corpus"]
+        for name in ("text", "pipe")
+    ]
+    assert found[0]["sha256"] == found[1]["sha256"]
+    assert [corpus["name"] for corpus in found] == ["text", "a pipe"]
 
 
 def test_progress_reaches_its_total(config: DataConfig, tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 3))
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, scale: float = 1.0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
     optimizer.step()
 
 
@@ -159,7 +159,8 @@ def test_what_the_op_does_not_do_is_left_to_torch(option: dict[str, bool]) -> No
 def test_options_of_a_loaded_state_count(option: str) -> None:
     nets = [model() for _ in range(2)]
     source = torch.optim.AdamW(nets[0].parameters(), **{option: True})
-    step(nets[0], source, 0)
+    # So large that its square is remembered.
+    step(nets[0], source, 0, scale=10.0)
     nets[1].load_state_dict(nets[0].state_dict())
     loaded = AdamW(nets[1].parameters())
     # torch's own loading shares the tensors of a state.
@@ -203,6 +204,17 @@ def test_each_group_is_stepped_where_it_lies() -> None:
     assert len(optimizer.param_groups) == 2
     for a, b in zip(net.parameters(), alone.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_hooks_are_called_once_a_step_whoever_takes_it() -> None:
+    net, calls = model(), []
+    torch.optim.AdamW(net.parameters())
+    first, *others = net.parameters()
+    optimizer = AdamW([{"params": [first], "maximize": True}, {"params": others}])
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    step(net, optimizer, 0)
+    assert calls == ["before", "after"]
 
 
 def test_groups_elsewhere_are_fused_unless_they_say_otherwise() -> None:
