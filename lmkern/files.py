@@ -67,13 +67,13 @@ def flush_to_disk(path: Path) -> None:
 def known_as(names: Mapping[Path, Path]) -> Iterator[None]:
     """An error of the system names the second of two paths, which the user knows, in place of the first.
 
-    One that names none, as of a write to a full disk, names the only path there is.
+    One that names none, as of a write to a full disk, names the path, or the folder of several.
     """
     try:
         yield
     except OSError as error:
-        if error.errno and error.filename is None and len(names) == 1:
-            (error.filename,) = map(str, names.values())
+        if error.errno and error.filename is None:
+            error.filename = os.path.commonpath(names.values())
         for ours, theirs in names.items():
             if str(error.filename).startswith(str(ours)):
                 error.filename = str(theirs) + str(error.filename).removeprefix(str(ours))

@@ -144,6 +144,12 @@ def test_a_full_disk_is_an_error_of_the_system_that_names_the_file(tmp_path: Pat
         with pytest.raises(OSError, match="too large") as refused:
             write_text(path, "x" * 100_000)
         assert refused.value.filename == str(path)
+        with (
+            pytest.raises(OSError, match="too large") as refused,
+            replacing(path, tmp_path / "other") as parts,
+        ):
+            parts[0].write_text("x" * 100_000)
+        assert refused.value.filename == str(tmp_path)
         with pytest.raises(OSError, match="too large") as refused, replacing_folder(path) as part:
             (part / "a").write_text("x" * 100_000)
     assert refused.value.filename == str(path)

@@ -101,7 +101,7 @@ class AdamW(torch.optim.AdamW):
 
 
 def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
-    """The step without the hooks that torch puts around it once it has made one of its class: ours ran them."""
+    """The step without the hooks that torch puts around it once it has made one of its class: ours ran."""
     return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
 
 
