@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 
@@ -36,10 +38,19 @@ def damage(path: Path, expected: Mapping[str, Any]) -> str | None:
 def save_tensors(
     tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """safetensors' save_file, whose files only their owner may read; with the mode that other files have."""
+    """safetensors' save_file, whose files only their owner may read; with the mode that other files have.
+
+    Raises OSError, naming the path, where the system refuses (a full disk): safetensors' own error is none.
+    """
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
-    save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+    try:
+        save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            code = int(found[1])
+            raise OSError(code, os.strerror(code), str(path)) from None
+        raise
     path.chmod(mode)
 
 
@@ -53,11 +64,16 @@ def flush_to_disk(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _known_as(names: Mapping[Path, Path]) -> Iterator[None]:
-    """An error of the system names the second of two paths, which the user knows, in place of the first."""
+def known_as(names: Mapping[Path, Path]) -> Iterator[None]:
+    """An error of the system names the second of two paths, which the user knows, in place of the first.
+
+    One that names none, as of a write to a full disk, names the path, or the folder of several.
+    """
     try:
         yield
     except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = os.path.commonpath(names.values())
         for ours, theirs in names.items():
             if str(error.filename).startswith(str(ours)):
                 error.filename = str(theirs) + str(error.filename).removeprefix(str(ours))
@@ -73,7 +89,7 @@ def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
     nothing is left behind.
     """
     parts = tuple(path.with_name(f".{path.name}.part") for path in paths)
-    with _known_as(dict(zip(parts, paths, strict=True))):
+    with known_as(dict(zip(parts, paths, strict=True))):
         try:
             yield parts
             for part in parts:
@@ -109,7 +125,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     shutil.rmtree(part, ignore_errors=True)  # of a killed process that had the same id
     try:
-        with _known_as({part: folder}):
+        with known_as({part: folder}):
             part.mkdir()
             yield part
             for path in (*part.iterdir(), part):

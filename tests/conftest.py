@@ -1,8 +1,9 @@
 """Every test: Triton's interpreter where there is no GPU, a fixed seed, and two threads at most."""
 
+import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -43,3 +44,20 @@ def known_state() -> Iterator[None]:
     torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    """A context in which no file grows beyond so many bytes: what writes meet the error of a full disk."""
+    resource = pytest.importorskip("resource")
+
+    @contextlib.contextmanager
+    def full(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return full

@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -131,6 +132,34 @@ def test_the_system_refuses_by_the_name_that_was_asked_for(tmp_path: Path) -> No
         (part / "a" / "b").write_text("new")
     assert refused.value.filename == str(tmp_path / "folder" / "a" / "b")
     assert names(tmp_path) == set()
+
+
+def test_a_full_disk_is_an_error_of_the_system_that_names_the_file(tmp_path: Path, full_disk: Any) -> None:
+    path = tmp_path / "file"
+    with full_disk(60_000):
+        with pytest.raises(OSError, match="too large") as refused:
+            save_tensors({"x": torch.ones(30_000)}, path)
+        assert refused.value.filename == str(path)
+        path.unlink()
+        with pytest.raises(OSError, match="too large") as refused:
+            write_text(path, "x" * 100_000)
+        assert refused.value.filename == str(path)
+        with (
+            pytest.raises(OSError, match="too large") as refused,
+            replacing(path, tmp_path / "other") as parts,
+        ):
+            parts[0].write_text("x" * 100_000)
+        assert refused.value.filename == str(tmp_path)
+        with pytest.raises(OSError, match="too large") as refused, replacing_folder(path) as part:
+            (part / "a").write_text("x" * 100_000)
+    assert refused.value.filename == str(path)
+    assert names(tmp_path) == set()
+
+
+def test_tensors_that_make_no_file_are_safetensors_own_error(tmp_path: Path) -> None:
+    x = torch.ones(2)
+    with pytest.raises(RuntimeError, match="share memory"):
+        save_tensors({"x": x, "y": x}, tmp_path / "file")
 
 
 def test_json_comes_back(tmp_path: Path) -> None:

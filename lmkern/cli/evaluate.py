@@ -47,6 +47,7 @@ class Evaluate:
                 beams=self.beams,
                 length_penalty=self.length_penalty,
                 progress=line.count,
+                note=line.say,
             )
         print(columns(result_table(evaluation)))
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -21,6 +22,8 @@ VERBS = {
     "tune-kernels": "search the Triton kernels' tile sizes on this machine's GPU",
     "doctor": "what this machine can run, and why not the rest",
 }
+# What a disk says that takes no more: it is full, a share of it is, or a file may not grow.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 
@@ -79,8 +82,10 @@ def in_words(error: Exception, verb: str) -> str:
             "change the mode or owner of it or its folder, or choose another path"
         )
     if isinstance(error, OSError) and error.errno and error.filename:
+        remedy = "make room there, or " if error.errno in FULL else ""
         return (
-            f"{verb}: the system refuses {error.filename}: {str(error.strerror).lower()}; choose another path"
+            f"{verb}: the system refuses {error.filename}: {str(error.strerror).lower()}; "
+            f"{remedy}choose another path"
         )
     return str(error)
 

@@ -35,11 +35,19 @@ class Translate:
     def run(self) -> int:
         """Print the targets."""
         from lmkern.jobs.steps import translate
+        from lmkern.training.progress import ProgressLine
 
         sources = [self.source] if self.source else sys.stdin.read().split("\n")
         if sources[-1] == "":
             del sources[-1]
-        found = translate(self.run_folder, sources, beams=self.beams, length_penalty=self.length_penalty)
+        with ProgressLine() as line:
+            found = translate(
+                self.run_folder,
+                sources,
+                beams=self.beams,
+                length_penalty=self.length_penalty,
+                note=line.say,
+            )
         for target in found:
             print(" ".join(target.split()))
         return 0

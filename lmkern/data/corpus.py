@@ -79,31 +79,68 @@ def decode(data: bytes) -> tuple[str, str]:
         return data.decode("latin-1"), "latin-1"
 
 
-def list_files(paths: Iterable[str | Path]) -> list[Path]:
-    """The files under the given paths, folders in sorted order, hidden files and folders left out.
+def list_files(paths: Iterable[str | Path]) -> list[Path | Removed]:
+    """The files under the given paths, and what in their folders cannot be read as one, in sorted order.
 
-    Raises FileNotFoundError for a path that does not exist and ValueError for a folder with no file in it.
+    Links are followed. Hidden files and folders are left out. A pipe among the paths counts as a file.
+    Raises FileNotFoundError for a path that does not exist and ValueError for one that is neither file nor
+    folder and for a folder with no file in it.
     """
-    files = []
+    files: list[Path | Removed] = []
     for path in map(Path, paths):
-        if path.is_file():
+        if path.is_file() or path.is_fifo():
             files.append(path)
         elif path.is_dir():
-            found = []
-            for folder, subfolders, names in os.walk(path, onerror=_raise):
-                subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-                found += [Path(folder, name) for name in names if not name.startswith(".")]
-            found = sorted(file for file in found if file.is_file())
+            found = sorted(
+                _in_folder(path), key=lambda each: each if isinstance(each, Path) else Path(each.source)
+            )
             if not found:
                 raise ValueError(
                     f"prepare: expected text files in {path}; the folder is empty; put .txt files there"
                 )
             files += found
+        elif path.exists():
+            raise ValueError(f"prepare: expected a text file, a folder or a pipe; {path} is {kind(path)}")
         else:
             raise FileNotFoundError(
-                f"prepare: expected a text file or a folder; {path} does not exist; check the path"
+                f"prepare: expected a text file or a folder; {path} {missing(path)}; check the path"
             )
     return files
+
+
+def _in_folder(top: Path) -> Iterator[Path | Removed]:
+    """The files in a folder and those below it, each folder once, whatever links lead to it."""
+    seen: dict[str, str] = {}
+    # Links wait for the folders that stand there themselves, so that texts go by the names of these.
+    waiting = [str(top)]
+    for start in waiting:
+        for folder, subfolders, names in os.walk(start, onerror=_raise):
+            real = os.path.realpath(folder)
+            if real in seen:
+                yield Removed(folder, "exact duplicate", f"same folder as {seen[real]}", 0)
+                subfolders.clear()
+                continue
+            seen[real] = folder
+            visible = [name for name in sorted(subfolders) if not name.startswith(".")]
+            links = [name for name in visible if os.path.islink(os.path.join(folder, name))]
+            waiting += [os.path.join(folder, name) for name in links]
+            subfolders[:] = [name for name in visible if name not in links]
+            for file in (Path(folder, name) for name in names if not name.startswith(".")):
+                yield file if file.is_file() else Removed(str(file), "not text", kind(file), 0)
+
+
+def kind(path: Path) -> str:
+    """In words what a path is that is no file."""
+    if path.is_symlink() and not path.exists():
+        return f"a link to {os.readlink(path)}, which does not exist"
+    if path.is_dir():
+        return "a folder"
+    return "a pipe" if path.is_fifo() else "a device or a socket"
+
+
+def missing(path: Path) -> str:
+    """In words that a path is not there, or that it is a link to what is not."""
+    return f"is {kind(path)}" if path.is_symlink() else "does not exist"
 
 
 def _raise(error: OSError) -> None:
@@ -111,9 +148,12 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def read_files(files: Iterable[Path]) -> Iterator[Document | Removed]:
-    """One Document a file, or Removed where the file is not text."""
+def read_files(files: Iterable[Path | Removed]) -> Iterator[Document | Removed]:
+    """One Document a file, or Removed where the file is not text; what is Removed already stays so."""
     for path in files:
+        if isinstance(path, Removed):
+            yield path
+            continue
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
             marked = any(head.startswith(mark) for mark, _ in BYTE_ORDER_MARKS)
@@ -121,7 +161,7 @@ def read_files(files: Iterable[Path]) -> Iterator[Document | Removed]:
         try:
             yield Document(str(path), *decode(data))
         except NotText as error:
-            yield Removed(str(path), "not text", str(error), path.stat().st_size)
+            yield Removed(str(path), "not text", str(error), max(path.stat().st_size, len(data)))
 
 
 def read_embedded(library: Path | None = None) -> Iterator[Document]:

@@ -9,7 +9,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from lmkern.data.clean import SPLITS, FirstSeen, split_of
-from lmkern.data.corpus import Removed
+from lmkern.data.corpus import Removed, kind, missing
+from lmkern.data.tokenizer import lone_surrogate
 
 KEYS = ("source", "target")
 REASONS = {"empty": "empty", "exact duplicate": "exact_duplicates", "held out": "held_out"}
@@ -129,8 +130,10 @@ def _remove(corpus: PairCorpus, pair: Pair, reason: str, detail: str) -> None:
 
 def _lines(path: Path) -> list[str]:
     """The lines of a file: what a line feed ends, and nothing else does."""
-    if not path.is_file():
-        raise FileNotFoundError(f"read_pairs: expected a file of pairs; {path} does not exist")
+    if not path.exists():
+        raise FileNotFoundError(f"read_pairs: expected a file of pairs; {path} {missing(path)}")
+    if not (path.is_file() or path.is_fifo()):
+        raise ValueError(f"read_pairs: expected a file of pairs; {path} is {kind(path)}")
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         lines = data.decode("utf-8-sig").split("\n")
@@ -149,4 +152,10 @@ def _sides(line: str, place: str) -> tuple[str, str]:
     if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in KEYS):
         got = f"keys {', '.join(record)}" if isinstance(record, dict) else type(record).__name__
         raise ValueError(f'read_pairs: {place} must be {{"source": text, "target": text}}; got {got}')
+    for key in KEYS:
+        if (at := lone_surrogate(record[key])) is not None:
+            raise ValueError(
+                f"read_pairs: {place}: {key} must be Unicode text; got half of a surrogate pair, "
+                f"{record[key][at]!a}, at character {at}: put the character in its place"
+            )
     return record["source"].strip(), record["target"].strip()

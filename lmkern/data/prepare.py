@@ -137,7 +137,7 @@ def _prepare_pairs(config: DataConfig, folder: Path, progress: Progress) -> dict
 
     sources = [*config.train, *config.validation, *config.test]
     about = {
-        "name": " + ".join(Path(path).name for path in config.train),
+        "name": " + ".join(map(_name, config.train)),
         "sources": sources,
         "files": len(sources),
         "bytes": sum(pair.bytes for pairs in corpus.splits.values() for pair in pairs),
@@ -167,7 +167,7 @@ def _write(
     with replacing_folder(folder) as partial:
         splits = {split: write_split(partial, split) for split in SPLITS}
         progress("write", 0, 1)
-        tokenizer.save(str(partial / shards.TOKENIZER))
+        (partial / shards.TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         with (partial / shards.REMOVED).open("w", encoding="utf-8") as file:
             for removed in corpus.removed:
                 file.write(json.dumps(asdict(removed), ensure_ascii=False) + "\n")
@@ -198,8 +198,13 @@ def _read(config: DataConfig) -> tuple[str, tuple[str, ...], int | None, Iterato
         name = f"Python {platform.python_version()}: language reference and docstrings"
         return name, EMBEDDED_SOURCES, None, read_embedded()
     files = list_files(config.paths)
-    name = " + ".join(Path(path).resolve().name for path in config.paths)
+    name = " + ".join(map(_name, config.paths))
     return name, config.paths, len(files), read_files(files)
+
+
+def _name(path: str) -> str:
+    """What a corpus that was read from there is called; a shell's pipes have numbers for names."""
+    return "a pipe" if Path(path).is_fifo() else Path(path).resolve().name
 
 
 def _write_split(

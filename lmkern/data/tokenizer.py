@@ -51,3 +51,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     # The file does not keep this setting.
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def lone_surrogate(text: str) -> int | None:
+    """Where a text holds half of a surrogate pair, which has no bytes and so no tokens; None: nowhere.
+
+    JSON can spell one, and Python reads bytes of a command line that are not UTF-8 as such.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None

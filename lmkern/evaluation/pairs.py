@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ def evaluate_pairs(
     max_new_tokens: int = 256,
     batch: int = 64,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    note: Callable[[str], object] = warnings.warn,
 ) -> dict[str, Any]:
     """Corpus BLEU and chrF of the model's targets against those of the split, all pairs of it.
 
@@ -45,6 +47,7 @@ def evaluate_pairs(
         max_new_tokens=max_new_tokens,
         batch=batch,
         progress=lambda done, total: progress(f"beam search, {split}", done, total),
+        note=note,
     )
     seconds = time.perf_counter() - start
     examples = [

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lmkern.generation.inference import inference
+from lmkern.generation.sampling import check_largest
 
 
 class BeamCache(Protocol):
@@ -19,7 +20,10 @@ class BeamCache(Protocol):
 
 
 class EncoderDecoder(Protocol):
-    """What beam search asks of a model: any nn.Module with these."""
+    """What beam search asks of a model: any nn.Module with these.
+
+    One that reads source and target as one sequence also has `context`: the most tokens it can read of both.
+    """
 
     @property
     def config(self) -> Any:
@@ -42,6 +46,12 @@ class Hypothesis:
 
     tokens: tuple[int, ...]
     score: float
+
+
+def room(context: int | None, source_tokens: int) -> float:
+    """The most tokens of a target that a source of so many leaves room for in a context; None: no end."""
+    # The last token of a target is not read.
+    return float("inf") if context is None else context + 1 - source_tokens
 
 
 @dataclass
@@ -73,14 +83,15 @@ def beam_search(
     beams: prefixes kept at each step; 1 is greedy search.
     length_penalty: a target of n tokens, its end included, is scored log p / ((5 + n) / 6)^length_penalty:
         0 asks for the likeliest, more for longer ones (Wu et al. 2016, arXiv:1609.08144, without coverage).
-    max_new_tokens: the longest target, its end included. One that has not ended by then counts as it stands,
-        if no other has.
+    max_new_tokens: the longest target, its end included; less where the model's context leaves less. One
+        that has not ended by then counts as it stands, if no other has.
 
     A source leaves the search once so many targets as there are beams have ended, or none of its prefixes can
     still beat the best of them. Every beam reads one token a step against the key-value cache, in one batch
     for all sources; that the bits do not depend on what else is in the batch is not promised.
 
-    Raises ValueError for options out of range.
+    Raises ValueError for options out of range, for sources that leave no room for a target, and for a model
+    that gives NaN.
     """
     if beams < 1 or max_new_tokens < 1 or not 0 <= length_penalty < float("inf"):
         raise ValueError(
@@ -90,6 +101,13 @@ def beam_search(
     best: list[Hypothesis] = [Hypothesis((), -float("inf"))] * len(source)
     if not len(source):
         return best
+    context: int | None = getattr(model, "context", None)
+    max_new_tokens = int(min(max_new_tokens, room(context, source.shape[1])))
+    if max_new_tokens < 1:
+        raise ValueError(
+            f"beam_search: source must leave room for a target in the model's context of {context} tokens; "
+            f"got sources of {source.shape[1]}. Give shorter ones"
+        )
     module = cast(nn.Module, model)
     device = next(module.parameters()).device
     source = source.to(device)
@@ -114,6 +132,8 @@ def beam_search(
             candidates = (scores[..., None] + log_probs).flatten(1)
             # Of each beam one candidate at most ends, so beams of these go on.
             top, where = candidates.topk(min(2 * beams, candidates.shape[1]), dim=1)
+            # NaN ranks as the largest, so the first of each row tells of the whole row.
+            check_largest("beam_search", top[:, 0])
             origin, token = where // vocabulary, where % vocabulary
             ends = token == model.config.end
             _finish(searches, prefixes, top, origin, ends, beams, penalty(length))

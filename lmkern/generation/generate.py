@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -44,7 +45,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    stop: int | Collection[int] | None = None,
+    stop: int | Collection[int] | Tensor | np.integer[Any] | None = None,
 ) -> Iterator[int]:
     """Token ids that continue the prompt, each as soon as it is drawn.
 
@@ -69,7 +70,10 @@ def generate(
     if max_new_tokens < 0:
         raise ValueError(f"generate: max_new_tokens must be at least 0; got {max_new_tokens}")
     check_sampling("generate", temperature=temperature, top_k=top_k, top_p=top_p)
-    stops = {stop} if isinstance(stop, int) else set(stop or ())
+    given: int | Collection[int] | None = (
+        stop.tolist() if isinstance(stop, Tensor | np.ndarray | np.generic) else stop
+    )
+    stops = {given} if isinstance(given, int) else {int(token) for token in given or ()}
     # On the CPU, whatever the model's device: one stream of random numbers everywhere.
     generator = torch.Generator().manual_seed(seed)
     ids = _next_tokens(model, prompt, temperature, top_k, top_p, generator)

@@ -31,6 +31,11 @@ class PrefixDecoder(nn.Module):
         self.model: Any = model
         self.config = Ends(end, end)
 
+    @property
+    def context(self) -> int:
+        """The most tokens that a source, its end included, and a target may have together."""
+        return int(self.model.config.context)
+
     def encode(self, source: Tensor, source_mask: Tensor | None = None) -> Tensor:
         """source (B, N_s) int64, its end last: it is read with the first token of the target."""
         if source_mask is not None and not source_mask.all():

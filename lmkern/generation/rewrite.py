@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from lmkern.generation.beam import EncoderDecoder, beam_search
+from lmkern.generation.beam import EncoderDecoder, beam_search, room
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -23,15 +24,26 @@ def rewrite(
     max_new_tokens: int = 256,
     batch: int = 64,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    note: Callable[[str], object] = warnings.warn,
 ) -> list[str]:
     """The target text of each source, by beam search.
 
     beams, length_penalty, max_new_tokens: as in beam_search. batch: sources at once, gathered by length.
-    An empty source gives an empty target. progress: called with (sources done, sources in all).
+    An empty source gives an empty target, and so does one too long for the model's context, which is said by
+    note. progress: called with (sources done, sources in all).
     """
     ids = [encoding.ids for encoding in tokenizer.encode_batch([source.strip() for source in sources])]
     # Longest first: what does not fit into memory shows at once.
     order = sorted((index for index, tokens in enumerate(ids) if tokens), key=lambda index: -len(ids[index]))
+    context: int | None = getattr(model, "context", None)
+    # A source is read with its end.
+    long = [index for index in order if room(context, len(ids[index]) + 1) < 1]
+    for index in sorted(long):
+        note(
+            f"rewrite: source {index + 1} has {len(ids[index])} tokens and its end; the model's context of "
+            f"{context} leaves no room for a target, which is left empty: {sources[index].strip()[:40]!r}"
+        )
+    order = order[len(long) :]
     targets = [""] * len(sources)
     end: int = model.config.end
     done = 0

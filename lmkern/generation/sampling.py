@@ -19,6 +19,16 @@ def check_sampling(name: str, *, temperature: float, top_k: int, top_p: float) -
         raise ValueError(f"{name}: top_p must lie in (0, 1]; got {top_p}. 1 keeps every token")
 
 
+def check_largest(name: str, largest: Tensor) -> None:
+    """Raises ValueError, in the name of the calling function, where the largest of a row is not finite."""
+    if not largest.isfinite().all():
+        raise ValueError(
+            f"{name}: the largest logit of each row must be finite; "
+            f"got {largest.flatten().tolist()[:4]} in the first rows. "
+            "A model that gives NaN has diverged: take an earlier checkpoint"
+        )
+
+
 def sample(
     logits: Tensor,
     *,
@@ -43,12 +53,7 @@ def sample(
     # float64, where no temperature is rounded to 0 and the sums of top_p are exact enough.
     ranked, ids = logits.double().sort(dim=-1, descending=True, stable=True)
     # NaN sorts as the largest, so the first of each row tells of the whole row.
-    if not ranked[..., :1].isfinite().all():
-        raise ValueError(
-            "sample: the largest logit of each row must be finite; "
-            f"got {ranked[..., 0].flatten().tolist()[:4]} in the first rows. "
-            "A model that gives NaN has diverged: take an earlier checkpoint"
-        )
+    check_largest("sample", ranked[..., 0])
     if temperature == 0:
         return ids[..., 0]
     # With the largest at 0 no temperature, however small, can overflow.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,7 @@ from lmkern import models
 from lmkern.ceiling import choose_device
 from lmkern.data import Dataset, PairDataset, load_tokenizer
 from lmkern.data.shards import TOKENIZER
-from lmkern.data.tokenizer import END_OF_TEXT_ID
+from lmkern.data.tokenizer import END_OF_TEXT_ID, lone_surrogate
 from lmkern.evaluation import evaluate, evaluate_pairs
 from lmkern.files import write_json, write_text
 from lmkern.generation import PrefixDecoder, generate, rewrite, stream_text
@@ -34,12 +35,13 @@ def evaluate_run(
     beams: int = 5,
     length_penalty: float = 1.0,
     progress: Progress = lambda stage, done, total: None,
+    note: Callable[[str], object] = warnings.warn,
 ) -> dict[str, Any]:
     """Judge the run's model on a split of its own data; writes evaluation.json and returns it.
 
     Texts are read in windows as long as the longest rows of the training: later positions were never trained.
     Targets of pairs are searched to that length, and written to outputs.txt, a line each.
-    beams, length_penalty: of that search, as in beam_search; text has none.
+    beams, length_penalty: of that search, as in beam_search; text has none. note: as in rewrite.
     Raises FileNotFoundError where there is no run or no model yet, ValueError for altered data.
     """
     run = read_run(folder)
@@ -55,6 +57,7 @@ def evaluate_run(
                 length_penalty=length_penalty,
                 max_new_tokens=_longest_row(run),
                 progress=progress,
+                note=note,
             )
         # A target may hold line ends; here they are spaces.
         lines = (" ".join(output.split()) + "\n" for output in result.pop("outputs"))
@@ -71,8 +74,11 @@ def evaluate_run(
 def translate(folder: str | Path, sources: Sequence[str], **search: Any) -> list[str]:
     """The target that the run's model gives each source; search: options of rewrite.
 
-    The tokenizer lies beside the weights: the data folder is not needed.
+    The tokenizer lies beside the weights: the data folder is not needed. Raises ValueError for a source that
+    is no Unicode text.
     """
+    for number, source in enumerate(sources, 1):
+        _check_text(f"translate: source {number}", source)
     run = read_run(folder)
     tokenizer = load_tokenizer(run.folder / MODEL / TOKENIZER)
     return rewrite(load_rewriter(run), tokenizer, sources, max_new_tokens=_longest_row(run), **search)
@@ -112,8 +118,10 @@ def continue_text(
 ) -> Iterator[str]:
     """The run's continuation of the prompt, in pieces as they are drawn; options: those of generate.
 
-    dtype: of the weights. The tokenizer lies beside them: the data folder is not needed.
+    dtype: of the weights. The tokenizer lies beside them: the data folder is not needed. Raises ValueError
+    for a prompt that is no Unicode text.
     """
+    _check_text("generate: prompt", prompt)
     run = read_run(folder)
     model = load_model(run).to(getattr(torch, dtype))
     tokenizer = load_tokenizer(run.folder / MODEL / TOKENIZER)
@@ -160,6 +168,14 @@ def _load(run: Run) -> Any:
             f"lmkern train --data {run.data} --out {run.folder} --resume"
         )
     return models.load(folder, device=choose_device("auto"))
+
+
+def _check_text(name: str, text: str) -> None:
+    if (at := lone_surrogate(text)) is not None:
+        raise ValueError(
+            f"{name} must be Unicode text; got {text[at]!a} at character {at}: a byte that is not UTF-8, or "
+            "half of a surrogate pair; give it in UTF-8"
+        )
 
 
 def _stages(run: Run) -> Sequence[dict[str, Any]]:

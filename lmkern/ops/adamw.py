@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from lmkern.kernels import backends
 from lmkern.kernels.statistics import statistics_dtype
@@ -58,6 +59,9 @@ def adamw_(
     with torch.no_grad():
         if direct(param, grad, exp_avg, exp_avg_sq, copy):
             _step(param, grad, exp_avg, exp_avg_sq, copy, *scalars, backend)
+            # Autograd sees no kernel's write: a graph that saved these before must not run backward.
+            written = (param, exp_avg, exp_avg_sq)
+            increment_version(written if copy is None else (*written, copy))
         else:
             torch.ops.lmkern.adamw_(param, grad, exp_avg, exp_avg_sq, copy, *scalars, backend)
 
@@ -122,11 +126,11 @@ def _(
 
 
 def _check_apart(**written: Tensor | None) -> None:
-    """ValueError where two tensors that are written share memory."""
+    """ValueError where two tensors that are written share memory; on the meta device none has any."""
     extents = sorted(
         (x.data_ptr(), x.data_ptr() + x.numel() * x.element_size(), name)
         for name, x in written.items()
-        if x is not None and x.numel()
+        if x is not None and x.numel() and not x.is_meta
     )
     for (_, end, one), (begin, _, other) in pairwise(extents):
         if begin < end:
@@ -146,6 +150,12 @@ def _check(
     """ValueError in words for what no backend can make sense of."""
     check_dtype("adamw_", "param", param.dtype)
     check_dtype("adamw_", "grad", grad.dtype)
+    for name, tensor in (("param", param), ("grad", grad)):
+        if tensor.layout is not torch.strided:
+            raise ValueError(
+                f"adamw_: {name} must be strided; got {tensor.layout}. Of sparse gradients take "
+                "torch.optim.SparseAdam, or layers that give dense ones (sparse=False)"
+            )
     if not dense(param):
         raise ValueError(
             f"adamw_: param must be dense in memory; got {tuple(param.shape)} with strides {param.stride()}"

@@ -19,7 +19,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lmkern.files import checksum, damage, flush_to_disk, save_tensors, write_text
+from lmkern.files import checksum, damage, flush_to_disk, known_as, save_tensors, write_text
 
 FORMAT = "lmkern-checkpoint"
 VERSION = 1
@@ -60,18 +60,19 @@ def save_checkpoint(
     remove_unfinished(folder)
     part.mkdir(parents=True)
     try:
-        files = {}
-        for group, named in tensors.items():
-            path = part / f"{group}.safetensors"
-            contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-            save_tensors(contiguous, path, {"format": FORMAT, "version": str(VERSION)})
-            flush_to_disk(path)
-            files[path.name] = checksum(path)
-        content = {"format": FORMAT, "version": VERSION, "step": step, **state, "files": files}
-        content["sha256"] = _sha256_of_state(content)
-        write_text(part / "state.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
-        part.rename(target)
-        flush_to_disk(folder)
+        with known_as({part: target}):
+            files = {}
+            for group, named in tensors.items():
+                path = part / f"{group}.safetensors"
+                contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+                save_tensors(contiguous, path, {"format": FORMAT, "version": str(VERSION)})
+                flush_to_disk(path)
+                files[path.name] = checksum(path)
+            content = {"format": FORMAT, "version": VERSION, "step": step, **state, "files": files}
+            content["sha256"] = _sha256_of_state(content)
+            write_text(part / "state.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+            part.rename(target)
+            flush_to_disk(folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

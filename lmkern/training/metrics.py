@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 
 from lmkern.ceiling import synchronize
-from lmkern.files import flush_to_disk, write_text
+from lmkern.files import flush_to_disk, known_as, write_text
 from lmkern.training.run_folder import PHASES
 
 
@@ -43,8 +43,10 @@ class MetricsLog:
 
     def write(self, event: str, **values: Any) -> None:
         """One line; a reader sees it at once."""
-        self._file.write(json.dumps({"event": event, **_finite(values)}, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps({"event": event, **_finite(values)}, allow_nan=False) + "\n"
+        with known_as({self.path: self.path}):
+            self._file.write(line)
+            self._file.flush()
 
     def flush_to_disk(self) -> None:
         """Wait until every line is on the disk: before a checkpoint that counts on them."""
@@ -56,7 +58,9 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        # What a full disk did not take is tried once more.
+        with known_as({self.path: self.path}):
+            self._file.close()
 
 
 def rewind_metrics(path: Path, step: int) -> None:

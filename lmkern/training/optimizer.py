@@ -1,7 +1,6 @@
 """AdamW, and its state as named tensors that safetensors can hold."""
 
 from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
 from typing import Any
 
 import torch
@@ -16,7 +15,9 @@ class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW, whose state_dict it shares, on the one-pass op `lmkern.adamw_`.
 
     params, lr, betas, eps, weight_decay: as torch's. The moments of 16-bit parameters are float32, here and
-    when they are loaded. Parameters that are not all on the CPU are left to torch's fused implementation.
+    when they are loaded. Left to torch's own step, and to what it keeps: groups whose parameters are not all
+    on the CPU (fused, unless they say otherwise), and groups with amsgrad, maximize or a decay that is not
+    decoupled.
     """
 
     def __init__(
@@ -28,44 +29,53 @@ class AdamW(torch.optim.AdamW):
         weight_decay: float = 1e-2,
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        self._on_cpu = all(p.device.type == "cpu" for group in self.param_groups for p in group["params"])
-        if not self._on_cpu:
-            for group in self.param_groups:
-                group["fused"] = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's."""
+        fused = param_group.get("fused")
+        super().add_param_group(param_group)
+        if fused is None and not _on_cpu(param_group):
+            param_group["fused"] = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: float = 1.0) -> Any:
         """One step on every parameter that has a gradient; its gradient counts times grad_scale.
 
-        The gradients are left as they are where the parameters are on the CPU. Returns the closure's loss.
+        The gradients are left as they are, but for those of groups that torch steps. Returns the closure's
+        loss.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._on_cpu:
-            for group in self.param_groups:
-                for param in group["params"]:
-                    if param.grad is not None:
-                        self._step_one(param, group, grad_scale)
-        else:
+        for group in filter(_ours, self.param_groups):
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._step_one(param, group, grad_scale)
+        if others := [group for group in self.param_groups if not _ours(group)]:
             if grad_scale != 1:
                 torch._foreach_mul_(
-                    [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None], grad_scale
+                    [p.grad for group in others for p in group["params"] if p.grad is not None], grad_scale
                 )
-            super().step()
+            groups, self.param_groups = self.param_groups, others
+            try:
+                _unhooked(torch.optim.AdamW.step)(self)
+            finally:
+                self.param_groups = groups
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but the moments come as they were saved: torch rounds them to the parameter's dtype."""
         super().load_state_dict(state_dict)
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for index, param in zip(saved, params, strict=True):
-            for entry in ("exp_avg", "exp_avg_sq"):
-                if index in state_dict["state"] and self._on_cpu:
-                    moment = state_dict["state"][index][entry]
-                    self.state[param][entry] = moment.to(param.device, _moment_dtype(param), copy=True)
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            if _ours(group):
+                for index, param in zip(saved["params"], group["params"], strict=True):
+                    for entry in ("exp_avg", "exp_avg_sq"):
+                        if index in state_dict["state"]:
+                            moment = state_dict["state"][index][entry]
+                            self.state[param][entry] = moment.to(
+                                param.device, _moment_dtype(param), copy=True
+                            )
 
     def _step_one(self, param: Tensor, group: Mapping[str, Any], grad_scale: float) -> None:
         state = self.state[param]
@@ -88,6 +98,21 @@ class AdamW(torch.optim.AdamW):
             step=int(state["step"]),
             grad_scale=grad_scale,
         )
+
+
+def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step without the hooks that torch puts around it once it has made one of its class: ours ran."""
+    return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
+
+
+def _on_cpu(group: Mapping[str, Any]) -> bool:
+    return all(param.device.type == "cpu" for param in group["params"])
+
+
+def _ours(group: Mapping[str, Any]) -> bool:
+    """Whether `adamw_` computes what the group asks for; asked anew, as a model may move."""
+    plain = group["decoupled_weight_decay"] and not (group["amsgrad"] or group["maximize"])
+    return plain and _on_cpu(group)
 
 
 def _moment_dtype(param: Tensor) -> torch.dtype:

@@ -42,9 +42,11 @@ def check_run_folder(config: RunConfig, folder: Path, *, resume: bool, overwrite
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"train: expected a folder to write to; {folder} is a file; choose another")
     marks = [name for name in MARKS if (folder / name).exists()]
+    # Without its configuration there is nothing to go on with.
+    go_on = "--resume to go on with it, " if CONFIG in marks else ""
     if marks and not (resume or overwrite):
         raise FileExistsError(
-            f"train: {folder} already holds a run ({', '.join(marks)}): pass --resume to go on with it, "
+            f"train: {folder} already holds a run ({', '.join(marks)}): pass {go_on}"
             "--overwrite to replace it, or choose another folder"
         )
     if not resume:
@@ -52,7 +54,8 @@ def check_run_folder(config: RunConfig, folder: Path, *, resume: bool, overwrite
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(
             f"train: expected a run to resume; {folder / CONFIG} does not exist: "
-            "leave --resume out to start one"
+            + ("pass --overwrite instead" if marks else "leave --resume out")
+            + " to start one"
         )
     _check_same(load_config(folder / CONFIG), config, folder)
     return next(reversed(list_checkpoints(folder / CHECKPOINTS)), None)

@@ -111,6 +111,19 @@ def test_any_other_refusal_of_the_system_is_a_line_with_the_path(
     )
 
 
+def test_a_full_disk_is_a_line_that_asks_for_room(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("LMKERN_TRACEBACK", raising=False)
+    error = OSError(errno.ENOSPC, "No space left on device", "runs/mine/model")
+    monkeypatch.setattr(lmkern.cli.report, "command", failing(error))
+    assert main(["report"]) == USAGE_ERROR
+    assert capsys.readouterr().err == (
+        "lmkern: error: report: the system refuses runs/mine/model: no space left on device; "
+        "make room there, or choose another path\n"
+    )
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_text_that_may_not_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "diary.txt").write_text("secret")

@@ -66,7 +66,9 @@ def test_from_pairs_to_scores_targets_and_report(
     assert main(["train", "--data", data, "--out", out, "--resume"]) == 0
 
 
-def test_a_decoder_learns_pairs_too(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_decoder_learns_pairs_too(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = str(tmp_path / "run")
     argv = ["train", "--data", data, "--out", out, "--architecture", "gpt", "--model.context", "32"]
     stage = ["--training.stages.0.context", "32"]
@@ -75,6 +77,12 @@ def test_a_decoder_learns_pairs_too(data: str, tmp_path: Path, capsys: pytest.Ca
     assert main(["translate", out, "--source", "cat dog old", "--beams", "2"]) == 0
     target = capsys.readouterr().out.split()
     assert (target[0], target[-1]) == ("old", "cat") and len(target) < 6
+    monkeypatch.setattr("sys.stdin", io.StringIO("sky red\n" + "cat " * 40 + "\ncat dog old\n"))
+    assert main(["translate", out, "--beams", "2"]) == 0
+    shown = capsys.readouterr()
+    lines = shown.out.split("\n")
+    assert lines[0] and not lines[1] and lines[2].split() == target
+    assert "source 2 has" in shown.err and "context of 32 leaves no room" in shown.err
 
 
 def test_what_does_not_fit_is_refused_in_words(

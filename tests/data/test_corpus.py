@@ -1,6 +1,7 @@
 import codecs
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,75 @@ def test_a_missing_path_is_named(tmp_path: Path) -> None:
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"prepare: expected text files in {tmp_path}; the folder is empty"):
         list_files([tmp_path])
+
+
+def write(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(path.name)
+
+
+def test_links_are_followed_and_no_folder_is_read_twice(tmp_path: Path) -> None:
+    """Into another folder, out of it into that of the link, and round in a circle."""
+    src, other = tmp_path / "src", tmp_path / "other"
+    for path in (src / "z.txt", src / "sub" / "y.txt", other / "deep" / "x.txt", other / "w.txt"):
+        write(path)
+    # A link that comes first in the order does not take the name of the folder itself.
+    (src / "again").symlink_to("sub")
+    (src / "linked").symlink_to("../other")
+    (src / "sub" / "round").symlink_to("..")
+    (other / "back").symlink_to("../src/sub")
+    (src / ".hidden").symlink_to("../other")
+    (src / "file.txt").symlink_to("../other/w.txt")
+    found = list_files([src])
+    assert [path.relative_to(src).as_posix() for path in found if isinstance(path, Path)] == [
+        "file.txt",
+        "linked/deep/x.txt",
+        "linked/w.txt",
+        "sub/y.txt",
+        "z.txt",
+    ]
+    left = {(Path(each.source), each.reason, each.detail) for each in found if isinstance(each, Removed)}
+    same = "exact duplicate"
+    assert left == {
+        (src / "again", same, f"same folder as {src / 'sub'}"),
+        (src / "linked" / "back", same, f"same folder as {src / 'sub'}"),
+        (src / "sub" / "round", same, f"same folder as {src}"),
+    }
+
+
+def test_a_folder_of_a_link_alone_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "other" / "a.txt")
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "link").symlink_to("../other")
+    assert list_files([tmp_path / "src"]) == [tmp_path / "src" / "link" / "a.txt"]
+
+
+def test_what_is_no_file_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    write(tmp_path / "b.txt")
+    (tmp_path / "a.txt").symlink_to("nowhere")
+    (tmp_path / "d").symlink_to("d")
+    os.mkfifo(tmp_path / "c")
+    found = list(read_files(list_files([tmp_path])))
+    assert found == [
+        Removed(str(tmp_path / "a.txt"), "not text", "a link to nowhere, which does not exist", 0),
+        Document(str(tmp_path / "b.txt"), "b.txt"),
+        Removed(str(tmp_path / "c"), "not text", "a pipe", 0),
+        Removed(str(tmp_path / "d"), "not text", "a link to d, which does not exist", 0),
+    ]
+    with pytest.raises(FileNotFoundError, match=r"a\.txt is a link to nowhere, which does not exist"):
+        list_files([tmp_path / "a.txt"])
+    with pytest.raises(ValueError, match="expected a text file, a folder or a pipe; /dev/null is a device"):
+        list_files(["/dev/null"])
+
+
+@pytest.mark.parametrize("data", [b"words", b"\x7fELF\0\0"])
+def test_a_pipe_is_read(tmp_path: Path, data: bytes) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    threading.Thread(target=pipe.write_bytes, args=(data,), daemon=True).start()
+    (found,) = read_files(list_files([pipe]))
+    expected = Removed(str(pipe), "not text", "NUL at byte 4", 6)
+    assert found == (Document(str(pipe), "words") if data == b"words" else expected)
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 import gzip
 import json
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,11 @@ def test_white_space_around_a_side_is_dropped_and_all_else_stays(tmp_path: Path)
         ('{"source": "a"}', r'a\.jsonl:2 must be .*"target": text.*; got keys source'),
         ('{"source": "a", "target": 3}', r"a\.jsonl:2 must be"),
         ('["a", "b"]', r"a\.jsonl:2 must be .*; got list"),
+        (
+            '{"source": "a \\ud800", "target": "b"}',
+            r"a\.jsonl:2: source must be Unicode.*'.ud800', at character 2",
+        ),
+        ('{"source": "a", "target": "\\udc00"}', r"a\.jsonl:2: target must be Unicode text"),
     ],
 )
 def test_a_line_that_is_no_pair_is_named(line: str, message: str, tmp_path: Path) -> None:
@@ -57,6 +64,23 @@ def test_a_line_that_is_no_pair_is_named(line: str, message: str, tmp_path: Path
     path.write_text(f'{{"source": "a", "target": "b"}}\n{line}\n')
     with pytest.raises(ValueError, match=message):
         list(read_pairs([path]))
+
+
+def test_what_json_spells_as_a_pair_of_surrogates_is_a_character(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"source": "\\ud83d\\ude00", "target": "b"}\n')
+    assert sides((str(path),)) == [("\U0001f600", "b")]
+
+
+def test_pairs_are_read_from_pipes(tmp_path: Path) -> None:
+    for name in ("de", "en"):
+        os.mkfifo(tmp_path / name)
+        threading.Thread(
+            target=(tmp_path / name).write_text, args=(f"{name} 1\n{name} 2\n",), daemon=True
+        ).start()
+    assert sides((str(tmp_path / "de"), str(tmp_path / "en"))) == [("de 1", "en 1"), ("de 2", "en 2")]
+    with pytest.raises(ValueError, match=f"expected a file of pairs; {tmp_path} is a folder"):
+        list(read_pairs([tmp_path]))
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 import hashlib
 import importlib
 import json
+import os
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +113,19 @@ def test_a_file_that_is_no_text_is_named_skipped_and_counted(config: DataConfig,
     ]
 
 
+def test_a_corpus_from_a_pipe_is_called_so(config: DataConfig, corpus_folder: Path, tmp_path: Path) -> None:
+    text = "\n\n".join(path.read_text() for path in sorted(corpus_folder.iterdir()))
+    (tmp_path / "text").write_text(text)
+    os.mkfifo(tmp_path / "pipe")
+    threading.Thread(target=(tmp_path / "pipe").write_text, args=(text,), daemon=True).start()
+    found = [
+        prepare(replace(config, paths=(str(tmp_path / name),)), tmp_path / f"of {name}")["corpus"]
+        for name in ("text", "pipe")
+    ]
+    assert found[0]["sha256"] == found[1]["sha256"]
+    assert [corpus["name"] for corpus in found] == ["text", "a pipe"]
+
+
 def test_progress_reaches_its_total(config: DataConfig, tmp_path: Path) -> None:
     last: dict[str, tuple[int, int | None]] = {}
     prepare(
@@ -163,6 +179,16 @@ def test_a_folder_that_cannot_be_written_is_refused_before_all_work(
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError):
         prepare(config, tmp_path / "file" / "data", progress=fail)
+
+
+@pytest.mark.parametrize("size", [100, 5_000, 40_000])
+def test_a_full_disk_names_the_folder_and_leaves_nothing(
+    config: DataConfig, tmp_path: Path, full_disk: Any, size: int
+) -> None:
+    with full_disk(size), pytest.raises(OSError, match="too large") as refused:
+        prepare(config, tmp_path / "data")
+    assert str(refused.value.filename).startswith(str(tmp_path / "data"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_overwrite_is_true_or_false(config: DataConfig, tmp_path: Path) -> None:

@@ -145,6 +145,15 @@ def test_no_sources_no_targets_and_the_mode_of_the_model_stays():
     assert model.training
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_model_that_gives_nan_is_refused(beams):
+    model = tiny()
+    with torch.no_grad():
+        model.decoder_norm.weight[3] = math.nan
+    with pytest.raises(ValueError, match=r"beam_search: the largest logit .* finite; got \[nan.*diverged"):
+        beam_search(model, torch.ones(2, 2, dtype=torch.int64), beams=beams)
+
+
 @pytest.mark.parametrize(
     "options", [{"beams": 0}, {"max_new_tokens": 0}, {"length_penalty": -1.0}, {"length_penalty": math.nan}]
 )

@@ -1,5 +1,6 @@
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -108,6 +109,11 @@ def test_stop_ends_the_text_and_is_not_part_of_it():
     assert list(generate(model, [1], max_new_tokens=50, stop=stop)) == expected
     assert list(generate(model, [1], max_new_tokens=50, stop={stop, V + 1})) == expected
     assert list(generate(model, [1], max_new_tokens=50, stop=())) == ids
+    for kind in (np.int64, np.array, torch.tensor):
+        assert list(generate(model, [1], max_new_tokens=50, stop=kind(stop))) == expected
+        assert list(generate(model, [1], max_new_tokens=50, stop=[kind(stop)])) == expected
+    for several in (torch.tensor([V + 1, stop]), np.array([V + 1, stop])):
+        assert list(generate(model, [1], max_new_tokens=50, stop=several)) == expected
 
 
 def test_tokens_arrive_one_at_a_time_and_the_model_is_its_owners_between_them():

@@ -210,6 +210,23 @@ def test_results_are_bit_equal_for_any_number_of_threads(target: Target, threads
     assert torch.equal(mine["param"], expected["param"])
 
 
+@pytest.mark.parametrize("target", IN_FLOAT32, ids=str)
+def test_what_is_written_counts_as_changed(target: Target) -> None:
+    written = {name: torch.zeros(40) for name in ("param", "exp_avg", "exp_avg_sq")}
+    written["copy"] = torch.zeros(40, dtype=torch.bfloat16)
+    before = {name: x._version for name, x in written.items()}
+    with target.active():
+        lmkern.adamw_(grad=torch.ones(40), step=1, backend=target.backend, **written, **OPTIONS)
+    for name, tensor in written.items():
+        assert tensor._version > before[name], name
+
+
+def test_meta_tensors_share_no_memory() -> None:
+    x = torch.ones(3, 4, device="meta")
+    moments = {name: torch.zeros_like(x) for name in ("exp_avg", "exp_avg_sq")}
+    lmkern.adamw_(x, torch.ones_like(x), step=1, **moments, **OPTIONS)
+
+
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_opcheck_and_compilation(target: Target) -> None:
     param, (grad, *_) = problem((5, 7))
@@ -263,6 +280,8 @@ def test_tensors_that_are_written_may_not_share_memory(first: str, second: str) 
         ({"param": torch.zeros(8)[::2]}, r"param must be dense in memory; got \(4,\) with strides \(2,\)"),
         ({"param": torch.zeros(()).expand(4)}, r"param must be dense in memory"),
         ({"grad": torch.ones(4, device="meta")}, r"grad must be on param's device cpu; got meta"),
+        ({"grad": torch.ones(4).to_sparse()}, r"grad must be strided; got torch.sparse_coo.*SparseAdam"),
+        ({"param": torch.zeros(4).to_sparse()}, r"param must be strided; got torch.sparse_coo"),
         ({"step": 0}, r"step at least 1; got 0.9, 0.95, step 0"),
         ({"beta1": 1.0}, r"betas must be in \[0, 1\)"),
         ({"lr": float("nan")}, r"adamw_: lr must be a finite number from 0 up; got nan"),

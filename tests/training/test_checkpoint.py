@@ -157,6 +157,15 @@ def test_failed_save_cleans_up_after_itself(tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_names_the_checkpoint_and_leaves_the_one_before(tmp_path: Path, full_disk: Any) -> None:
+    save(tmp_path, 1)
+    with full_disk(60_000), pytest.raises(OSError, match="too large") as refused:
+        save_checkpoint(tmp_path, 2, {"model": {"x": torch.ones(30_000)}}, {}, keep=9)
+    assert refused.value.filename == str(tmp_path / "step-00000002" / "model.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert_holds(tmp_path / "step-00000001", 1)
+
+
 def test_intact_checkpoint_of_the_same_step_stays_and_a_damaged_one_is_replaced(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     inode = (path / "state.json").stat().st_ino

@@ -1,7 +1,9 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from lmkern.training.metrics import MetricsLog, PhaseClock, rewind_metrics
@@ -49,3 +51,11 @@ def test_phases_add_up_and_go_on_from_where_they_were() -> None:
             pass
     assert clock.seconds["forward"] > 10.0
     assert clock.seconds["backward"] == 0.0
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path, full_disk: Any) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with full_disk(1_000), pytest.raises(OSError, match="too large") as refused, MetricsLog(path) as log:
+        log.write("step", text="x" * 2_000)
+    assert refused.value.filename == str(path)
+    assert path.stat().st_size == 1_000

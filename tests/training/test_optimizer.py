@@ -1,3 +1,7 @@
+import copy
+import pickle
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -11,10 +15,10 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 3))
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, scale: float = 1.0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
     optimizer.step()
 
 
@@ -132,3 +136,99 @@ def test_closure_is_called_with_gradients_on() -> None:
 
     assert optimizer.step(closure) == 3
     assert (weight < 1).all()
+
+
+# Not decoupled: a group's own word, which torch forgets when it is loaded or copied.
+OPTIONS = ({"maximize": True}, {"amsgrad": True}, {"decoupled_weight_decay": False})
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+def test_what_the_op_does_not_do_is_left_to_torch(option: dict[str, bool]) -> None:
+    """In one group of two; the other is stepped, and scaled, by the op."""
+    nets = [model() for _ in range(2)]
+    for net, kind in zip(nets, (AdamW, torch.optim.AdamW), strict=True):
+        first, *others = net.parameters()
+        optimizer = kind([{"params": [first], **option}, {"params": others}], lr=0.1, weight_decay=0.3)
+        for seed in range(4):
+            step(net, optimizer, seed)
+    for mine, theirs in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("option", ["maximize", "amsgrad"])
+def test_options_of_a_loaded_state_count(option: str) -> None:
+    nets = [model() for _ in range(2)]
+    source = torch.optim.AdamW(nets[0].parameters(), **{option: True})
+    # So large that its square is remembered.
+    step(nets[0], source, 0, scale=10.0)
+    nets[1].load_state_dict(nets[0].state_dict())
+    loaded = AdamW(nets[1].parameters())
+    # torch's own loading shares the tensors of a state.
+    loaded.load_state_dict(copy.deepcopy(source.state_dict()))
+    for seed in range(1, 5):
+        step(nets[0], source, seed)
+        step(nets[1], loaded, seed)
+    for mine, theirs in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))],
+    ids=["deepcopy", "pickle"],
+)
+def test_a_copy_goes_on(duplicate: Callable[[object], tuple[nn.Module, AdamW]]) -> None:
+    net = model()
+    optimizer = make_optimizer(net, TrainingConfig(learning_rate=0.1))
+    step(net, optimizer, 0)
+    twin, again = duplicate((net, optimizer))
+    step(net, optimizer, 1)
+    step(twin, again, 1)
+    for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_each_group_is_stepped_where_it_lies() -> None:
+    """A group added later, on another device; grad_scale counts for both."""
+    net, elsewhere = model(), nn.Parameter(torch.zeros(3, device="meta"))
+    alone = model()
+    optimizer, expected = AdamW(net.parameters()), AdamW(alone.parameters())
+    optimizer.add_param_group({"params": [elsewhere], "fused": False})
+    elsewhere.grad = torch.ones_like(elsewhere)
+    for mine in (net, alone):
+        for parameter in mine.parameters():
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step(grad_scale=0.5)
+    expected.step(grad_scale=0.5)
+    assert optimizer.state[elsewhere]["step"] == 1
+    assert len(optimizer.param_groups) == 2
+    for a, b in zip(net.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_hooks_are_called_once_a_step_whoever_takes_it() -> None:
+    net, calls = model(), []
+    torch.optim.AdamW(net.parameters())
+    first, *others = net.parameters()
+    optimizer = AdamW([{"params": [first], "maximize": True}, {"params": others}])
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    step(net, optimizer, 0)
+    assert calls == ["before", "after"]
+
+
+def test_groups_elsewhere_are_fused_unless_they_say_otherwise() -> None:
+    weights = [nn.Parameter(torch.zeros(3, device=device)) for device in ("cpu", "meta", "meta")]
+    optimizer = AdamW(weights[:1])
+    optimizer.add_param_group({"params": weights[1:2]})
+    optimizer.add_param_group({"params": weights[2:], "fused": False})
+    assert [group["fused"] for group in optimizer.param_groups] == [None, True, False]
+
+
+def test_a_graph_from_before_the_step_is_refused() -> None:
+    weight, x = nn.Parameter(torch.randn(4, 4)), torch.randn(3, 4, requires_grad=True)
+    loss = (x @ weight).square().sum()
+    weight.grad = torch.randn(4, 4)
+    AdamW([weight]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -43,6 +43,17 @@ def test_file_in_place_of_the_folder_is_refused(tmp_path: Path, make_config: Mak
         check_run_folder(make_config(), tmp_path / "run", resume=False, overwrite=True)
 
 
+def test_what_cannot_be_gone_on_with_is_offered_to_be_replaced(tmp_path: Path, make_config: Make) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(FileExistsError, match=r"\(checkpoints\): pass --overwrite to replace it, or"):
+        check_run_folder(make_config(), tmp_path, resume=False, overwrite=False)
+    with pytest.raises(FileNotFoundError, match=r"config\.toml does not exist: pass --overwrite instead"):
+        check_run_folder(make_config(), tmp_path, resume=True, overwrite=False)
+    (tmp_path / "config.toml").write_text(dump_config(make_config()))
+    with pytest.raises(FileExistsError, match=r"pass --resume to go on with it, --overwrite to replace it"):
+        check_run_folder(make_config(), tmp_path, resume=False, overwrite=False)
+
+
 def test_resume_and_overwrite_exclude_each_other(tmp_path: Path, make_config: Make) -> None:
     with pytest.raises(ValueError, match="exclude each other"):
         check_run_folder(make_config(), tmp_path, resume=True, overwrite=True)
