@@ -187,8 +187,7 @@ def test_what_is_left_of_a_model_is_listed_with_the_reason() -> None:
     config = transformers.MixtralConfig(**{**LLAMA, "num_hidden_layers": 1}, num_local_experts=2)
     model = transformers.MixtralForCausalLM(config)
     text = str(lmkern.patch(model, verbose=False))
-    assert "swapped Embedding x 1, attention x 1, Linear x 5, RMS norm x 3" in text
-    assert "left the model itself: its loss stays: config.router_aux_loss_coef is not served" in text
+    assert "swapped loss without logits x 1, Embedding x 1, attention x 1, Linear x 4, RMS norm x 3" in text
     assert "left model.layers.0.mlp.experts: MixtralExperts has an activation between parts" in text
 
 
