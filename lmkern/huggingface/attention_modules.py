@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable
 from functools import cache, wraps
@@ -16,6 +17,8 @@ from lmkern.nn import Embedding
 from lmkern.nn.residual import plain
 from lmkern.ops import bucketed_bias, rotary
 from lmkern.patching import Undo, swap_class
+
+_T5S_ARGUMENTS = ("self", "hidden_states", "mask", "key_value_states", "position_bias")
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -40,6 +43,8 @@ def swap_attention(module: nn.Module) -> Undo | str:
     if "apply_rotary_pos_emb" in forward.__code__.co_names and rope is not None and _turns_halves(rope):
         methods["forward"] = (_with_rotary, cls)
     if hasattr(cls, "_relative_position_bucket") and hasattr(cls, "compute_bias"):
+        if tuple(inspect.signature(forward).parameters)[:5] != _T5S_ARGUMENTS:
+            return f"{cls.__name__} takes other arguments than T5's attention"
         methods["compute_bias"] = (_compute_bias, cls)
         methods["forward"] = (_without_zero_bias, cls)
     config: Any = module.config

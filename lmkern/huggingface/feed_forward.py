@@ -88,7 +88,8 @@ def swap_feed_forward(module: nn.Module) -> Undo | str:
     act, first = getattr(module, str(parts[0])), getattr(module, str(parts[1]))
     if type(first).__name__ not in ("Linear", "Conv1D"):
         return f"its first layer is a {type(first).__name__}"
-    x = torch.linspace(-6, 6, 97, dtype=torch.float32)
+    # Far out too: relu6 and gelu_10 are relu and gelu up to there.
+    x = torch.cat([torch.linspace(-end, end, 97) for end in (6.0, 12.0, 100.0, 1e4)])
     with torch.no_grad():
         function = next(
             (name for name, f in _FUNCTIONS.items() if torch.allclose(act(x), f(x), atol=1e-6)), None
