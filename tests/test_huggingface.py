@@ -327,6 +327,44 @@ def test_attention_that_takes_other_arguments_than_t5s_is_left() -> None:
     torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("BigBirdPegasusForCausalLM", {**S2S, "attention_type": "original_full"}),
+        ("NllbMoeForConditionalGeneration", {**S2S, "num_experts": 2}),
+    ],
+)
+def test_decoders_that_are_causal_by_their_mask_alone_are_left(name: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(1)
+    config = getattr(transformers, name.partition("For")[0] + "Config")(**options)
+    model = getattr(transformers, name)(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3 if parameter.dim() > 1 else 1)
+        tokens = torch.randint(3, 67, (2, 16))
+        theirs = model(input_ids=tokens, labels=tokens).loss
+        left = lmkern.patch(model, verbose=False).left
+        assert any(text.startswith("it does not say that it is causal") for text in left.values())
+        torch.testing.assert_close(model(input_ids=tokens, labels=tokens).loss, theirs, atol=0, rtol=1e-5)
+
+
+def test_a_norm_that_takes_other_tensors_is_left() -> None:
+    options = {"hidden_size": 32, "num_blocks": 1, "num_heads": 4, "chunk_size": 8}
+    model = transformers.xLSTMForCausalLM(transformers.xLSTMConfig(**SMALL, **options))
+    left = lmkern.patch(model, verbose=False).left.values()
+    assert "xLSTMMultiHeadLayerNorm computes no RMS norm that lmkern.rms_norm knows" in left
+
+
+def test_scores_with_options_that_are_not_ours_are_left() -> None:
+    from transformers.models.inkling2 import modeling_inkling2 as file
+
+    from lmkern.huggingface.attention_modules import swap_attention
+
+    module = torch.nn.Module()
+    module.__class__ = file.Inkling2FullAttention
+    assert swap_attention(module) == "its scores take sinks, which lmkern's do not"
+
+
 @pytest.mark.parametrize("name", sorted(transformers.activations.ACT2FN))
 def test_an_activation_is_the_same_far_from_zero(name: str) -> None:
     from transformers.models.bert.modeling_bert import BertIntermediate

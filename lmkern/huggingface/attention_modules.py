@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import types
 from collections.abc import Callable
 from functools import cache, wraps
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmkern.huggingface.attention import NAME
+from lmkern.huggingface.attention import NAME, lmkern_attention
 from lmkern.huggingface.swapping import Recipe, agree, of_transformers, own_forward, subclass
 from lmkern.nn import Embedding
 from lmkern.nn.residual import plain
@@ -38,6 +39,11 @@ def swap_attention(module: nn.Module) -> Undo | str:
         return f"{cls.__name__} does not ask transformers' registry of attentions"
     if getattr(module, "reorder_and_upcast_attn", False):
         return "reorder_and_upcast_attn wants float32 scores of its own"
+    eager = forward.__globals__.get("eager_attention_forward")
+    if unknown := _options(eager) - _options(lmkern_attention):
+        return f"its scores take {', '.join(sorted(unknown))}, which lmkern's do not"
+    if _causal_by_mask_alone(module):
+        return "it does not say that it is causal, but leaves it to a mask that lmkern does not make"
     methods: dict[str, Recipe] = {}
     rope = forward.__globals__.get("apply_rotary_pos_emb")
     if "apply_rotary_pos_emb" in forward.__code__.co_names and rope is not None and _turns_halves(rope):
@@ -57,6 +63,26 @@ def swap_attention(module: nn.Module) -> Undo | str:
         undo_class()
 
     return undo
+
+
+def _options(function: Callable[..., Any] | None) -> set[str]:
+    parameters = inspect.signature(function).parameters.values() if function else ()
+    return {x.name for x in parameters if x.kind is not x.VAR_KEYWORD}
+
+
+def _causal_by_mask_alone(module: Any) -> bool:
+    """Whether a decoder's flag may be wrong: as where no model of the file runs on SDPA, but T5's is right.
+
+    The encoder is left with the decoder where they share a configuration, which says for both what serves.
+    """
+    from transformers import PreTrainedModel
+
+    file = type(module).__module__
+    classes = [x for x in vars(sys.modules[file]).values() if isinstance(x, type) and x.__module__ == file]
+    if any(issubclass(x, PreTrainedModel) and x._supports_sdpa for x in classes):
+        return False
+    decodes = getattr(module, "is_decoder", False) or module.config.is_encoder_decoder
+    return decodes and not getattr(module, "is_causal", True) and not hasattr(module, "compute_bias")
 
 
 @cache

@@ -83,7 +83,11 @@ def swap_if_same(module: nn.Module, width: int, cls: type[nn.Module]) -> Undo | 
         return None
     x = _row(parameter, width)
     with _still(module):
-        theirs = module.forward(x)
+        try:
+            theirs = module.forward(x)
+        except (TypeError, ValueError, RuntimeError):
+            # It takes something else.
+            return None
         undo = swap_class(module, cls)
         if agree(module.forward(x), theirs):
             return undo
