@@ -136,7 +136,9 @@ def test_who_listens_to_t5s_table_of_positions_is_told() -> None:
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_registered_attention_alone_agrees_with_eager(name: str, padding: str) -> None:
+    from lmkern.huggingface import register
 
+    register()
     model, inputs = make(name), batch(padding)
     theirs = results(model, inputs)
     model.set_attn_implementation("lmkern")
