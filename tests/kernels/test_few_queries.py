@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import lmkern
-from lmkern.huggingface.attention import lmkern_attention
 from lmkern.kernels import cuda_call
 from lmkern.kernels.attention import Options, cuda
 from lmkern.kernels.attention.few_queries import as_cache
@@ -102,6 +101,9 @@ def test_a_step_of_generation_is_one_of_them() -> None:
 
 @torch.no_grad()
 def test_so_it_is_in_transformers_models() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from lmkern.huggingface.attention import lmkern_attention
+
     with counted() as calls:
         lmkern_attention(torch.nn.Module(), *tensors(1, 40), None)
         assert calls.call_count == 1
