@@ -11,7 +11,8 @@ from lmkern.ops import linear
 
 
 class Linear(nn.Linear):
-    """torch.nn.Linear through lmkern.linear, whose kernel takes few rows on a CPU without a gradient."""
+    """torch.nn.Linear through lmkern.linear: on a CPU few rows without a gradient, and 16 bits that the
+    processor has no instructions for, are ours."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""

@@ -168,18 +168,6 @@ def test_trains_outside_the_main_thread(make_config: Make, dataset: Any, tmp_pat
     assert results[0]["steps"] == 2
 
 
-def test_interruption_says_how_to_go_on(
-    make_config: Make,
-    dataset: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    signal_at(monkeypatch, 1, signal.SIGINT)
-    train(make_config(), dataset, tmp_path)
-    assert "--resume" in capsys.readouterr().err.splitlines()[-1]
-
-
 def test_best_weights_end_in_the_model_folder_and_patience_stops(
     make_config: Make, dataset: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
