@@ -2,7 +2,8 @@
 #pragma once
 
 #include "attention/operands.hpp"
-#include "simd/bf16_product.hpp"
+#include "simd/bf16_queue.hpp"
+#include "simd/exp2_words.hpp"
 
 #if defined(__AVX512BF16__)
 
@@ -79,13 +80,14 @@ struct Bf16Engine {
     static Left left_transposed(const bfloat16* left, int64_t rows, int64_t D, bfloat16* to) {
         const int64_t depth = round_up(rows, 32), stride = kParts * depth;
         for (int64_t i = 0; i < depth; i += 32)
-            for (int64_t d = 0; d < columns(D); d += 16)
+            for (int64_t d = 0; d < columns(D); d += 32)
                 for (int64_t part = 0; part < kParts; ++part) {
-                    __m512i block[16];
-                    pairs({left + i * width(D), width(D)}, d, part, [](int row) { return row; }, block);
-                    transpose_registers(block);
+                    const bfloat16* from = left + i * width(D) + group(d) + 32 * part;
                     bfloat16* place = to + d * stride + group(i) + 32 * part;
-                    for (int j = 0; j < 16; ++j) _mm512_store_si512(place + j * stride, block[j]);
+                    bf16_transpose([&](int row) { return _mm512_load_si512(from + row * width(D)); },
+                                   [&](int column, __m512i row) {
+                                       _mm512_store_si512(place + column * stride, row);
+                                   });
                 }
         return {to, stride};
     }
@@ -124,6 +126,7 @@ struct Bf16Engine {
     }
 
     static int64_t right_rows_size(int64_t keys, int64_t D) { return round_up(keys, 32) * width(D); }
+    template <bool turns = kParts == 3>
     static Packed<float> pack_right_rows(Matrix<const T> from, int64_t rows, int64_t D, int64_t first,
                                          bfloat16* to, bool clean = false) {
         to += first * width(D);
@@ -131,14 +134,21 @@ struct Bf16Engine {
         alignas(64) bfloat16 scratch[32 * 256 * kParts];
         for (int64_t i = 0; i < rows; i += 32) {
             const Bf16Left source = whole_rows(from, i, rows, D, scratch, clean);
-            for (int64_t d = 0; d < columns(D); d += 16)
-                for (int64_t part = 0; part < kParts; ++part, to += kBf16Tile) {
-                    __m512i block[16];
-                    pairs(source, d, part, row_by_turns, block);
+            for (int64_t d = 0; d < columns(D); d += 32, to += 2 * kTile)
+                for (int64_t part = 0; part < kParts; ++part) {
+                    const bfloat16* first = source.data + group(d) + 32 * part;
+                    auto row = [&](int64_t j) {
+                        return _mm512_loadu_si512(first + row_at<turns>(j) * source.stride);
+                    };
+                    bfloat16* place = to + part * kBf16Tile;
 #pragma GCC unroll 16
-                    for (int j = 0; j < 16; ++j) {
-                        _mm512_store_si512(to + j * 32, block[j]);
-                        if (part == 0) facts.element(block[j]);
+                    for (int64_t p = 0; p < 16; ++p, place += 32) {
+                        const __m512i even = row(2 * p), odd = row(2 * p + 1);
+                        __m512i tiles[2];
+                        bf16_pair(even, odd, &tiles[0], &tiles[1]);
+                        _mm512_store_si512(place, tiles[0]);
+                        _mm512_store_si512(place + kTile, tiles[1]);
+                        if (part == 0) facts.element(even), facts.element(odd);
                     }
                 }
         }
@@ -161,10 +171,12 @@ struct Bf16Engine {
     static __m512i rounded(Vector<float> a, Vector<float> b) {
         return (__m512i)_mm512_cvtne2ps_pbh(bit_cast<__m512>(b), bit_cast<__m512>(a));
     }
-    // Parts come by turns: see row_by_turns.
+    // Parts come by turns, and with `turns` all elements do: those of a and of b, as pack_right_rows has them.
+    template <bool turns = kParts == 3>
     static void put_left(bfloat16* place, Vector<float> a, Vector<float> b) {
         if constexpr (kParts == 1) {
-            _mm512_store_si512(place, rounded(a, b));
+            const __m512i both = rounded(a, b);
+            _mm512_store_si512(place, turns ? _mm512_permutexvar_epi16(side_by_side(), both) : both);
         } else {
             __m512i first[3], second[3];
             bf16_split(bit_cast<__m512>(a), first);
@@ -209,9 +221,6 @@ struct Bf16Engine {
     }
     static void write_transposed(Block<float> from, int64_t keys, int64_t D, Matrix<T> to, bool streams,
                                  float factor) {
-        alignas(64) uint16_t order[32];
-        for (uint16_t i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
-        const __m512i side_by_side = _mm512_load_si512(order);
         for (int64_t column = 0; column < round_up(keys, 32); column += 16)
             for (int64_t d = 0; d < D; d += kLine) {
                 __m512i block[16];
@@ -220,7 +229,7 @@ struct Bf16Engine {
                 for (int p = 0; p < 16; ++p, place += kLine / 16 * from.stride)
                     if constexpr (kParts == 1)
                         block[p] = _mm512_permutexvar_epi16(
-                            side_by_side, rounded(load(place) * factor, load(place + from.stride) * factor));
+                            side_by_side(), rounded(load(place) * factor, load(place + from.stride) * factor));
                     else
                         block[p] = line(place, factor);
                 transpose_registers(block);
@@ -240,6 +249,12 @@ struct Bf16Engine {
 private:
     // Where a row's numbers from `column` on lie, a multiple of 32.
     static int64_t group(int64_t column) { return column / 32 * kGroup; }
+
+    // 0, 16, 1, 17, ...
+    static __m512i side_by_side() {
+        const __m512i even = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        return _mm512_or_si512(even, _mm512_slli_epi32(_mm512_add_epi32(even, _mm512_set1_epi32(16)), 16));
+    }
 
     // The key that stands in a column of what put_right wrote.
     static int64_t key_of_column(int64_t column) {
@@ -324,18 +339,11 @@ private:
         return {scratch, width(D)};
     }
 
-    // One part of 16 columns of 32 rows as pairs; row(i): the row that stands in place i.
-    template <class Row>
-    static void pairs(Bf16Left rows, int64_t column, int64_t part, const Row& row, __m512i block[16]) {
-        const bfloat16* first = rows.data + group(column) + 32 * part + column % 32;
-        bf16_pairs(
-            [&](int i) {
-                return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + row(i) * rows.stride));
-            },
-            block);
+    // The row that stands in place i of 32.
+    template <bool turns>
+    static int64_t row_at(int64_t i) {
+        return turns ? i / 2 + i % 2 * 16 : i;
     }
-    // What put_left makes of 32 columns.
-    static int64_t row_by_turns(int i) { return kParts == 1 ? i : i / 2 + i % 2 * 16; }
 };
 
 }  // namespace lmkern

@@ -163,6 +163,7 @@ struct VectorEngine {
 
     // Rows as a right operand (keys, D).
     static int64_t right_rows_size(int64_t keys, int64_t D) { return round_up(keys, kStep) * width(D); }
+    template <bool turns = false>
     static Packed<C> pack_right_rows(Matrix<const T> from, int64_t rows, int64_t D, int64_t first, C* to,
                                      bool clean = false) {
         C* place = to + first * width(D);
@@ -181,6 +182,7 @@ struct VectorEngine {
         clear_non_finite(block, rows, width(D), block);
     }
 
+    template <bool turns = false>
     static void put_left(C* place, Vector<C> a, Vector<C> b) {
         store(place, a);
         store(place + kLanes<C>, b);

@@ -42,6 +42,7 @@ struct AttentionParams {
     int64_t dropout_threshold;  // of 65536; 0: no dropout
     int64_t seed;
     double softmax_scale, softcap;
+    int64_t exact_lse;          // whether lse is a result, and not only for the backward pass
     int64_t dtype, bias_dtype;  // Dtype
     int64_t threads;
 };

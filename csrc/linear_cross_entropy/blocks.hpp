@@ -43,12 +43,10 @@ inline void store_pairs(const uint16_t* even, const uint16_t* odd, uint32_t colu
                         uint16_t* to0, uint16_t* to1) {
     const __m512i a = _mm512_maskz_loadu_epi16(columns_mask, even);
     const __m512i b = has_odd ? _mm512_maskz_loadu_epi16(columns_mask, odd) : _mm512_setzero_si512();
-    const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
-    // Unpacking works within 128 bits: quarters of columns 0-3, 8-11, 16-19, 24-27 and 4-7, 12-15, ...
-    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-    const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    _mm512_store_si512(to0, _mm512_permutex2var_epi64(low, first, high));
-    _mm512_store_si512(to1, _mm512_permutex2var_epi64(low, second, high));
+    __m512i tiles[2];
+    bf16_pair(a, b, &tiles[0], &tiles[1]);
+    _mm512_store_si512(to0, tiles[0]);
+    _mm512_store_si512(to1, tiles[1]);
 }
 
 // Tiles of a, those of the upper and those of the lower 16 rows each `stride` elements apart.

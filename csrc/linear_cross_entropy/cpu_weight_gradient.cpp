@@ -11,24 +11,17 @@
 namespace lmkern {
 namespace {
 
-// packed[step][half][e][t] = x[32 step + t][32 block + 16 half + e]; 0 beyond x.
+// packed[step][e][t] = x[32 step + t][32 block + e]; 0 beyond x.
 void pack_x(const LinearCrossEntropyParams& p, int64_t block, uint16_t* packed) {
-    const uint16_t* x = static_cast<const uint16_t*>(p.x);
-    for (int64_t step = 0; step < sides(p.tokens); ++step)
-        for (int64_t half = 0; half < 2; ++half, packed += kTile) {
-            const int64_t token = step * kSide, e = block * kSide + half * 16;
-            const auto mask = static_cast<__mmask16>(column_mask(p.width, block * kSide) >> (16 * half));
-            __m512i rows[16];
-            bf16_pairs(
-                [&](int t) {
-                    return _mm256_maskz_loadu_epi16(token + t < p.tokens ? mask : __mmask16{0},
-                                                    x + (token + t) * p.x_stride + e);
-                },
-                rows);
-            transpose_registers(rows);
-#pragma GCC unroll 16
-            for (int64_t i = 0; i < 16; ++i) _mm512_store_si512(packed + i * kSide, rows[i]);
-        }
+    const uint16_t* x = static_cast<const uint16_t*>(p.x) + block * kSide;
+    const __mmask32 mask = column_mask(p.width, block * kSide);
+    for (int64_t step = 0; step < sides(p.tokens); ++step, packed += kStep)
+        bf16_transpose(
+            [&](int t) {
+                const int64_t token = step * kSide + t;
+                return _mm512_maskz_loadu_epi16(token < p.tokens ? mask : 0, x + token * p.x_stride);
+            },
+            [&](int column, __m512i row) { _mm512_store_si512(packed + column * kSide, row); });
 }
 
 // packed[step][half][pair][column][2] = dlogits[32 step + 2 pair + .][32 panel + 16 half + column].

@@ -229,16 +229,30 @@ inline void bf16_load_row(const float* row, int64_t column, int64_t columns, __m
         part[p] = (__m512i)_mm512_cvtne2ps_pbh(_mm512_castsi512_ps(b[p]), _mm512_castsi512_ps(a[p]));
 }
 
-// What two rows of 16 bfloat16 look like side by side.
-inline __m512i bf16_pair(__m256i even, __m256i odd) {
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+// Two rows of 32 side by side, the elements of both for one column after the other: columns 0 to 15, and 16
+// to 31.
+inline void bf16_pair(__m512i even, __m512i odd, __m512i* first, __m512i* second) {
+    // Unpacking works within 128 bits: quarters of columns 0-3, 8-11, 16-19, 24-27 and 4-7, 12-15, ...
+    const __m512i low = _mm512_unpacklo_epi16(even, odd), high = _mm512_unpackhi_epi16(even, odd);
+    *first = _mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high);
+    *second = _mm512_permutex2var_epi64(low, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), high);
 }
 
-// The 16 pairs of rows 2 p, 2 p + 1 of a 32 x 16 block; row(i) gives 16 elements as a __m256i.
-template <class Row>
-inline void bf16_pairs(const Row& row, __m512i pairs[16]) {
+// The transpose of a 32 x 32 block: put(column, row) for each column; row(i) gives 32 elements.
+template <class Row, class Put>
+inline void bf16_transpose(const Row& row, const Put& put) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+        __m512i block[16];
 #pragma GCC unroll 16
-    for (int p = 0; p < 16; ++p) pairs[p] = bf16_pair(row(2 * p), row(2 * p + 1));
+        for (int p = 0; p < 16; ++p)
+            block[p] = half == 0 ? _mm512_unpacklo_epi16(row(2 * p), row(2 * p + 1))
+                                 : _mm512_unpackhi_epi16(row(2 * p), row(2 * p + 1));
+        transpose_registers(block);
+        // What unpacking left of 128 bits each.
+#pragma GCC unroll 16
+        for (int j = 0; j < 16; ++j) put(j / 4 * 8 + half * 4 + j % 4, block[j]);
+    }
 }
 
 }  // namespace lmkern

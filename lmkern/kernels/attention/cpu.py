@@ -23,9 +23,9 @@ __all__ = ["backward", "forward", "unavailable", "unsupported"]
 MAX_HEAD_DIM = 256
 
 # AttentionParams: 18 pointers; 11 tensors' strides; 6 sizes, sequences; left, right, top_left;
-# relative_radius, relative_head_stride; dropout_threshold, seed; softmax_scale, softcap; dtype, bias_dtype,
-# threads.
-_PARAMS = struct.Struct("=18q 44q 7q 3q 2q 2q 2d 3q")
+# relative_radius, relative_head_stride; dropout_threshold, seed; softmax_scale, softcap; exact_lse;
+# dtype, bias_dtype, threads.
+_PARAMS = struct.Struct("=18q 44q 7q 3q 2q 2q 2d 4q")
 _NO_STRIDES = (0, 0, 0, 0)
 _UNBOUNDED = 1 << 40  # kUnbounded
 
@@ -132,6 +132,7 @@ def pack(tensors: Mapping[str, Tensor | None], options: Options) -> bytes:
         int(options.seed.item()) if levels and options.seed is not None else 0,
         options.softmax_scale,
         options.softcap,
+        options.exact_lse,
         cpu_call.DTYPE_CODES[q.dtype],
         0 if bias is None else cpu_call.DTYPE_CODES[bias.dtype],
         native.threads(),
