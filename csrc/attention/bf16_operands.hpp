@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention/operands.hpp"
-#include "simd/bf16_queue.hpp"
+#include "simd/bf16_product.hpp"
 #include "simd/exp2_words.hpp"
 
 #if defined(__AVX512BF16__)
@@ -30,6 +30,13 @@ struct Bf16Engine {
     static constexpr int64_t kQueriesTogether = kParts == 1 ? 128 : 64;
     static constexpr int64_t kKeysTogether = kParts == 1 ? 512 : 256;
     static constexpr int64_t kRowStep = 32;
+#if defined(__AVX512VBMI__) && defined(__AVX512VBMI2__)
+    static constexpr bool kWords = kParts == 1;  // whether weights are made in words of 16 bits where it can be
+    static constexpr float kMostBits = Exp2Words::kRange / 2;
+#else
+    static constexpr bool kWords = false;
+    static constexpr float kMostBits = 0;
+#endif
     static constexpr bool kOneLayout = false;
 
     static int64_t width(int64_t D) { return kParts * round_up(D, 32); }
@@ -191,6 +198,34 @@ struct Bf16Engine {
         return bit_cast<Vector<float>>(
             _mm512_dpbf16_ps(bit_cast<__m512>(sums), (__m512bh)_mm512_load_si512(place), (__m512bh)ones));
     }
+#if defined(__AVX512VBMI__) && defined(__AVX512VBMI2__)
+    // Rows of weights as a left operand, by turns, and their sums, lanes apart.
+    static void put_words(Block<float> scores, int64_t keys, int64_t rows, float factor, float bound, bool hidden,
+                          float* sums, bfloat16* out, int64_t stride) {
+        const Exp2Words exp2(factor, bound);
+        if (hidden)
+            put_words<true>(scores, keys, rows, exp2, sums, out, stride);
+        else
+            put_words<false>(scores, keys, rows, exp2, sums, out, stride);
+    }
+    template <bool hidden>
+    static void put_words(Block<float> scores, int64_t keys, int64_t rows, const Exp2Words& exp2, float* sums,
+                          bfloat16* out, int64_t stride) {
+        const __m512i ones = _mm512_set1_epi16(0x3f80);
+        for (int64_t i = 0; i < rows; ++i) {
+            const float* row = scores.data + i * scores.stride;
+            __m512 sum = _mm512_load_ps(sums + i * 16);
+            for (int64_t j = 0; j < keys; j += 32) {
+                const __m512i w = exp2.of<hidden>(_mm512_load_ps(row + j), _mm512_load_ps(row + j + 16));
+                _mm512_store_si512(out + i * stride + j, w);
+                sum = _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)ones);
+            }
+            _mm512_store_ps(sums + i * 16, sum);
+        }
+        for (int64_t i = rows; i < round_up(rows, kRowStep); ++i)
+            std::memset(out + i * stride, 0, static_cast<size_t>(keys) * sizeof(bfloat16));
+    }
+#endif
     static void put_right(bfloat16* block, int64_t stride, int64_t row, int64_t column,
                           const Vector<float> v[4]) {
         bfloat16* tile = block + row / 32 * (stride / 16 * kTile) + column / 16 * kTile + row % 32 / 2 * 32;

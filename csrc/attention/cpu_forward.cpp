@@ -6,7 +6,6 @@
 #include "attention/cpu.hpp"
 #include "attention/scores.hpp"
 #include "attention/tasks.hpp"
-#include "attention/word_strips.hpp"
 
 namespace lmkern {
 namespace {
@@ -44,8 +43,7 @@ class Forward {
     // Whether weights are rounded before they meet the values.
     static constexpr bool kRounds = E::kParts * sizeof(Operand) < sizeof(C);
     // Whether weights are made in words of 16 bits where nothing hinders.
-    using Words = WordStrips<E>;
-    static constexpr bool kTurns = E::kParts == 3 || Words::kServes;
+    static constexpr bool kTurns = E::kParts == 3 || E::kWords;
     static constexpr C infinity = std::numeric_limits<C>::infinity();
     // Operands of blocks that lie a power of two apart would fight for the same cache lines.
     static constexpr int64_t kScoreStride = E::kKeys + 64 / static_cast<int64_t>(sizeof(C));
@@ -69,8 +67,8 @@ public:
         const int64_t keys = round_up(std::min(keys_at_once_, s_.n_k), E::kKeys);
         Workspace& workspace = Workspace::of_this_thread();
         workspace.reserve(sizeof(Operand) * (rows_together_ * width_ + E::right_transposed_size(keys, D_) +
-                                             E::right_rows_size(keys, D_) + E::kQueries * kWeightStride + Words::kWeights) +
-                          sizeof(C) * (Words::kScores + rows_together_ * (columns_ + 2 * lanes + 2) +
+                                             E::right_rows_size(keys, D_) + E::kQueries * kWeightStride) +
+                          sizeof(C) * (rows_together_ * (columns_ + 2 * lanes + 2) +
                                        E::kQueries * (kScoreStride + lanes + 1)) +
                           sizeof(uint16_t) * (E::kKeys + Dropout<C>::kChunk));
         q_ = workspace.take<Operand>(rows_together_ * width_);
@@ -83,8 +81,6 @@ public:
         row_max_ = workspace.take<C>(rows_together_);
         correction_ = workspace.take<C>(rows_together_);
         scores_ = {workspace.take<C>(E::kQueries * kScoreStride), kScoreStride};
-        word_weights_ = workspace.take<Operand>(Words::kWeights);
-        word_scores_ = workspace.take<C>(Words::kScores);
         block_max_ = workspace.take<C>(E::kQueries * lanes);
         reference_ = workspace.take<C>(E::kQueries);
         bits_ = workspace.take<uint16_t>(E::kKeys + Dropout<C>::kChunk);
@@ -106,7 +102,7 @@ private:
         bool bounded, begun;
         bool rounds;  // out is divided by the sum of the rounded weights
         bool words;   // weights are made in words of 16 bits, relative to 2^bound
-        WordBlock<Operand, C> word_block;
+        C bound;      // of the scores, in bits
     };
 
     void rows(int64_t head, int64_t first_query, int64_t queries) {
@@ -123,11 +119,9 @@ private:
             const int64_t n = std::min(E::kQueries, queries - row);
             const auto facts = E::pack_left({q.row(row), q.row_stride, q.column_stride}, n, D_,
                                             round_up(n, E::kRowStep), q_ + row * width_);
-            blocks[count] = {row, first_query + row, n, facts.largest_square, false, false, false, false,
-                             {q_ + row * width_, row_sum_ + row * lanes, acc_ + row * columns_, first_query + row, n, 0}};
+            blocks[count] = {row, first_query + row, n, facts.largest_square, false, false, false, false, 0};
             start(head, blocks[count]);
         }
-        Words words(D_, word_scores_, word_weights_);
         const Band& band = score_rows.band();
         const int64_t begin = band.begin(first_query), end = band.end(first_query + queries - 1);
         // Packed from a multiple of the packing unit, so that strips do not depend on the task.
@@ -139,9 +133,9 @@ private:
                 const int64_t seen = band.end(blocks[b].first_query + blocks[b].queries - 1) -
                                      band.begin(blocks[b].first_query);
                 const C bits = std::ceil(bound(blocks[b].largest_square));
-                blocks[b].word_block.bound = bits;
+                blocks[b].bound = bits;
                 blocks[b].bounded = boundable && seen > kKeysOfMaximum && bits <= kBound;
-                blocks[b].words = Words::kServes && blocks[b].bounded && bits <= Words::kMostBound &&
+                blocks[b].words = E::kWords && blocks[b].bounded && bits <= E::kMostBits &&
                                       p_.dropout_threshold == 0 && p_.exact_lse == 0 && seen > kFewestKeysOfWords;
                 blocks[b].rounds =
                     blocks[b].bounded && kRounds && p_.dropout_threshold == 0 && seen <= kFewKeys;
@@ -155,10 +149,9 @@ private:
                     const int64_t step = b->bounded ? E::kKeysWeighed : E::kKeys;
                     const int64_t end_together = std::min(end_packed, key + together);
                     for (int64_t j = key; j < end_together; j += step)
-                        block(score_rows, dropout, words, *b, j, std::min(step, end_together - j));
+                        block(score_rows, dropout, *b, j, std::min(step, end_together - j));
                 }
         }
-        words.finish(score_rows, factor_);
         for (int64_t b = 0; b < count; ++b) finish(head, blocks[b], dropout.scale());
     }
 
@@ -197,21 +190,13 @@ private:
         }
     }
 
-    void block(const ScoreRows<T>& score_rows, const Dropout<C>& dropout, Words& words, QueryBlock& b, int64_t key,
+    void block(const ScoreRows<T>& score_rows, const Dropout<C>& dropout, QueryBlock& b, int64_t key,
                int64_t count) {
         const Band& band = score_rows.band();
         const int64_t begin = std::max(key, band.begin(b.first_query));
         const int64_t end = std::min(key + count, band.end(b.first_query + b.queries - 1));
         if (end <= begin) return;
         const int64_t first = begin / E::kStep * E::kStep, keys = round_up(end - first, E::kStep);
-        const auto values = E::right_rows(v_, first - packed_from_, D_);
-        if (b.words) {
-            words.add(score_rows, factor_, b.word_block, first, keys, E::right_transposed(k_, first - packed_from_, D_), values, b.begun);
-            b.begun = true;
-            return;
-        }
-        // Tiles in the middle of a product are nobody else's.
-        words.finish(score_rows, factor_);
         // With no maximum to look for, weights are made a strip at a time, whose scores stay in the nearest
         // cache.
         const int64_t strip = b.bounded ? E::kStrip : E::kKeys;
@@ -219,6 +204,7 @@ private:
             weigh(score_rows, dropout, b, first + j, std::min(strip, keys - j), weights_ + E::kParts * j);
         const int64_t n = round_up(b.queries, E::kRowStep);
         const Block<C> acc{acc_ + b.row * columns_, columns_};
+        const auto values = E::right_rows(v_, first - packed_from_, D_);
         // A weight of 0 makes NaN of a value that is not finite: rows that see none of these keys stay as
         // they were.
         std::vector<C> before;
@@ -243,7 +229,13 @@ private:
         const BlockPlace at{b.first_query, b.queries, first, keys};
         if (score_rows.adjusts()) score_rows.adjust(scores_, at);
         if (scales_) scale_rows(static_cast<C>(p_.softmax_scale), b.queries, keys);
-        score_rows.outside_band(scores_, at, -infinity);
+        const bool hidden = score_rows.outside_band(scores_, at, -infinity);
+        if constexpr (E::kWords) {
+            if (b.words) {
+                E::put_words(scores_, keys, b.queries, factor_, b.bound, hidden, row_sum_ + b.row * lanes, out, kWeightStride);
+                return;
+            }
+        }
         if (!b.bounded) bring_up_to_date(b, keys);
         const bool drops = p_.dropout_threshold > 0;
         if (b.rounds)
@@ -363,7 +355,7 @@ private:
                     across_rows(rounded_sum_ + (b.row + i) * lanes, [](auto x, auto y) { return x + y; });
             store(correction_ + i, total == 0 ? Vector<C>{} : scale / divisor);
             const Vector<C> row_lse = total == 0 ? broadcast(-infinity)
-                                      : b.words  ? b.word_block.bound * C(0.69314718) + log<C>(total)
+                                      : b.words  ? b.bound * C(0.69314718) + log<C>(total)
                                                  : reference * unit_ + log<C>(total);
             const int64_t n = std::min(lanes, b.queries - i);
             if (n == lanes)
@@ -394,8 +386,7 @@ private:
     Operand *q_, *k_, *v_, *weights_;
     C *acc_, *row_sum_, *rounded_sum_, *row_max_, *correction_;
     Block<C> scores_;
-    C *block_max_, *reference_, *word_scores_;
-    Operand* word_weights_;
+    C *block_max_, *reference_;
     uint16_t* bits_;
 };
 
