@@ -253,14 +253,14 @@ private:
             const Matrix<const T> v_part{v.row(key), v.row_stride, v.column_stride};
             keys_finite_ &= E::pack_right_transposed(k_part, n, D_, key, k_transposed_).finite;
             E::pack_right_transposed(v_part, n, D_, key, v_transposed_);
-            if (part_.dq) E::pack_right_rows(k_part, n, D_, key, k_rows_);
+            if (part_.dq) E::template pack_right_rows<E::kKeysTogether>(k_part, n, D_, key, k_rows_);
         }
         // What is not finite in k reaches the queries that see it through their scores; those that do not see
         // it meet it as 0 * NaN in dS K where some key is masked, and there it must count as 0. The same
         // holds for q in dS^T Q.
         if (!keys_finite_ && part_.dq)
             for (int64_t key = 0; key < keys_; key += E::kKeys)
-                E::pack_right_rows({k.row(key), k.row_stride, k.column_stride},
+                E::template pack_right_rows<E::kKeysTogether>({k.row(key), k.row_stride, k.column_stride},
                                    std::min(E::kKeys, keys_ - key), D_, key, k_clean_, true);
     }
 
@@ -321,7 +321,7 @@ private:
 
     void multiply_dq(C* dq, int64_t count, int64_t first, int64_t keys, bool first_keys, bool clean) {
         const auto dscores = E::scores_left(dscores_left_ + E::kParts * first, kLeftStride);
-        const auto k = E::right_rows(clean ? k_clean_ : k_rows_, first, D_);
+        const auto k = E::template right_rows<E::kKeysTogether>(clean ? k_clean_ : k_rows_, first, D_);
         const int64_t rows = round_up(count, E::kRowStep);
         // The rows that fill up a tile lie beyond this block's in dq_all_.
         C* const target = rows == count ? dq : dq_block_;

@@ -24,7 +24,7 @@ struct Bf16Engine {
     static constexpr int64_t kTile = kParts * kBf16Tile, kGroup = kParts * 32;
     static constexpr int64_t kStep = 32;
     static constexpr int64_t kQueries = 32;
-    static constexpr int64_t kStrip = 64, kKeys = 256, kKeysWeighed = kParts == 1 ? 512 : 256;
+    static constexpr int64_t kStrip = 64, kKeys = 256, kKeysWeighed = 256;
     static constexpr int64_t kLinesAhead = 4;
     static constexpr int64_t kRows = kParts == 1 ? 32 : 64;
     static constexpr int64_t kQueriesTogether = kParts == 1 ? 128 : 64;
@@ -80,7 +80,7 @@ struct Bf16Engine {
     static Left scores_left(const bfloat16* block, int64_t stride) { return {block, stride}; }
     // Of put_right's tiles: `stride` columns, tile after tile along the columns.
     static Right scores_right(const bfloat16* block, int64_t stride) {
-        return {block, stride / 16 * kTile, kTile};
+        return {block, stride / 16 * kTile, kTile, 2 * kTile};
     }
 
     static int64_t left_transposed_size(int64_t rows, int64_t D) { return round_up(rows, 32) * width(D); }
@@ -129,25 +129,25 @@ struct Bf16Engine {
         return facts.packed();
     }
     static Right right_transposed(const bfloat16* packed, int64_t key, int64_t D) {
-        return {packed + key * width(D), kTile, 16 * width(D)};
+        return {packed + key * width(D), kTile, 16 * width(D), 32 * width(D)};
     }
 
     static int64_t right_rows_size(int64_t keys, int64_t D) { return round_up(keys, 32) * width(D); }
-    template <bool turns = kParts == 3>
+    // In units of so many keys; within a unit all keys of 32 columns lie together: a product reads them in order.
+    template <int64_t unit, bool turns = kParts == 3>
     static Packed<float> pack_right_rows(Matrix<const T> from, int64_t rows, int64_t D, int64_t first,
                                          bfloat16* to, bool clean = false) {
-        to += first * width(D);
         Facts facts;
         alignas(64) bfloat16 scratch[32 * 256 * kParts];
         for (int64_t i = 0; i < rows; i += 32) {
             const Bf16Left source = whole_rows(from, i, rows, D, scratch, clean);
-            for (int64_t d = 0; d < columns(D); d += 32, to += 2 * kTile)
+            for (int64_t d = 0; d < columns(D); d += 32)
                 for (int64_t part = 0; part < kParts; ++part) {
-                    const bfloat16* first = source.data + group(d) + 32 * part;
+                    const bfloat16* start = source.data + group(d) + 32 * part;
                     auto row = [&](int64_t j) {
-                        return _mm512_loadu_si512(first + row_at<turns>(j) * source.stride);
+                        return _mm512_loadu_si512(start + row_at<turns>(j) * source.stride);
                     };
-                    bfloat16* place = to + part * kBf16Tile;
+                    bfloat16* place = right_place<unit>(to, first + i, d, D) + part * kBf16Tile;
 #pragma GCC unroll 16
                     for (int64_t p = 0; p < 16; ++p, place += 32) {
                         const __m512i even = row(2 * p), odd = row(2 * p + 1);
@@ -161,8 +161,10 @@ struct Bf16Engine {
         }
         return facts.packed();
     }
+    // Of keys of one unit.
+    template <int64_t unit>
     static Right right_rows(const bfloat16* packed, int64_t key, int64_t D) {
-        return {packed + key * width(D), 32 * width(D), kTile};
+        return {right_place<unit>(packed, key, 0, D), 2 * kTile, kTile, unit / 16 * kTile};
     }
     static Right right_column(Right right, int64_t j) { return right.column(j); }
 
@@ -282,6 +284,11 @@ struct Bf16Engine {
     }
 
 private:
+    template <int64_t unit, class Pointer>
+    static Pointer right_place(Pointer packed, int64_t key, int64_t column, int64_t D) {
+        return packed + key / unit * unit * width(D) + (column * unit + key % unit * 32) * kParts;
+    }
+
     // Where a row's numbers from `column` on lie, a multiple of 32.
     static int64_t group(int64_t column) { return column / 32 * kGroup; }
 

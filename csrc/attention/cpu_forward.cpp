@@ -183,7 +183,7 @@ private:
             const auto k_facts =
                 E::pack_right_transposed({k.row(key), k.row_stride, k.column_stride}, n, D_, key - first, k_);
             const auto v_facts =
-                E::template pack_right_rows<kTurns>({v.row(key), v.row_stride, v.column_stride}, n, D_, key - first, v_);
+                E::template pack_right_rows<E::kKeysWeighed, kTurns>({v.row(key), v.row_stride, v.column_stride}, n, D_, key - first, v_);
             k_square_ = std::max(k_square_, k_facts.largest_square);
             values_finite_ &= v_facts.finite;
             bounds_ = bounds_ && k_facts.finite && v_facts.finite && v_facts.largest <= kLargestValue;
@@ -204,7 +204,7 @@ private:
             weigh(score_rows, dropout, b, first + j, std::min(strip, keys - j), weights_ + E::kParts * j);
         const int64_t n = round_up(b.queries, E::kRowStep);
         const Block<C> acc{acc_ + b.row * columns_, columns_};
-        const auto values = E::right_rows(v_, first - packed_from_, D_);
+        const auto values = E::template right_rows<E::kKeysWeighed>(v_, first - packed_from_, D_);
         // A weight of 0 makes NaN of a value that is not finite: rows that see none of these keys stay as
         // they were.
         std::vector<C> before;

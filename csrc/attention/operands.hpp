@@ -165,7 +165,7 @@ struct VectorEngine {
 
     // Rows as a right operand (keys, D).
     static int64_t right_rows_size(int64_t keys, int64_t D) { return round_up(keys, kStep) * width(D); }
-    template <bool turns = false>
+    template <int64_t unit, bool turns = false>
     static Packed<C> pack_right_rows(Matrix<const T> from, int64_t rows, int64_t D, int64_t first, C* to,
                                      bool clean = false) {
         C* place = to + first * width(D);
@@ -173,6 +173,7 @@ struct VectorEngine {
         if (clean) clear_left(place, rows, D);
         return packed;
     }
+    template <int64_t unit>
     static Right right_rows(const C* packed, int64_t key, int64_t D) {
         return {const_cast<C*>(packed) + key * width(D), width(D)};
     }

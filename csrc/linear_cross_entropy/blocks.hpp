@@ -59,7 +59,7 @@ struct BlockRows {
 // the other.
 inline void add_block(const BlockRows& a, const uint16_t* b, int64_t depth, bool accumulate, float* sums) {
     auto bf16 = [](const uint16_t* bits) { return reinterpret_cast<const bfloat16*>(bits); };
-    bf16_block<1>({bf16(a.upper), bf16(a.lower), kSide, a.stride}, {bf16(b), kStep, kTile}, depth,
+    bf16_block<1>({bf16(a.upper), bf16(a.lower), kSide, a.stride}, {bf16(b), kStep, kTile, 0}, depth,
                   {{sums, sums + 256, sums + 512, sums + 768}, 16}, accumulate);
 }
 

@@ -23,12 +23,16 @@ struct Bf16Left {
 };
 
 // Tiles of 32 rows (the depth) x 16 columns, rows 2 p and 2 p + 1 side by side in row p of a tile, each tile
-// 1 KiB; strides in bfloat16 between tiles along the depth and along the columns.
+// 1 KiB; strides in bfloat16 between tiles along the depth, between the two of 32 columns, and from 32 columns
+// to the next.
 struct Bf16Right {
     const bfloat16* data;
-    int64_t depth_stride, column_stride;
+    int64_t depth_stride, column_stride, pair_stride;
 
-    Bf16Right column(int64_t j) const { return {data + j / 16 * column_stride, depth_stride, column_stride}; }
+    // j: a multiple of 32.
+    Bf16Right column(int64_t j) const {
+        return {data + j / 32 * pair_stride, depth_stride, column_stride, pair_stride};
+    }
 };
 
 constexpr int64_t kBf16Tile = 512;  // elements of a tile of bfloat16
@@ -182,7 +186,7 @@ inline void bf16_block(Bf16Rows left, Bf16Right right, int64_t steps, const Bf16
 template <int parts>
 inline void bf16_product(Bf16Left a, Bf16Right b, int64_t rows, int64_t columns, int64_t depth, float* c,
                          int64_t c_stride, bool accumulate) {
-    for (int64_t j = 0; j < columns; j += 32, b.data += 2 * b.column_stride)
+    for (int64_t j = 0; j < columns; j += 32, b.data += b.pair_stride)
         for (int64_t i = 0; i < rows; i += 32) {
             const bfloat16* left = a.data + i * a.stride;
             float *const above = c + i * c_stride + j, *const below = above + 16 * c_stride;
