@@ -138,7 +138,7 @@ private:
                 blocks[b].words = E::kWords && blocks[b].bounded && bits <= E::kMostBits &&
                                       p_.dropout_threshold == 0 && p_.exact_lse == 0 && seen > kFewestKeysOfWords;
                 blocks[b].rounds =
-                    blocks[b].bounded && kRounds && p_.dropout_threshold == 0 && seen <= kFewKeys;
+                    !blocks[b].words && blocks[b].bounded && kRounds && p_.dropout_threshold == 0 && seen <= kFewKeys;
             }
             const int64_t end_packed = std::min(end, packed + keys_at_once_);
             const int64_t bytes = static_cast<int64_t>(sizeof(Operand)) * 2 * width_ * (end_packed - packed);

@@ -27,7 +27,7 @@ TARGETS = targets("attention")
 IN_FLOAT32 = [target for target in TARGETS if target.takes(torch.float32)]
 SHAPE = AttentionShape(2, 4, 20, 16, 30, 2, causal=True)
 # softmax_scale, left, right, top_left, softcap, dropout_p and no tensors: causal.
-OPTIONS = (0.25, None, 0, False, 0.0, 0.0, *[None] * 7)
+OPTIONS = (0.25, None, 0, False, 0.0, 0.0, True, *[None] * 7)
 # Without and with everything that there is, and packed.
 FEATURES = (
     AttentionFeatures(),
@@ -58,7 +58,8 @@ def flat(features: AttentionFeatures, options: dict[str, Any]) -> list[Any]:
         assert relative_bias is not None
         relative_bias = relative_bias + alibi(options["alibi_slopes"], 30, 30)
     return [
-        0.25, left, right, False, features.softcap or 0.0, features.dropout_p, options.get("dropout_seed"),
+        0.25, left, right, False, features.softcap or 0.0, features.dropout_p, True,
+        options.get("dropout_seed"),
         options.get("bias"), options.get("mask"), relative_bias, options.get("sinks"),
         options.get("cu_seqlens"), options.get("cu_seqlens_k"),
     ]  # fmt: skip
@@ -115,7 +116,7 @@ def test_opcheck(target: Target, features: AttentionFeatures, layout: str) -> No
             torch.ops.lmkern.attention.default, (*leaves(q, k, v), *wanting, target.backend)
         )
         # bias, relative_bias and sinks.
-        others = [given[7], given[9], given[10]]
+        others = [given[8], given[10], given[11]]
         for needs in ([True, True, True, *others], [False, True, False, False, False, others[2]]):
             arguments = (dout, None, q, k, v, out, lse, *options, target.backend, needs)
             torch.library.opcheck(torch.ops.lmkern.attention_backward.default, arguments)
