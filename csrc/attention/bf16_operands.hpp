@@ -50,7 +50,8 @@ struct Bf16Engine {
             alignas(64) float squares[16 * 16];
             for (int64_t r = 0; r < 16; ++r) {
                 const T* row = i + r < rows ? from.row(i + r) : nullptr;
-                prefetch_row(from, i + r + kRowsAhead, rows, D);
+                for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(T)))
+                    prefetch_ahead(from, i + r, d);
                 T gathered[256];
                 if (row != nullptr && from.column_stride != 1) {
                     for (int64_t d = 0; d < D; ++d) gathered[d] = row[d * from.column_stride];
@@ -113,8 +114,10 @@ struct Bf16Engine {
                 for (int64_t k = 0; k < width(D); k += 32, to += kBf16Tile) {
                     __m512i block[16];
 #pragma GCC unroll 16
-                    for (int j = 0; j < 16; ++j)
+                    for (int j = 0; j < 16; ++j) {
                         block[j] = _mm512_loadu_si512(source.data + (half + j) * source.stride + k);
+                        if (kParts == 1) prefetch_ahead(from, i + half + j, k);
+                    }
                     transpose_registers(block);
 #pragma GCC unroll 16
                     for (int j = 0; j < 16; ++j) {
@@ -151,6 +154,8 @@ struct Bf16Engine {
 #pragma GCC unroll 16
                     for (int64_t p = 0; p < 16; ++p, place += 32) {
                         const __m512i even = row(2 * p), odd = row(2 * p + 1);
+                        if (kParts == 1)
+                            for (int64_t j = 0; j < 2; ++j) prefetch_ahead(from, i + 2 * p + j, d);
                         __m512i tiles[2];
                         bf16_pair(even, odd, &tiles[0], &tiles[1]);
                         _mm512_store_si512(place, tiles[0]);
@@ -327,12 +332,12 @@ private:
         for (int64_t j = 0; j < count; ++j) place[j * to.column_stride] = elements[j];
     }
 
-    // Rows that are a stride apart come from memory too late if they are only asked for when they are needed.
-    static constexpr int64_t kRowsAhead = 32;
-    static void prefetch_row(Matrix<const T> from, int64_t row, int64_t rows, int64_t D) {
-        if (row >= rows) return;
-        for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(T)))
-            __builtin_prefetch(from.row(row) + d);
+    // Asks for what lies 32 rows on: a few lines at a time, since a core waits for a dozen at most, and beyond the
+    // last row too, where mostly the next head begins.
+    static void prefetch_ahead(Matrix<const T> from, int64_t row, int64_t d) {
+        const auto place = reinterpret_cast<intptr_t>(from.row(row)) +
+                           (32 * from.row_stride + d) * static_cast<intptr_t>(sizeof(T));
+        __builtin_prefetch(reinterpret_cast<const void*>(place));
     }
 
     // Collects what is known of packed elements.
@@ -372,7 +377,6 @@ private:
                                bool clean = false) {
         if constexpr (kParts == 1)
             if (from.column_stride == 1 && D % 32 == 0 && i + 32 <= rows && !clean) {
-                for (int64_t r = i; r < i + 32; ++r) prefetch_row(from, r + kRowsAhead, rows, D);
                 return {from.row(i), from.row_stride};
             }
         pack_left<false>({from.row(i), from.row_stride, from.column_stride}, std::min<int64_t>(rows - i, 32),
