@@ -261,7 +261,8 @@ private:
         if (!keys_finite_ && part_.dq)
             for (int64_t key = 0; key < keys_; key += E::kKeys)
                 E::template pack_right_rows<E::kKeysTogether>({k.row(key), k.row_stride, k.column_stride},
-                                   std::min(E::kKeys, keys_ - key), D_, key, k_clean_, true);
+                                                              std::min(E::kKeys, keys_ - key), D_, key,
+                                                              k_clean_, true);
     }
 
     // One block of queries against the packed keys.

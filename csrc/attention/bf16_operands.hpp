@@ -31,7 +31,8 @@ struct Bf16Engine {
     static constexpr int64_t kKeysTogether = kParts == 1 ? 512 : 256;
     static constexpr int64_t kRowStep = 32;
 #if defined(__AVX512VBMI__) && defined(__AVX512VBMI2__)
-    static constexpr bool kWords = kParts == 1;  // whether weights are made in words of 16 bits where it can be
+    static constexpr bool kWords =
+        kParts == 1;  // whether weights are made in words of 16 bits where it can be
     static constexpr float kMostBits = Exp2Words::kRange / 2;
 #else
     static constexpr bool kWords = false;
@@ -92,10 +93,9 @@ struct Bf16Engine {
                 for (int64_t part = 0; part < kParts; ++part) {
                     const bfloat16* from = left + i * width(D) + group(d) + 32 * part;
                     bfloat16* place = to + d * stride + group(i) + 32 * part;
-                    bf16_transpose([&](int row) { return _mm512_load_si512(from + row * width(D)); },
-                                   [&](int column, __m512i row) {
-                                       _mm512_store_si512(place + column * stride, row);
-                                   });
+                    bf16_transpose(
+                        [&](int row) { return _mm512_load_si512(from + row * width(D)); },
+                        [&](int column, __m512i row) { _mm512_store_si512(place + column * stride, row); });
                 }
         return {to, stride};
     }
@@ -136,7 +136,8 @@ struct Bf16Engine {
     }
 
     static int64_t right_rows_size(int64_t keys, int64_t D) { return round_up(keys, 32) * width(D); }
-    // In units of so many keys; within a unit all keys of 32 columns lie together: a product reads them in order.
+    // In units of so many keys; within a unit all keys of 32 columns lie together: a product reads them in
+    // order.
     template <int64_t unit, bool turns = kParts == 3>
     static Packed<float> pack_right_rows(Matrix<const T> from, int64_t rows, int64_t D, int64_t first,
                                          bfloat16* to, bool clean = false) {
@@ -185,7 +186,8 @@ struct Bf16Engine {
     static __m512i rounded(Vector<float> a, Vector<float> b) {
         return (__m512i)_mm512_cvtne2ps_pbh(bit_cast<__m512>(b), bit_cast<__m512>(a));
     }
-    // Parts come by turns, and with `turns` all elements do: those of a and of b, as pack_right_rows has them.
+    // Parts come by turns, and with `turns` all elements do: those of a and of b, as pack_right_rows has
+    // them.
     template <bool turns = kParts == 3>
     static void put_left(bfloat16* place, Vector<float> a, Vector<float> b) {
         if constexpr (kParts == 1) {
@@ -206,10 +208,10 @@ struct Bf16Engine {
             _mm512_dpbf16_ps(bit_cast<__m512>(sums), (__m512bh)_mm512_load_si512(place), (__m512bh)ones));
     }
 #if defined(__AVX512VBMI__) && defined(__AVX512VBMI2__)
-    // Rows of weights as a left operand, by turns, and their sums, lanes apart.
-    static void put_words(Block<float> scores, int64_t keys, int64_t rows, float factor, float bound, bool hidden,
+    // Weights of rows of scores as a left operand, by turns; each row's are added to a vector of sums.
+    // hidden: some scores may be -inf.
+    static void put_words(Block<float> scores, int64_t keys, int64_t rows, const Exp2Words& exp2, bool hidden,
                           float* sums, bfloat16* out, int64_t stride) {
-        const Exp2Words exp2(factor, bound);
         if (hidden)
             put_words<true>(scores, keys, rows, exp2, sums, out, stride);
         else
@@ -271,7 +273,8 @@ struct Bf16Engine {
                 for (int p = 0; p < 16; ++p, place += kLine / 16 * from.stride)
                     if constexpr (kParts == 1)
                         block[p] = _mm512_permutexvar_epi16(
-                            side_by_side(), rounded(load(place) * factor, load(place + from.stride) * factor));
+                            side_by_side(),
+                            rounded(load(place) * factor, load(place + from.stride) * factor));
                     else
                         block[p] = line(place, factor);
                 transpose_registers(block);
@@ -332,8 +335,8 @@ private:
         for (int64_t j = 0; j < count; ++j) place[j * to.column_stride] = elements[j];
     }
 
-    // Asks for what lies 32 rows on: a few lines at a time, since a core waits for a dozen at most, and beyond the
-    // last row too, where mostly the next head begins.
+    // Asks for what lies 32 rows on: a few lines at a time, since a core waits for a dozen at most, and
+    // beyond the last row too, where mostly the next head begins.
     static void prefetch_ahead(Matrix<const T> from, int64_t row, int64_t d) {
         const auto place = reinterpret_cast<intptr_t>(from.row(row)) +
                            (32 * from.row_stride + d) * static_cast<intptr_t>(sizeof(T));

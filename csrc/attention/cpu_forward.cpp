@@ -26,7 +26,8 @@ constexpr int64_t kKeysOfMaximum = 16;
 // is rounded; the error goes where the rounded weights are what out is divided by. Of many keys the errors
 // cancel.
 constexpr int64_t kFewKeys = 128;
-// Weights in words have such an error for every row, whose backward pass takes their sum for exact.
+// Words round every weight, the sum is that of the rounded ones, and the backward pass takes it for exact: of
+// so many keys that each query sees the errors cancel.
 constexpr int64_t kFewestKeysOfWords = 32;
 
 // Blocks of kQueries queries that are worked on together; more where the keys are packed in parts.
@@ -42,7 +43,7 @@ class Forward {
     static constexpr int64_t lanes = kLanes<C>;
     // Whether weights are rounded before they meet the values.
     static constexpr bool kRounds = E::kParts * sizeof(Operand) < sizeof(C);
-    // Whether weights are made in words of 16 bits where nothing hinders.
+    // Whether rows of weights, and of values, hold two halves of 32 keys by turns.
     static constexpr bool kTurns = E::kParts == 3 || E::kWords;
     static constexpr C infinity = std::numeric_limits<C>::infinity();
     // Operands of blocks that lie a power of two apart would fight for the same cache lines.
@@ -101,8 +102,8 @@ private:
         C largest_square;
         bool bounded, begun;
         bool rounds;  // out is divided by the sum of the rounded weights
-        bool words;   // weights are made in words of 16 bits, relative to 2^bound
-        C bound;      // of the scores, in bits
+        bool words;   // weights are made in words of 16 bits, of 2^(score - bound)
+        C bound;      // of the scores, bits
     };
 
     void rows(int64_t head, int64_t first_query, int64_t queries) {
@@ -132,13 +133,14 @@ private:
             for (int64_t b = 0; b < count; ++b) {
                 const int64_t seen = band.end(blocks[b].first_query + blocks[b].queries - 1) -
                                      band.begin(blocks[b].first_query);
-                const C bits = std::ceil(bound(blocks[b].largest_square));
-                blocks[b].bound = bits;
-                blocks[b].bounded = boundable && seen > kKeysOfMaximum && bits <= kBound;
-                blocks[b].words = E::kWords && blocks[b].bounded && bits <= E::kMostBits &&
-                                      p_.dropout_threshold == 0 && p_.exact_lse == 0 && seen > kFewestKeysOfWords;
+                const bool drops = p_.dropout_threshold > 0;
+                blocks[b].bound = std::ceil(bound(blocks[b].largest_square));
+                blocks[b].bounded = boundable && seen > kKeysOfMaximum && blocks[b].bound <= kBound;
+                blocks[b].words = E::kWords && blocks[b].bounded && blocks[b].bound <= E::kMostBits &&
+                                  !drops && !p_.exact_lse &&
+                                  fewest_seen(band, blocks[b]) >= kFewestKeysOfWords;
                 blocks[b].rounds =
-                    !blocks[b].words && blocks[b].bounded && kRounds && p_.dropout_threshold == 0 && seen <= kFewKeys;
+                    blocks[b].bounded && !blocks[b].words && kRounds && !drops && seen <= kFewKeys;
             }
             const int64_t end_packed = std::min(end, packed + keys_at_once_);
             const int64_t bytes = static_cast<int64_t>(sizeof(Operand)) * 2 * width_ * (end_packed - packed);
@@ -153,6 +155,12 @@ private:
                 }
         }
         for (int64_t b = 0; b < count; ++b) finish(head, blocks[b], dropout.scale());
+    }
+
+    // Keys that a query of a block sees, at least: their number first grows from query to query, then falls.
+    static int64_t fewest_seen(const Band& band, const QueryBlock& b) {
+        const int64_t first = b.first_query, last = first + b.queries - 1;
+        return std::min(band.end(first) - band.begin(first), band.end(last) - band.begin(last));
     }
 
     // Bits; not finite where the norms are not.
@@ -182,8 +190,8 @@ private:
             const int64_t n = std::min(E::kKeys, end - key);
             const auto k_facts =
                 E::pack_right_transposed({k.row(key), k.row_stride, k.column_stride}, n, D_, key - first, k_);
-            const auto v_facts =
-                E::template pack_right_rows<E::kKeysWeighed, kTurns>({v.row(key), v.row_stride, v.column_stride}, n, D_, key - first, v_);
+            const auto v_facts = E::template pack_right_rows<E::kKeysWeighed, kTurns>(
+                {v.row(key), v.row_stride, v.column_stride}, n, D_, key - first, v_);
             k_square_ = std::max(k_square_, k_facts.largest_square);
             values_finite_ &= v_facts.finite;
             bounds_ = bounds_ && k_facts.finite && v_facts.finite && v_facts.largest <= kLargestValue;
@@ -230,12 +238,10 @@ private:
         if (score_rows.adjusts()) score_rows.adjust(scores_, at);
         if (scales_) scale_rows(static_cast<C>(p_.softmax_scale), b.queries, keys);
         const bool hidden = score_rows.outside_band(scores_, at, -infinity);
-        if constexpr (E::kWords) {
-            if (b.words) {
-                E::put_words(scores_, keys, b.queries, factor_, b.bound, hidden, row_sum_ + b.row * lanes, out, kWeightStride);
-                return;
-            }
-        }
+        if constexpr (E::kWords)
+            if (b.words)
+                return E::put_words(scores_, keys, b.queries, {factor_, b.bound}, hidden,
+                                    row_sum_ + b.row * lanes, out, kWeightStride);
         if (!b.bounded) bring_up_to_date(b, keys);
         const bool drops = p_.dropout_threshold > 0;
         if (b.rounds)
@@ -355,7 +361,7 @@ private:
                     across_rows(rounded_sum_ + (b.row + i) * lanes, [](auto x, auto y) { return x + y; });
             store(correction_ + i, total == 0 ? Vector<C>{} : scale / divisor);
             const Vector<C> row_lse = total == 0 ? broadcast(-infinity)
-                                      : b.words  ? b.bound * C(0.69314718) + log<C>(total)
+                                      : b.words  ? b.bound * C(0.693147181) + log<C>(total)
                                                  : reference * unit_ + log<C>(total);
             const int64_t n = std::min(lanes, b.queries - i);
             if (n == lanes)

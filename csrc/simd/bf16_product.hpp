@@ -23,8 +23,8 @@ struct Bf16Left {
 };
 
 // Tiles of 32 rows (the depth) x 16 columns, rows 2 p and 2 p + 1 side by side in row p of a tile, each tile
-// 1 KiB; strides in bfloat16 between tiles along the depth, between the two of 32 columns, and from 32 columns
-// to the next.
+// 1 KiB; strides in bfloat16 between tiles along the depth, between the two of 32 columns, and from 32
+// columns to the next.
 struct Bf16Right {
     const bfloat16* data;
     int64_t depth_stride, column_stride, pair_stride;
