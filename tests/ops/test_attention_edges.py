@@ -143,6 +143,23 @@ def test_nan_or_infinity_in_v_stays_in_its_key_block_and_column(
     assert_same(ill["dq"][0, 0], clean["dq"][0, 0], dtype)
 
 
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("target", [t for t in KERNELS if t.takes(torch.bfloat16)], ids=str)
+def test_hidden_keys_have_no_weight_at_all(target: Target, return_lse: bool) -> None:
+    shape = AttentionShape(1, 2, 150, 64, 150, 2, causal=True)
+    q, k, v, _ = attention_inputs(shape, torch.bfloat16, device=target.device)
+    huge = v.clone()
+    huge[:, :, 100:] *= 2.0**30
+    with poisoned_memory(), target.active():
+        outs = [
+            lmkern.attention(q, k, x, causal=True, return_lse=return_lse, backend=target.backend)
+            for x in (v, huge)
+        ]
+    out, with_huge = (x[0] if isinstance(x, tuple) else x for x in outs)
+    assert torch.equal(out[:, :, :100], with_huge[:, :, :100])
+    assert not torch.equal(out[:, :, 100:], with_huge[:, :, 100:])
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_nan_in_q_or_k_reaches_the_queries_that_see_it_in_the_reference(which: int) -> None:
     shape, position = AttentionShape(1, 2, 50, 16, 50, 2, causal=True), 20
