@@ -22,7 +22,7 @@ WRITTEN = (":!benchmarks/results", ":!docs/benchmarks", ":!README.md")
 # What holds torch, and the libraries under it, to an instruction set.
 TORCH_LIMITS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
 # Of the memory that is free, what is written once before the first row.
-TOUCHED = 0.9
+TOUCHED = 0.8
 # More than any last-level cache holds, so that the copy runs at the speed of memory; on a GPU it lasts long
 # beside a launch.
 COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}

@@ -33,10 +33,10 @@ struct Bf16Engine {
 #if defined(__AVX512VBMI__) && defined(__AVX512VBMI2__)
     static constexpr bool kWords =
         kParts == 1;  // whether weights are made in words of 16 bits where it can be
-    static constexpr float kMostBits = Exp2Words::kRange / 2;
+    static constexpr float kMostBits = Exp2Words::kRange / 2, kWordBits = Exp2Words::kScale;
 #else
     static constexpr bool kWords = false;
-    static constexpr float kMostBits = 0;
+    static constexpr float kMostBits = 0, kWordBits = 0;
 #endif
     static constexpr bool kOneLayout = false;
 
@@ -208,31 +208,46 @@ struct Bf16Engine {
             _mm512_dpbf16_ps(bit_cast<__m512>(sums), (__m512bh)_mm512_load_si512(place), (__m512bh)ones));
     }
 #if defined(__AVX512VBMI__) && defined(__AVX512VBMI2__)
-    // Weights of rows of scores as a left operand, by turns; each row's are added to a vector of sums.
-    // hidden: some scores may be -inf.
+    // Weights of rows of scores as a left operand, by turns; each row's are added to a vector of sums, and
+    // the largest words kept. hidden: some scores may be -inf.
     static void put_words(Block<float> scores, int64_t keys, int64_t rows, const Exp2Words& exp2, bool hidden,
-                          float* sums, bfloat16* out, int64_t stride) {
+                          float* sums, float* largest, bfloat16* out, int64_t stride) {
         if (hidden)
-            put_words<true>(scores, keys, rows, exp2, sums, out, stride);
+            put_words<true>(scores, keys, rows, exp2, sums, largest, out, stride);
         else
-            put_words<false>(scores, keys, rows, exp2, sums, out, stride);
+            put_words<false>(scores, keys, rows, exp2, sums, largest, out, stride);
     }
     template <bool hidden>
     static void put_words(Block<float> scores, int64_t keys, int64_t rows, const Exp2Words& exp2, float* sums,
-                          bfloat16* out, int64_t stride) {
+                          float* largest, bfloat16* out, int64_t stride) {
         const __m512i ones = _mm512_set1_epi16(0x3f80);
         for (int64_t i = 0; i < rows; ++i) {
             const float* row = scores.data + i * scores.stride;
             __m512 sum = _mm512_load_ps(sums + i * 16);
+            __m512i top = _mm512_load_si512(largest + i * 16);
             for (int64_t j = 0; j < keys; j += 32) {
-                const __m512i w = exp2.of<hidden>(_mm512_load_ps(row + j), _mm512_load_ps(row + j + 16));
-                _mm512_store_si512(out + i * stride + j, w);
-                sum = _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)ones);
+                const __m512i x = exp2.words<hidden>(_mm512_load_ps(row + j), _mm512_load_ps(row + j + 16));
+                const __m512i weights = Exp2Words::rounded<hidden>(x);
+                _mm512_store_si512(out + i * stride + j, weights);
+                sum = _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)ones);
+                top = _mm512_max_epu16(top, x);
             }
             _mm512_store_ps(sums + i * 16, sum);
+            _mm512_store_si512(largest + i * 16, top);
         }
         for (int64_t i = rows; i < round_up(rows, kRowStep); ++i)
             std::memset(out + i * stride, 0, static_cast<size_t>(keys) * sizeof(bfloat16));
+    }
+    // Of the largest weights of 16 rows, exact less rounded.
+    static Vector<float> error_of_largest(const float* largest) {
+        __m512i rows[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) rows[i] = _mm512_load_si512(largest + i * 16);
+        transpose_registers(rows);
+        __m512i top = rows[0];
+        for (int i = 1; i < 16; ++i) top = _mm512_max_epu16(top, rows[i]);
+        top = _mm512_max_epu16(_mm512_and_si512(top, _mm512_set1_epi32(0xffff)), _mm512_srli_epi32(top, 16));
+        return Exp2Words::error(bit_cast<Vector<uint32_t>>(top));
     }
 #endif
     static void put_right(bfloat16* block, int64_t stride, int64_t row, int64_t column,
@@ -338,9 +353,9 @@ private:
     // Asks for what lies 32 rows on: a few lines at a time, since a core waits for a dozen at most, and
     // beyond the last row too, where mostly the next head begins.
     static void prefetch_ahead(Matrix<const T> from, int64_t row, int64_t d) {
-        const auto place = reinterpret_cast<intptr_t>(from.row(row)) +
-                           (32 * from.row_stride + d) * static_cast<intptr_t>(sizeof(T));
-        __builtin_prefetch(reinterpret_cast<const void*>(place));
+        const int64_t place = (row + 32) * from.row_stride + d * from.column_stride;
+        __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<intptr_t>(from.data) +
+                                                         place * static_cast<intptr_t>(sizeof(T))));
     }
 
     // Collects what is known of packed elements.

@@ -96,7 +96,7 @@ struct VectorEngine {
     static constexpr int64_t kRows = 24, kQueriesTogether = 96, kKeysTogether = 128;
     static constexpr int64_t kRowStep = 2;
     static constexpr bool kWords = false;  // whether weights are made in words of 16 bits where it can be
-    static constexpr C kMostBits = 0;
+    static constexpr C kMostBits = 0, kWordBits = 0;
     static constexpr bool kOneLayout = true;  // a block of results is a left and a right operand
 
     // Of a packed row, in Operand; of a row of results, in C.

@@ -9,7 +9,7 @@
 
 #include <cmath>
 
-#include "simd/vector.hpp"
+#include "simd/elementary.hpp"
 
 #if defined(__AVX512VBMI__) && defined(__AVX512VBMI2__)
 
@@ -17,19 +17,20 @@ namespace lmkern {
 
 class Exp2Words {
 public:
-    // 2^x is made for x from -kRange to 0 and is 0 below.
+    // x is between -kRange and 0. A NaN is not.
     static constexpr float kRange = 62;
+    // What is made is 2^(x + kScale): products with small values are then no subnormal numbers, which tiles
+    // take for zero.
+    static constexpr int kScale = 64;
 
     // Of x factor - reference; the reference is an integer.
     Exp2Words(float factor, float reference)
-        : factor_(_mm512_set1_ps(factor)),
-          shift_(_mm512_set1_ps(kOne * 8 + 63 - reference + 4.0f / kOne)),
-          low_(_mm512_loadu_si512(table())),
-          high_(_mm512_loadu_si512(table() + 64)) {}
+        : factor_(_mm512_set1_ps(factor)), shift_(_mm512_set1_ps(kOne * 8 + kZero - reference)) {}
 
-    // Elements by turns: of a, of b, of a, ...; `clamped`: x may be less than -kRange, also -inf.
+    // x of a and b in words by turns: of a, of b, of a, ...; `clamped`: it may be less than -kRange, also
+    // -inf.
     template <bool clamped>
-    [[gnu::always_inline]] __m512i of(__m512 a, __m512 b) const {
+    [[gnu::always_inline]] __m512i words(__m512 a, __m512 b) const {
         // One rounding brings x to units of 2^-10 in the last bits.
         a = _mm512_fmadd_ps(a, factor_, shift_);
         b = _mm512_fmadd_ps(b, factor_, shift_);
@@ -37,21 +38,37 @@ public:
             a = _mm512_max_ps(a, _mm512_set1_ps(kOne * 8));
             b = _mm512_max_ps(b, _mm512_set1_ps(kOne * 8));
         }
-        // And the lower halves of two vectors side by side.
-        const __m512i words = _mm512_mask_mov_epi16(_mm512_slli_epi32(_mm512_castps_si512(b), 16), 0x55555555,
-                                                    _mm512_castps_si512(a));
+        return _mm512_mask_mov_epi16(_mm512_slli_epi32(_mm512_castps_si512(b), 16), 0x55555555,
+                                     _mm512_castps_si512(a));
+    }
+
+    // 2^(x + kScale) as bfloat16; if clamped 0 for x less than -kRange.
+    template <bool clamped>
+    [[gnu::always_inline]] static __m512i rounded(__m512i words) {
         const __m512i place = _mm512_srli_epi16(words, 3);
-        const __m512i c = _mm512_maskz_permutex2var_epi8(0x5555555555555555, low_, place, high_);
+        const __m512i c = _mm512_maskz_permutex2var_epi8(0x5555555555555555, _mm512_loadu_si512(table()),
+                                                         place, _mm512_loadu_si512(table() + 64));
         const __m512i mantissa = _mm512_sub_epi16(words, c);
-        // The bit that comes in from above makes n the exponent of 2^(n - 63).
-        const __m512i bias = _mm512_set1_epi16(1);
+        // The bits that come in from above make n + 64 the exponent.
+        const __m512i bias = _mm512_set1_epi16(2);
         if (!clamped) return _mm512_shrdi_epi16(mantissa, bias, 3);
         const __mmask32 in_range = _mm512_cmpge_epu16_mask(words, _mm512_set1_epi16(kOne));
         return _mm512_maskz_shrdi_epi16(in_range, mantissa, bias, 3);
     }
 
+    // What `rounded` is wrong by, exact - rounded, of words in 32-bit lanes.
+    static Vector<float> error(Vector<uint32_t> words) {
+        const Vector<float> x = __builtin_convertvector(words, Vector<float>) * (1.0f / kOne) - kZero;
+        const Vector<float> exact = exp2<LongSeries>(x) * 0x1p64f;
+        const __m512i bits = rounded<true>(bit_cast<__m512i>(words));
+        const Vector<float> made = bit_cast<Vector<float>>(_mm512_slli_epi32(bits, 16));
+        return made == 0.0f ? Vector<float>{} : exact - made;
+    }
+
 private:
     static constexpr short kOne = 1024;
+    // x = 0, and half of what is rounded away last.
+    static constexpr float kZero = 63 + 4.0f / kOne;
 
     // c(i / 128) in units of 2^-10, rounded so that errors have no mean.
     static const uint8_t* table() {
@@ -68,7 +85,6 @@ private:
     }
 
     __m512 factor_, shift_;
-    __m512i low_, high_;
 };
 
 }  // namespace lmkern

@@ -24,8 +24,8 @@ _DIFFERENTIABLE = ("bias", "relative_bias", "sinks")
 _POSITIONS = (0, 1, 2, *(3 + _FIELDS.index(name) for name in _DIFFERENTIABLE))
 _OPTIONS = (
     "float softmax_scale, SymInt? left, SymInt? right, bool top_left, float softcap, float dropout_p, "
-    "bool exact_lse, Tensor? seed, Tensor? bias, Tensor? mask, Tensor? relative_bias, Tensor? sinks, Tensor? cu_seqlens_q, "
-    "Tensor? cu_seqlens_k, str? backend"
+    "bool exact_lse, Tensor? seed, Tensor? bias, Tensor? mask, Tensor? relative_bias, Tensor? sinks, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, str? backend"
 )
 
 

@@ -22,8 +22,10 @@ from lmkern.testing.inputs import (
 )
 from lmkern.testing.poison import poisoned_memory
 from lmkern.testing.results import (
+    ALONE,
     attention_errors,
     attention_results,
+    attention_results_and_alone,
     exact_attention,
     layer_norm_results,
     our_attention,
@@ -50,6 +52,7 @@ from lmkern.testing.shapes import (
 from lmkern.testing.targets import Target, targets
 
 __all__ = [
+    "ALONE",
     "ATTENTION_BENCHMARK_SHAPES",
     "ATTENTION_FEATURES",
     "ATTENTION_SHAPES",
@@ -73,6 +76,7 @@ __all__ = [
     "attention_inputs",
     "attention_options",
     "attention_results",
+    "attention_results_and_alone",
     "cross_entropy_inputs",
     "exact_attention",
     "layer_norm_inputs",

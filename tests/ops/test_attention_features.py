@@ -21,6 +21,7 @@ from lmkern.testing import (
     attention_inputs,
     attention_options,
     attention_results,
+    attention_results_and_alone,
     leaves,
     mean_verdicts,
     our_attention,
@@ -75,7 +76,7 @@ def run(
     inputs = attention_inputs(shape, dtype, device=target.device, seed=seed)
     options = attention_options(shape, features, dtype, device=target.device, seed=seed)
     with poisoned_memory(), target.active():
-        return attention_results(our_attention(shape, target.backend), *inputs, options=options)
+        return attention_results_and_alone(shape, target.backend, *inputs, options)
 
 
 @functools.cache

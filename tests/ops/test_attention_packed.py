@@ -22,6 +22,7 @@ from lmkern.testing import (
     attention_inputs,
     attention_options,
     attention_results,
+    attention_results_and_alone,
     mean_verdicts,
     our_attention,
     poisoned_memory,
@@ -90,7 +91,7 @@ def errors(
     inputs = attention_inputs(shape, dtype, device=target.device, seed=seed)
     options = attention_options(shape, features, dtype, device=target.device, seed=seed)
     with poisoned_memory(), target.active():
-        ours = attention_results(our_attention(shape, target.backend), *inputs, options=options)
+        ours = attention_results_and_alone(shape, target.backend, *inputs, options)
     return attention_errors(ours, shape, features, dtype, seed)
 
 

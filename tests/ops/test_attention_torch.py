@@ -26,7 +26,7 @@ from lmkern.testing import (
 TARGETS = targets("attention")
 IN_FLOAT32 = [target for target in TARGETS if target.takes(torch.float32)]
 SHAPE = AttentionShape(2, 4, 20, 16, 30, 2, causal=True)
-# softmax_scale, left, right, top_left, softcap, dropout_p and no tensors: causal.
+# softmax_scale, left, right, top_left, softcap, dropout_p, exact_lse and no tensors: causal.
 OPTIONS = (0.25, None, 0, False, 0.0, 0.0, True, *[None] * 7)
 # Without and with everything that there is, and packed.
 FEATURES = (

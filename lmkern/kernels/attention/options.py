@@ -37,7 +37,7 @@ class Options:
     top_left: bool = False
     softcap: float = 0.0
     dropout_p: float = 0.0
-    # Whether lse is a result: else it only serves the backward pass, and may have the errors of 16-bit weights.
+    # Whether lse is a result: else it serves the backward pass alone and may be that of rounded weights.
     exact_lse: bool = True
     seed: Tensor | None = None  # () int64; with dropout_p > 0
     bias: Tensor | None = None  # broadcasts to (B, H, N_q, N_k), 4 dimensions, float; -inf hides a key
