@@ -227,7 +227,7 @@ struct Bf16Engine {
             __m512i top = _mm512_load_si512(largest + i * 16);
             for (int64_t j = 0; j < keys; j += 32) {
                 const __m512i x = exp2.words<hidden>(_mm512_load_ps(row + j), _mm512_load_ps(row + j + 16));
-                const __m512i weights = Exp2Words::rounded<hidden>(x);
+                const __m512i weights = exp2.rounded<hidden>(x);
                 _mm512_store_si512(out + i * stride + j, weights);
                 sum = _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)ones);
                 top = _mm512_max_epu16(top, x);
@@ -247,7 +247,7 @@ struct Bf16Engine {
         __m512i top = rows[0];
         for (int i = 1; i < 16; ++i) top = _mm512_max_epu16(top, rows[i]);
         top = _mm512_max_epu16(_mm512_and_si512(top, _mm512_set1_epi32(0xffff)), _mm512_srli_epi32(top, 16));
-        return Exp2Words::error(bit_cast<Vector<uint32_t>>(top));
+        return Exp2Words(1, 0).error(bit_cast<Vector<uint32_t>>(top));
     }
 #endif
     static void put_right(bfloat16* block, int64_t stride, int64_t row, int64_t column,

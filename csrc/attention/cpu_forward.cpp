@@ -26,8 +26,8 @@ constexpr int64_t kKeysOfMaximum = 16;
 // is rounded; the error goes where the rounded weights are what out is divided by. Of many keys the errors
 // cancel.
 constexpr int64_t kFewKeys = 128;
-// Words round every weight, the sum is that of the rounded ones, and the backward pass takes it for exact: of
-// so many keys that each query sees the errors cancel.
+// Words round every weight, and lse is that of the rounded ones but the largest: of so many keys that each
+// query sees the errors cancel, or one has nearly all of the weight.
 constexpr int64_t kFewestKeysOfWords = 32;
 
 // Blocks of kQueries queries that are worked on together; more where the keys are packed in parts.
@@ -50,6 +50,8 @@ class Forward {
     static constexpr int64_t kScoreStride = E::kKeys + 64 / static_cast<int64_t>(sizeof(C));
     static constexpr int64_t kWeightStride =
         E::kParts * E::kKeysWeighed + 64 / static_cast<int64_t>(sizeof(Operand));
+
+    static_assert(E::kKeys % E::kKeysWeighed == 0 || !E::kWords);
 
 public:
     Forward(const AttentionParams& p, const QueryTask& task)
@@ -120,7 +122,11 @@ private:
             const int64_t n = std::min(E::kQueries, queries - row);
             const auto facts = E::pack_left({q.row(row), q.row_stride, q.column_stride}, n, D_,
                                             round_up(n, E::kRowStep), q_ + row * width_);
-            blocks[count] = {row, first_query + row, n, facts.largest_square, false, false, false, false, 0};
+            blocks[count] = {row,   first_query + row,
+                             n,     facts.finite ? facts.largest_square : infinity,
+                             false, false,
+                             false, false,
+                             0};
             start(head, blocks[count]);
         }
         const Band& band = score_rows.band();
@@ -163,9 +169,11 @@ private:
         return std::min(band.end(first) - band.begin(first), band.end(last) - band.begin(last));
     }
 
-    // Bits; not finite where the norms are not.
+    // Bits; not finite where the operands are not.
     C bound(C largest_square) const {
-        return std::sqrt(largest_square) * std::sqrt(k_square_) * std::abs(factor_);
+        // Squares that are subnormal count as zero in a norm.
+        const C lost = static_cast<C>(D_) * std::numeric_limits<C>::min();
+        return std::sqrt(largest_square + lost) * std::sqrt(k_square_ + lost) * std::abs(factor_);
     }
 
     void start(int64_t head, const QueryBlock& b) {
@@ -241,7 +249,8 @@ private:
         if constexpr (E::kWords)
             if (b.words)
                 return E::put_words(scores_, keys, b.queries, {factor_, b.bound}, hidden,
-                                    row_sum_ + b.row * lanes, out, kWeightStride);
+                                    row_sum_ + b.row * lanes, rounded_sum_ + b.row * lanes, out,
+                                    kWeightStride);
         if (!b.bounded) bring_up_to_date(b, keys);
         const bool drops = p_.dropout_threshold > 0;
         if (b.rounds)
@@ -302,7 +311,7 @@ private:
     void weights(const QueryBlock& b, const BlockPlace& at, const Dropout<C>& dropout, Operand* weights) {
         const C factor = factor_;
         const int64_t keys = at.keys, key_bytes = width_ * static_cast<int64_t>(sizeof(Operand));
-        // The next keys and this strip's values come nearer meanwhile, unless they are too many for it.
+        // The next keys and as many values come nearer meanwhile, unless they are too many for it.
         int64_t lines = ceil_div(keys * key_bytes, 64 * b.queries);
         if (lines > E::kLinesAhead) lines = 0;
         const char* ahead_k =
@@ -360,9 +369,12 @@ private:
                 divisor =
                     across_rows(rounded_sum_ + (b.row + i) * lanes, [](auto x, auto y) { return x + y; });
             store(correction_ + i, total == 0 ? Vector<C>{} : scale / divisor);
-            const Vector<C> row_lse = total == 0 ? broadcast(-infinity)
-                                      : b.words  ? b.bound * C(0.693147181) + log<C>(total)
-                                                 : reference * unit_ + log<C>(total);
+            Vector<C> row_lse = reference * unit_ + log<C>(total);
+            if constexpr (E::kWords)
+                if (b.words)
+                    row_lse = (b.bound - E::kWordBits) * C(0.693147181) +
+                              log<C>(total + E::error_of_largest(rounded_sum_ + (b.row + i) * lanes));
+            row_lse = total == 0 ? broadcast(-infinity) : row_lse;
             const int64_t n = std::min(lanes, b.queries - i);
             if (n == lanes)
                 store(lse + i, row_lse);
@@ -390,6 +402,7 @@ private:
     bool scales_ = false;      // whether raw scores are scaled before all else
     C unit_ = 1, factor_ = 1;  // what a score then counts in natural units, and in those of Exp
     Operand *q_, *k_, *v_, *weights_;
+    // rounded_sum_: the sums of rounded weights, or of weights in words the largest.
     C *acc_, *row_sum_, *rounded_sum_, *row_max_, *correction_;
     Block<C> scores_;
     C *block_max_, *reference_;

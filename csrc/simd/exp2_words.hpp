@@ -25,7 +25,10 @@ public:
 
     // Of x factor - reference; the reference is an integer.
     Exp2Words(float factor, float reference)
-        : factor_(_mm512_set1_ps(factor)), shift_(_mm512_set1_ps(kOne * 8 + kZero - reference)) {}
+        : factor_(_mm512_set1_ps(factor)),
+          shift_(_mm512_set1_ps(kOne * 8 + kZero - reference)),
+          low_(_mm512_loadu_si512(table())),
+          high_(_mm512_loadu_si512(table() + 64)) {}
 
     // x of a and b in words by turns: of a, of b, of a, ...; `clamped`: it may be less than -kRange, also
     // -inf.
@@ -44,7 +47,7 @@ public:
 
     // 2^(x + kScale) as bfloat16; if clamped 0 for x less than -kRange.
     template <bool clamped>
-    [[gnu::always_inline]] static __m512i rounded(__m512i words) {
+    [[gnu::always_inline]] __m512i rounded(__m512i words) const {
         const __m512i place = _mm512_srli_epi16(words, 3);
         const __m512i c = _mm512_maskz_permutex2var_epi8(0x5555555555555555, _mm512_loadu_si512(table()),
                                                          place, _mm512_loadu_si512(table() + 64));
@@ -57,7 +60,7 @@ public:
     }
 
     // What `rounded` is wrong by, exact - rounded, of words in 32-bit lanes.
-    static Vector<float> error(Vector<uint32_t> words) {
+    Vector<float> error(Vector<uint32_t> words) const {
         const Vector<float> x = __builtin_convertvector(words, Vector<float>) * (1.0f / kOne) - kZero;
         const Vector<float> exact = exp2<LongSeries>(x) * 0x1p64f;
         const __m512i bits = rounded<true>(bit_cast<__m512i>(words));
@@ -85,6 +88,7 @@ private:
     }
 
     __m512 factor_, shift_;
+    __m512i low_, high_;
 };
 
 }  // namespace lmkern
