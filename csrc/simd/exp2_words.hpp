@@ -49,8 +49,7 @@ public:
     template <bool clamped>
     [[gnu::always_inline]] __m512i rounded(__m512i words) const {
         const __m512i place = _mm512_srli_epi16(words, 3);
-        const __m512i c = _mm512_maskz_permutex2var_epi8(0x5555555555555555, _mm512_loadu_si512(table()),
-                                                         place, _mm512_loadu_si512(table() + 64));
+        const __m512i c = _mm512_maskz_permutex2var_epi8(0x5555555555555555, low_, place, high_);
         const __m512i mantissa = _mm512_sub_epi16(words, c);
         // The bits that come in from above make n + 64 the exponent.
         const __m512i bias = _mm512_set1_epi16(2);
