@@ -125,8 +125,8 @@ def test_errors_over_all_shapes_are_at_most_torchs(target: Target, dtype: torch.
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if t.takes(torch.bfloat16)], ids=str)
 def test_bounded_scores_whose_weight_one_key_has(target: Target) -> None:
-    # 16 natural units above the others: no maximum is needed to bound that, and each weight may be rounded, the
-    # one that matters as badly as any.
+    # 16 natural units above the others: no maximum is needed to bound that, and each weight may be rounded,
+    # the one that matters as badly as any.
     shape = AttentionShape(1, 2, 64, 64, 64, 2, causal=False)
     *_, v, dout = attention_inputs(shape, torch.bfloat16)
     q, k = torch.zeros_like(v), torch.zeros_like(v)
