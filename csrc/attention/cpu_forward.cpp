@@ -102,10 +102,10 @@ private:
     struct QueryBlock {
         int64_t row, first_query, queries;
         C largest_square;
-        bool bounded, begun;
-        bool rounds;  // out is divided by the sum of the rounded weights
-        bool words;   // weights are made in words of 16 bits, of 2^(score - bound)
-        C bound;      // of the scores, bits
+        bool bounded = false, begun = false;
+        bool rounds = false;  // out is divided by the sum of the rounded weights
+        bool words = false;   // weights are made in words of 16 bits, of 2^(score - bound)
+        C bound = 0;          // of the scores, bits
     };
 
     void rows(int64_t head, int64_t first_query, int64_t queries) {
@@ -122,11 +122,8 @@ private:
             const int64_t n = std::min(E::kQueries, queries - row);
             const auto facts = E::pack_left({q.row(row), q.row_stride, q.column_stride}, n, D_,
                                             round_up(n, E::kRowStep), q_ + row * width_);
-            blocks[count] = {row,   first_query + row,
-                             n,     facts.finite ? facts.largest_square : infinity,
-                             false, false,
-                             false, false,
-                             0};
+            const C largest_square = facts.finite ? facts.largest_square : infinity;
+            blocks[count] = {row, first_query + row, n, largest_square};
             start(head, blocks[count]);
         }
         const Band& band = score_rows.band();

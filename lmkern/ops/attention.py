@@ -60,8 +60,8 @@ def attention(
     dropout_p: probability with which a weight is zeroed, in units of 2^-16; the others are scaled by
         1 / (1 - dropout_p). dropout_seed: () int64 on q's device, the same mask for the same seed on every
         backend; default drawn from torch's generator.
-    return_lse: also return the log-sum-exp of each query's scores, (B, H, N_q), differentiable. In bfloat16 on
-        a CPU the last bits of out may be others then.
+    return_lse: also return the log-sum-exp of each query's scores, (B, H, N_q), differentiable. In bfloat16
+        on a CPU the last bits of out may be others then.
     backend: "cuda", "triton", "cpu" or "reference"; default the fastest that applies.
 
     Returns (B, H, N_q, D) in q's dtype, laid out as q is. A query with no visible key gives zeros (lse -inf
