@@ -30,14 +30,8 @@ struct Bf16Engine {
     static constexpr int64_t kQueriesTogether = kParts == 1 ? 128 : 64;
     static constexpr int64_t kKeysTogether = kParts == 1 ? 512 : 256;
     static constexpr int64_t kRowStep = 32;
-#if defined(__AVX512VBMI__) && defined(__AVX512VBMI2__)
-    static constexpr bool kWords =
-        kParts == 1;  // whether weights are made in words of 16 bits where it can be
+    static constexpr bool kWords = kParts == 1;
     static constexpr float kMostBits = Exp2Words::kRange / 2, kWordBits = Exp2Words::kScale;
-#else
-    static constexpr bool kWords = false;
-    static constexpr float kMostBits = 0, kWordBits = 0;
-#endif
     static constexpr bool kOneLayout = false;
 
     static int64_t width(int64_t D) { return kParts * round_up(D, 32); }
@@ -207,7 +201,6 @@ struct Bf16Engine {
         return bit_cast<Vector<float>>(
             _mm512_dpbf16_ps(bit_cast<__m512>(sums), (__m512bh)_mm512_load_si512(place), (__m512bh)ones));
     }
-#if defined(__AVX512VBMI__) && defined(__AVX512VBMI2__)
     // Weights of rows of scores as a left operand, by turns; each row's are added to a vector of sums, and
     // the largest words kept. hidden: some scores may be -inf.
     static void put_words(Block<float> scores, int64_t keys, int64_t rows, const Exp2Words& exp2, bool hidden,
@@ -249,7 +242,6 @@ struct Bf16Engine {
         top = _mm512_max_epu16(_mm512_and_si512(top, _mm512_set1_epi32(0xffff)), _mm512_srli_epi32(top, 16));
         return Exp2Words(1, 0).error(bit_cast<Vector<uint32_t>>(top));
     }
-#endif
     static void put_right(bfloat16* block, int64_t stride, int64_t row, int64_t column,
                           const Vector<float> v[4]) {
         bfloat16* tile = block + row / 32 * (stride / 16 * kTile) + column / 16 * kTile + row % 32 / 2 * 32;

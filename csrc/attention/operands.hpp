@@ -95,7 +95,9 @@ struct VectorEngine {
     // together: a multiple of the terms that a sum adds before it joins the rest.
     static constexpr int64_t kRows = 24, kQueriesTogether = 96, kKeysTogether = 128;
     static constexpr int64_t kRowStep = 2;
-    static constexpr bool kWords = false;  // whether weights are made in words of 16 bits where it can be
+    // Whether weights are made in words of 16 bits where scores are bounded by kMostBits: as
+    // 2^(score - bound + kWordBits).
+    static constexpr bool kWords = false;
     static constexpr C kMostBits = 0, kWordBits = 0;
     static constexpr bool kOneLayout = true;  // a block of results is a left and a right operand
 

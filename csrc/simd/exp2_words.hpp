@@ -11,7 +11,7 @@
 
 #include "simd/elementary.hpp"
 
-#if defined(__AVX512VBMI__) && defined(__AVX512VBMI2__)
+#if defined(__AVX512BF16__)
 
 namespace lmkern {
 
