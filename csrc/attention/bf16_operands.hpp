@@ -202,28 +202,35 @@ struct Bf16Engine {
             _mm512_dpbf16_ps(bit_cast<__m512>(sums), (__m512bh)_mm512_load_si512(place), (__m512bh)ones));
     }
     // Weights of rows of scores as a left operand, by turns; each row's are added to a vector of sums, and
-    // the largest words kept. hidden: some scores may be -inf.
-    static void put_words(Block<float> scores, int64_t keys, int64_t rows, const Exp2Words& exp2, bool hidden,
-                          float* sums, float* largest, bfloat16* out, int64_t stride) {
-        if (hidden)
-            put_words<true>(scores, keys, rows, exp2, sums, largest, out, stride);
-        else
-            put_words<false>(scores, keys, rows, exp2, sums, largest, out, stride);
-    }
-    template <bool hidden>
-    static void put_words(Block<float> scores, int64_t keys, int64_t rows, const Exp2Words& exp2, float* sums,
-                          float* largest, bfloat16* out, int64_t stride) {
+    // the largest words kept. seen(i): of `hidden` rows the columns that have a weight.
+    template <bool hidden, class Seen>
+    static void put_words(Block<float> scores, int64_t keys, int64_t rows, const Exp2Words& exp2,
+                          const Seen& seen, float* sums, float* largest, bfloat16* out, int64_t stride) {
         const __m512i ones = _mm512_set1_epi16(0x3f80);
         for (int64_t i = 0; i < rows; ++i) {
             const float* row = scores.data + i * scores.stride;
             __m512 sum = _mm512_load_ps(sums + i * 16);
-            __m512i top = _mm512_load_si512(largest + i * 16);
+            __m512i top = _mm512_load_si512(largest + i * 16), column = side_by_side(), begin{}, end{};
+            if constexpr (hidden) {
+                const Columns columns = seen(i);
+                begin = _mm512_set1_epi16(static_cast<short>(columns.begin));
+                end = _mm512_set1_epi16(static_cast<short>(columns.end));
+            }
             for (int64_t j = 0; j < keys; j += 32) {
-                const __m512i x = exp2.words<hidden>(_mm512_load_ps(row + j), _mm512_load_ps(row + j + 16));
-                const __m512i weights = exp2.rounded<hidden>(x);
+                const __m512i x = exp2.words(_mm512_load_ps(row + j), _mm512_load_ps(row + j + 16));
+                __m512i weights;
+                if constexpr (hidden) {
+                    const __mmask32 mask = _mm512_mask_cmplt_epu16_mask(
+                        _mm512_cmpge_epu16_mask(column, begin), column, end);
+                    weights = exp2.rounded(x, mask);
+                    top = _mm512_mask_max_epu16(top, mask, top, x);
+                    column = _mm512_add_epi16(column, _mm512_set1_epi16(32));
+                } else {
+                    weights = exp2.rounded(x);
+                    top = _mm512_max_epu16(top, x);
+                }
                 _mm512_store_si512(out + i * stride + j, weights);
                 sum = _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)ones);
-                top = _mm512_max_epu16(top, x);
             }
             _mm512_store_ps(sums + i * 16, sum);
             _mm512_store_si512(largest + i * 16, top);

@@ -242,12 +242,17 @@ private:
         const BlockPlace at{b.first_query, b.queries, first, keys};
         if (score_rows.adjusts()) score_rows.adjust(scores_, at);
         if (scales_) scale_rows(static_cast<C>(p_.softmax_scale), b.queries, keys);
-        const bool hidden = score_rows.outside_band(scores_, at, -infinity);
         if constexpr (E::kWords)
-            if (b.words)
-                return E::put_words(scores_, keys, b.queries, {factor_, b.bound}, hidden,
-                                    row_sum_ + b.row * lanes, rounded_sum_ + b.row * lanes, out,
-                                    kWeightStride);
+            if (b.words) {
+                auto put = [&](auto hidden) {
+                    E::template put_words<hidden.value>(
+                        scores_, keys, b.queries, {factor_, b.bound},
+                        [&](int64_t i) { return score_rows.seen(at, i); }, row_sum_ + b.row * lanes,
+                        rounded_sum_ + b.row * lanes, out, kWeightStride);
+                };
+                return score_rows.band_hides(at) ? put(std::true_type()) : put(std::false_type());
+            }
+        score_rows.outside_band(scores_, at, -infinity);
         if (!b.bounded) bring_up_to_date(b, keys);
         const bool drops = p_.dropout_threshold > 0;
         if (b.rounds)

@@ -18,6 +18,11 @@ struct BlockPlace {
     int64_t first_key, keys;  // keys: columns that are computed, some of them perhaps beyond the last key
 };
 
+// Columns of a block, from begin to before end; none where that is not more.
+struct Columns {
+    int64_t begin, end;
+};
+
 // Scores are counted in units in which the exponential is cheapest: bits, or natural units where their
 // rounding would show.
 template <class T, bool bits = sizeof(T) == 2>
@@ -83,23 +88,31 @@ public:
         }
     }
 
+    // Whether the band hides some key of the block from some query.
+    bool band_hides(const BlockPlace& at) const {
+        return band_.begin(at.first_query + at.queries - 1) > at.first_key ||
+               band_.end(at.first_query) < at.first_key + at.keys;
+    }
+    // The columns of the block that the band lets its row i see.
+    Columns seen(const BlockPlace& at, int64_t i) const {
+        const int64_t query = at.first_query + i;
+        return {std::clamp<int64_t>(band_.begin(query) - at.first_key, 0, at.keys),
+                std::clamp<int64_t>(band_.end(query) - at.first_key, 0, at.keys)};
+    }
+
     // Hides the keys outside of the band: sets `hidden` there. False if the band hides none of the block.
     bool outside_band(Block<C> scores, const BlockPlace& at, C hidden) const {
-        if (band_.begin(at.first_query + at.queries - 1) <= at.first_key &&
-            band_.end(at.first_query) >= at.first_key + at.keys)
-            return false;
-        const auto lane = lane_indices<C>();
+        if (!band_hides(at)) return false;
         using Integer = typename IntegerOf<C>::type;
+        const auto lane = lane_indices<C>();
         for (int64_t i = 0; i < at.queries; ++i) {
-            const int64_t begin = band_.begin(at.first_query + i) - at.first_key;
-            const int64_t end = band_.end(at.first_query + i) - at.first_key;
+            const auto [begin, end] = seen(at, i);
             C* row = scores.data + i * scores.stride;
-            for (int64_t j = 0; j < at.keys; j += lanes) {
-                if (j >= begin && j + lanes <= end) continue;
-                const auto first = static_cast<Integer>(std::clamp<int64_t>(begin - j, 0, lanes));
-                const auto last = static_cast<Integer>(std::clamp<int64_t>(end - j, 0, lanes));
-                store(row + j, (lane >= first) & (lane < last) ? load(row + j) : broadcast(hidden));
-            }
+            // Vectors before and after those that are seen as a whole.
+            for (int64_t j = 0; j < begin; j += lanes)
+                store(row + j, lane < static_cast<Integer>(begin - j) ? broadcast(hidden) : load(row + j));
+            for (int64_t j = end / lanes * lanes; j < at.keys; j += lanes)
+                store(row + j, lane < static_cast<Integer>(end - j) ? load(row + j) : broadcast(hidden));
         }
         return true;
     }

@@ -17,7 +17,7 @@ namespace lmkern {
 
 class Exp2Words {
 public:
-    // x is between -kRange and 0. A NaN is not.
+    // x is between -kRange and 0.
     static constexpr float kRange = 62;
     // What is made is 2^(x + kScale): products with small values are then no subnormal numbers, which tiles
     // take for zero.
@@ -30,47 +30,46 @@ public:
           low_(_mm512_loadu_si512(table())),
           high_(_mm512_loadu_si512(table() + 64)) {}
 
-    // x of a and b in words by turns: of a, of b, of a, ...; `clamped`: it may be less than -kRange, also
-    // -inf.
-    template <bool clamped>
+    // x of a and b in words by turns: of a, of b, of a, ...
     [[gnu::always_inline]] __m512i words(__m512 a, __m512 b) const {
         // One rounding brings x to units of 2^-10 in the last bits.
         a = _mm512_fmadd_ps(a, factor_, shift_);
         b = _mm512_fmadd_ps(b, factor_, shift_);
-        if (clamped) {
-            a = _mm512_max_ps(a, _mm512_set1_ps(kOne * 8));
-            b = _mm512_max_ps(b, _mm512_set1_ps(kOne * 8));
-        }
         return _mm512_mask_mov_epi16(_mm512_slli_epi32(_mm512_castps_si512(b), 16), 0x55555555,
                                      _mm512_castps_si512(a));
     }
 
-    // 2^(x + kScale) as bfloat16; if clamped 0 for x less than -kRange.
-    template <bool clamped>
+    // 2^(x + kScale) as bfloat16.
     [[gnu::always_inline]] __m512i rounded(__m512i words) const {
-        const __m512i place = _mm512_srli_epi16(words, 3);
-        const __m512i c = _mm512_maskz_permutex2var_epi8(0x5555555555555555, low_, place, high_);
-        const __m512i mantissa = _mm512_sub_epi16(words, c);
-        // The bits that come in from above make n + 64 the exponent.
-        const __m512i bias = _mm512_set1_epi16(2);
-        if (!clamped) return _mm512_shrdi_epi16(mantissa, bias, 3);
-        const __mmask32 in_range = _mm512_cmpge_epu16_mask(words, _mm512_set1_epi16(kOne));
-        return _mm512_maskz_shrdi_epi16(in_range, mantissa, bias, 3);
+        return _mm512_shrdi_epi16(mantissa(words), _mm512_set1_epi16(kBias), 3);
+    }
+    // The same where the mask says so, 0 elsewhere.
+    [[gnu::always_inline]] __m512i rounded(__m512i words, __mmask32 mask) const {
+        return _mm512_maskz_shrdi_epi16(mask, mantissa(words), _mm512_set1_epi16(kBias), 3);
     }
 
-    // What `rounded` is wrong by, exact - rounded, of words in 32-bit lanes.
+    // What `rounded` is wrong by, exact - rounded, of words in 32-bit lanes; 0 of a word 0, which is none.
     Vector<float> error(Vector<uint32_t> words) const {
         const Vector<float> x = __builtin_convertvector(words, Vector<float>) * (1.0f / kOne) - kZero;
         const Vector<float> exact = exp2<LongSeries>(x) * 0x1p64f;
-        const __m512i bits = rounded<true>(bit_cast<__m512i>(words));
+        const __m512i bits = rounded(bit_cast<__m512i>(words));
         const Vector<float> made = bit_cast<Vector<float>>(_mm512_slli_epi32(bits, 16));
-        return made == 0.0f ? Vector<float>{} : exact - made;
+        return words == 0 ? Vector<float>{} : exact - made;
     }
 
 private:
     static constexpr short kOne = 1024;
     // x = 0, and half of what is rounded away last.
     static constexpr float kZero = 63 + 4.0f / kOne;
+
+    // The bits that come in from above make n + 64 the exponent.
+    static constexpr short kBias = 2;
+
+    [[gnu::always_inline]] __m512i mantissa(__m512i words) const {
+        const __m512i place = _mm512_srli_epi16(words, 3);
+        return _mm512_sub_epi16(
+            words, _mm512_maskz_permutex2var_epi8(0x5555555555555555, low_, place, high_));
+    }
 
     // c(i / 128) in units of 2^-10, rounded so that errors have no mean.
     static const uint8_t* table() {
