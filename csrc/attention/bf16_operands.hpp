@@ -201,40 +201,49 @@ struct Bf16Engine {
         return bit_cast<Vector<float>>(
             _mm512_dpbf16_ps(bit_cast<__m512>(sums), (__m512bh)_mm512_load_si512(place), (__m512bh)ones));
     }
+    // Weights of a row of scores, by turns; they are added to a vector of sums, and the largest words kept.
+    // seen(): of a `hidden` row the columns that have a weight.
+    template <bool hidden, class Seen>
+    [[gnu::always_inline]] static void put_word_row(const float* scores, int64_t keys, const Exp2Words& exp2,
+                                                    const Seen& seen, float* sums, float* largest,
+                                                    bfloat16* out) {
+        const __m512i ones = _mm512_set1_epi16(0x3f80);
+        __m512 sum = _mm512_load_ps(sums);
+        __m512i top = _mm512_load_si512(largest), column{}, begin{}, end{};
+        if constexpr (hidden) {
+            const Columns columns = seen();
+            column = side_by_side();
+            begin = _mm512_set1_epi16(static_cast<short>(columns.begin));
+            end = _mm512_set1_epi16(static_cast<short>(columns.end));
+        }
+        for (int64_t j = 0; j < keys; j += 32) {
+            const __m512i x = exp2.words(_mm512_load_ps(scores + j), _mm512_load_ps(scores + j + 16));
+            __m512i weights;
+            if constexpr (hidden) {
+                const __mmask32 mask =
+                    _mm512_mask_cmplt_epu16_mask(_mm512_cmpge_epu16_mask(column, begin), column, end);
+                weights = exp2.rounded(x, mask);
+                top = _mm512_mask_max_epu16(top, mask, top, x);
+                column = _mm512_add_epi16(column, _mm512_set1_epi16(32));
+            } else {
+                weights = exp2.rounded(x);
+                top = _mm512_max_epu16(top, x);
+            }
+            _mm512_store_si512(out + j, weights);
+            sum = _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)ones);
+        }
+        _mm512_store_ps(sums, sum);
+        _mm512_store_si512(largest, top);
+    }
     // Weights of rows of scores as a left operand, by turns; each row's are added to a vector of sums, and
     // the largest words kept. seen(i): of `hidden` rows the columns that have a weight.
     template <bool hidden, class Seen>
     static void put_words(Block<float> scores, int64_t keys, int64_t rows, const Exp2Words& exp2,
                           const Seen& seen, float* sums, float* largest, bfloat16* out, int64_t stride) {
-        const __m512i ones = _mm512_set1_epi16(0x3f80);
-        for (int64_t i = 0; i < rows; ++i) {
-            const float* row = scores.data + i * scores.stride;
-            __m512 sum = _mm512_load_ps(sums + i * 16);
-            __m512i top = _mm512_load_si512(largest + i * 16), column = side_by_side(), begin{}, end{};
-            if constexpr (hidden) {
-                const Columns columns = seen(i);
-                begin = _mm512_set1_epi16(static_cast<short>(columns.begin));
-                end = _mm512_set1_epi16(static_cast<short>(columns.end));
-            }
-            for (int64_t j = 0; j < keys; j += 32) {
-                const __m512i x = exp2.words(_mm512_load_ps(row + j), _mm512_load_ps(row + j + 16));
-                __m512i weights;
-                if constexpr (hidden) {
-                    const __mmask32 mask = _mm512_mask_cmplt_epu16_mask(
-                        _mm512_cmpge_epu16_mask(column, begin), column, end);
-                    weights = exp2.rounded(x, mask);
-                    top = _mm512_mask_max_epu16(top, mask, top, x);
-                    column = _mm512_add_epi16(column, _mm512_set1_epi16(32));
-                } else {
-                    weights = exp2.rounded(x);
-                    top = _mm512_max_epu16(top, x);
-                }
-                _mm512_store_si512(out + i * stride + j, weights);
-                sum = _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)ones);
-            }
-            _mm512_store_ps(sums + i * 16, sum);
-            _mm512_store_si512(largest + i * 16, top);
-        }
+        for (int64_t i = 0; i < rows; ++i)
+            put_word_row<hidden>(
+                scores.data + i * scores.stride, keys, exp2, [&] { return seen(i); }, sums + i * 16,
+                largest + i * 16, out + i * stride);
         for (int64_t i = rows; i < round_up(rows, kRowStep); ++i)
             std::memset(out + i * stride, 0, static_cast<size_t>(keys) * sizeof(bfloat16));
     }

@@ -25,7 +25,6 @@ void run_parts(const AttentionParams& p, const std::vector<Part>& parts) {
             const int64_t after = next();
             return after < count ? &parts[after] : nullptr;
         });
-        end_streams();
     });
 }
 

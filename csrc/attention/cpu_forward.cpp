@@ -419,7 +419,6 @@ void attention_forward(const AttentionParams& p) {
         const auto tasks = query_tasks(p, E::kQueries * kBlocksTogether);
         parallel_for(static_cast<int64_t>(tasks.size()), p.threads, [&](int64_t task) {
             Forward<E>(p, tasks[task]).run();
-            end_streams();
         });
     });
 }

@@ -53,6 +53,11 @@ inline int64_t round_up(int64_t n, int64_t step) {
     return ceil_div(n, step) * step;
 }
 
+// Columns of a block, from begin to before end; none where that is not more.
+struct Columns {
+    int64_t begin, end;
+};
+
 // What is known of rows that were packed.
 template <class C>
 struct Packed {

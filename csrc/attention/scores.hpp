@@ -18,11 +18,6 @@ struct BlockPlace {
     int64_t first_key, keys;  // keys: columns that are computed, some of them perhaps beyond the last key
 };
 
-// Columns of a block, from begin to before end; none where that is not more.
-struct Columns {
-    int64_t begin, end;
-};
-
 // Scores are counted in units in which the exponential is cheapest: bits, or natural units where their
 // rounding would show.
 template <class T, bool bits = sizeof(T) == 2>

@@ -137,7 +137,6 @@ void transposed_copy(const CopyParams& p) {
                     turn_columns<false, From, To>(p, matrix, first, last);
                 piece += count;
             }
-            if (streaming) end_streams();
         });
     });
 }

@@ -48,6 +48,15 @@ private:
     uint64_t saved_;
 };
 
+// At its end whatever this thread streamed past the caches can be seen by the other threads.
+struct StreamsEnd {
+    ~StreamsEnd() {
+#if defined(__SSE2__)
+        _mm_sfence();
+#endif
+    }
+};
+
 // An OpenMP team started in a forked child (a DataLoader worker) hangs: its threads stayed in the parent.
 inline bool& in_forked_child() {
     static bool forked = false;
@@ -66,6 +75,7 @@ void parallel_for(int64_t tasks, int64_t threads, const Body& body) {
     if (threads <= 1 || tasks <= 1 || in_forked_child()) {
         FlushDenormals flush;
         Workspace::Use workspace;
+        StreamsEnd streams;
         for (int64_t task = 0; task < tasks; ++task) body(task);
         return;
     }
@@ -83,7 +93,8 @@ void parallel_for(int64_t tasks, int64_t threads, const Body& body) {
         {
             FlushDenormals flush;
             Workspace::Use workspace;
-#pragma omp for schedule(static, 1)
+            StreamsEnd streams;
+#pragma omp for schedule(static, 1) nowait
             for (int64_t task = 0; task < tasks; ++task) guarded(task);
         }
     } else {
@@ -91,7 +102,8 @@ void parallel_for(int64_t tasks, int64_t threads, const Body& body) {
         {
             FlushDenormals flush;
             Workspace::Use workspace;
-#pragma omp for schedule(dynamic, 1)
+            StreamsEnd streams;
+#pragma omp for schedule(dynamic, 1) nowait
             for (int64_t task = 0; task < tasks; ++task) guarded(task);
         }
     }

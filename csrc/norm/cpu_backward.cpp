@@ -174,7 +174,6 @@ void norm_backward(const NormParams& p) {
                                 backward_rows<T, S, with_mean, false, count>(p, row, scratch, dweight, dbias);
                             });
             }
-            end_streams();
         });
         if (p.dweight != nullptr) sum_chunks<C>(p, 0, in_pairs, p.dweight);
         if (p.dbias != nullptr) sum_chunks<C>(p, 1, in_pairs, p.dbias);

@@ -125,7 +125,6 @@ void norm_forward(const NormParams& p) {
             for_rows<T>(p, task * rows_per_task, end, [&](int64_t row, auto rows) {
                 forward_rows<T, S, decltype(centred)::value, decltype(rows)::value>(p, row, scratch);
             });
-            end_streams();
         });
     });
 }

@@ -59,9 +59,9 @@ inline void amx_load_left(Bf16Rows left, int64_t at) {
     tile_load<4>(left.upper + at, left.stride * 2);
     tile_load<5>(left.lower + at, left.stride * 2);
 }
-inline void amx_load_right(const bfloat16* right, int64_t column_stride) {
-    tile_load<6>(right, kTileRowBytes);
-    tile_load<7>(right + column_stride, kTileRowBytes);
+template<bool once=false> inline void amx_load_right(const bfloat16* right, int64_t column_stride) {
+    tile_load<6, once>(right, kTileRowBytes);
+    tile_load<7, once>(right + column_stride, kTileRowBytes);
 }
 inline void amx_multiply() {
     tile_product<0, 4, 6>();
@@ -71,13 +71,13 @@ inline void amx_multiply() {
 }
 
 // Tiles 0 to 3 += the product over a depth of 32.
-template <int parts>
+template <int parts, bool once>
 inline void amx_step(Bf16Rows left, const bfloat16* right, int64_t column_stride) {
     if constexpr (parts == 1) {
         tile_load<4>(left.upper, left.stride * 2);
-        tile_load<6>(right, kTileRowBytes);
+        tile_load<6, once>(right, kTileRowBytes);
         tile_product<0, 4, 6>();
-        tile_load<7>(right + column_stride, kTileRowBytes);
+        tile_load<7, once>(right + column_stride, kTileRowBytes);
         tile_product<1, 4, 7>();
         tile_load<5>(left.lower, left.stride * 2);
         tile_product<2, 5, 6>();
@@ -103,7 +103,7 @@ inline void amx_step(Bf16Rows left, const bfloat16* right, int64_t column_stride
 }
 
 // sums = left right over `steps` times 32 of the depth, or += with `accumulate`: they stay in four tiles.
-template <int parts>
+template <int parts, bool once = true>
 inline void bf16_block(Bf16Rows left, Bf16Right right, int64_t steps, const Bf16Sums& sums, bool accumulate) {
     const int64_t bytes = sums.stride * 4;
     if (accumulate) {
@@ -118,7 +118,7 @@ inline void bf16_block(Bf16Rows left, Bf16Right right, int64_t steps, const Bf16
         tile_zero<3>();
     }
     for (int64_t step = 0; step < steps; ++step, right.data += right.depth_stride) {
-        amx_step<parts>(left, right.data, right.column_stride);
+        amx_step<parts, once>(left, right.data, right.column_stride);
         left.upper += left.depth_stride;
         left.lower += left.depth_stride;
     }
@@ -167,7 +167,7 @@ inline void bf16_pair_rows(const bfloat16* left, int64_t stride, int64_t depth_s
 }
 
 // sums = left right over `steps` times 32 of the depth, or += with `accumulate`.
-template <int parts>
+template <int parts, bool once = true>
 inline void bf16_block(Bf16Rows left, Bf16Right right, int64_t steps, const Bf16Sums& sums, bool accumulate) {
     static_assert(parts == 1);
     for (int64_t row = 0; row < 32; row += kPairRows) {
@@ -190,7 +190,9 @@ inline void bf16_product(Bf16Left a, Bf16Right b, int64_t rows, int64_t columns,
         for (int64_t i = 0; i < rows; i += 32) {
             const bfloat16* left = a.data + i * a.stride;
             float *const above = c + i * c_stride + j, *const below = above + 16 * c_stride;
-            bf16_block<parts>({left, left + 16 * a.stride, a.stride, 32 * parts}, b, depth / 32,
+            if (rows == 32) bf16_block<parts, true>({left, left + 16 * a.stride, a.stride, 32 * parts}, b, depth / 32,
+                              {{above, above + 16, below, below + 16}, c_stride}, accumulate);
+            else bf16_block<parts, false>({left, left + 16 * a.stride, a.stride, 32 * parts}, b, depth / 32,
                               {{above, above + 16, below, below + 16}, c_stride}, accumulate);
         }
 }

@@ -305,8 +305,8 @@ constexpr bool kStreams = true;
 constexpr bool kStreams = false;
 #endif
 // A vector past the caches: for what they would not hold until it is read. What else belongs to its cache
-// line must follow at once. Where there is no such store it is an ordinary one. Before another thread reads
-// it, end_streams.
+// line must follow at once. Where there is no such store it is an ordinary one. Other threads see it at the
+// end of the loop over tasks.
 inline void stream_vector(void* place, const void* vector) {
 #if defined(__AVX512F__)
     _mm512_stream_si512(static_cast<__m512i*>(place), *static_cast<const __m512i*>(vector));
@@ -334,11 +334,6 @@ inline void stream(T* p, Vector<Compute<T>> v) {
         std::memcpy(p, narrow, sizeof narrow);
 #endif
     }
-}
-inline void end_streams() {
-#if defined(__AVX2__)
-    _mm_sfence();
-#endif
 }
 // Whether rows of so many bytes, one behind the other from `place` on, are whole lines that can be streamed.
 inline bool streams_to(const void* place, int64_t row_bytes) {
