@@ -334,13 +334,22 @@ private:
 
     void pack_queries(int64_t head, int64_t query, int64_t count) {
         const int64_t padded_count = round_up(count, E::kRowStep), row = s_.first_query + query;
+        q_rows_ = q_; dout_rows_ = dout_;
+        const auto qm = matrix(p_.q, p_.q_strides, head, row), dm = matrix(p_.dout, p_.dout_strides, head, row);
+        if constexpr (std::is_same_v<T, Operand>) {
+            if (qm.row_stride == D_ && dm.row_stride == D_ && qm.column_stride == 1 && dm.column_stride == 1 && D_ % 32 == 0 && count == padded_count) {
+                q_rows_ = qm.data; dout_rows_ = dm.data; queries_finite_ = true;
+            }
+        }
+        if (q_rows_ == q_) {
         queries_finite_ =
-            E::template pack_left<false>(matrix(p_.q, p_.q_strides, head, row), count, D_, padded_count, q_)
+            E::template pack_left<false>(qm, count, D_, padded_count, q_)
                 .finite;
-        E::template pack_left<false>(matrix(p_.dout, p_.dout_strides, head, row), count, D_, padded_count,
+        E::template pack_left<false>(dm, count, D_, padded_count,
                                      dout_);
-        q_transposed_ = E::left_transposed(q_, padded_count, D_, q_scratch_);
-        dout_transposed_ = E::left_transposed(dout_, padded_count, D_, dout_scratch_);
+        }
+        q_transposed_ = E::left_transposed(q_rows_, padded_count, D_, q_scratch_);
+        dout_transposed_ = E::left_transposed(dout_rows_, padded_count, D_, dout_scratch_);
         const C* lse = static_cast<const C*>(p_.lse) + (s_.batch * p_.heads + head) * p_.n_q + row;
         const C* delta = delta_of(head, query);
         for (int64_t i = 0; i < padded_count; ++i) {
@@ -402,9 +411,9 @@ private:
     bool strip(const ScoreRows<T>& score_rows, const Dropout<C>& dropout, int64_t head, int64_t row,
                int64_t j, const BlockPlace& at) {
         const int64_t rows = round_up(at.queries, E::kRowStep);
-        E::product(E::left(q_ + row * width_, D_), E::right_transposed(k_transposed_, j, D_), rows, at.keys,
+        E::product(E::left(q_rows_ + row * width_, D_), E::right_transposed(k_transposed_, j, D_), rows, at.keys,
                    D_, scores_, false);
-        E::product(E::left(dout_ + row * width_, D_), E::right_transposed(v_transposed_, j, D_), rows,
+        E::product(E::left(dout_rows_ + row * width_, D_), E::right_transposed(v_transposed_, j, D_), rows,
                    at.keys, D_, dweights_, false);
         C factor = static_cast<C>(p_.softmax_scale * Exp::unit);
         const bool sloped = p_.softcap > 0;
@@ -441,41 +450,61 @@ private:
     template <bool masked, bool all>
     void gradients(const ScoreRows<T>& score_rows, const Dropout<C>& dropout, int64_t head, int64_t row,
                    int64_t column, const BlockPlace& at, C factor) {
-        const int64_t rows = round_up(at.queries, E::kRowStep);
+        const int64_t rows = round_up(at.queries, E::kRowStep), keys = at.keys;
         const C scale = dropout.scale();
         const bool drops = all && p_.dropout_threshold > 0;
         constexpr int64_t bits_stride = E::kStrip + Dropout<C>::kChunk;
+        // In bfloat16 the weights are rounded next. Not where something is made of them in C.
+        constexpr bool rounds = !all && std::is_same_v<T, bfloat16>;
+        const bool dk = part_.dk, dv = part_.dv, dq = part_.dq;
+        Operand *const weights_block = weights_, *const dscores_block = dscores_,
+                *const left = dscores_left_ + E::kParts * column;
         for (int64_t i = 0; i < rows; i += 2) {
             if (drops)
                 for (int64_t r = 0; r < 2; ++r)
-                    dropout.draw(at.first_query + i + r, at.first_key, at.keys, bits_ + r * bits_stride);
-            for (int64_t j = 0; j < at.keys; j += 2 * lanes) {
+                    dropout.draw(at.first_query + i + r, at.first_key, keys, bits_ + r * bits_stride);
+            const C *const scores = scores_.data + i * kScoreStride, *const lse = lse_ + row + i,
+                           *const delta = delta_ + row + i;
+            C* const dweights = dweights_.data + i * kScoreStride;
+            for (int64_t j = 0; j < keys; j += 2 * lanes) {
                 Vector<C> weights[4], dscores[4];
 #pragma GCC unroll 4
                 for (int n = 0; n < 4; ++n) {
-                    const int64_t r = i + n / 2, place = r * kScoreStride + j + n % 2 * lanes;
-                    const Vector<C> score = load(scores_.data + place);
-                    Vector<C> weight = Exp::of(score * factor - lse_[row + r], C(1));
+                    const int64_t r = n / 2, place = r * kScoreStride + j + n % 2 * lanes;
+                    const Vector<C> score = load(scores + place), bits = score * factor - lse[r];
+                    Vector<C> weight;
+                    if constexpr (rounds)
+                        weight = exp2<3>(bits);
+                    else
+                        weight = Exp::of(bits, C(1));
                     // Also in a row whose lse is NaN.
                     if (masked) weight = score == -infinity ? Vector<C>{} : weight;
-                    Vector<C> dweight = load(dweights_.data + place);
+                    Vector<C> dweight = load(dweights + place);
                     Vector<C> kept = weight;
                     if (drops) {
-                        const uint16_t* bits = bits_ + n / 2 * bits_stride + j + n % 2 * lanes;
-                        const Vector<C> keep = dropout.keep(broadcast(scale), bits);
+                        const uint16_t* drawn = bits_ + r * bits_stride + j + n % 2 * lanes;
+                        const Vector<C> keep = dropout.keep(broadcast(scale), drawn);
                         kept = weight * keep;
                         dweight = dweight * keep;
                     }
-                    Vector<C> dscore = weight * (dweight - delta_[row + r]);
+                    Vector<C> dscore = weight * (dweight - delta[r]);
                     if (masked) dscore = weight == 0 ? Vector<C>{} : dscore;
-                    if (all) store(dweights_.data + place, dscore);
+                    if (all) store(dweights + place, dscore);
                     if (all && p_.softcap > 0)
-                        dscore = weight == 0 ? Vector<C>{} : dscore * load(slopes_.data + place);
+                        dscore = weight == 0 ? Vector<C>{}
+                                             : dscore * load(slopes_.data + i * kScoreStride + place);
                     weights[n] = kept;
                     dscores[n] = dscore;
                 }
-                if (part_.dv) E::put_right(weights_, kRightStride, row + i, column + j, weights);
-                put_dscores(row + i, column + j, dscores);
+                if (dv) E::put_right(weights_block, kRightStride, row + i, column + j, weights);
+                if (dk || (E::kOneLayout && dq))
+                    E::put_right(dscores_block, kRightStride, row + i, column + j, dscores);
+                if constexpr (!E::kOneLayout)
+                    if (dq) {
+                        Operand* const place = left + (row + i) * kLeftStride + E::kParts * j;
+                        E::put_left(place, dscores[0], dscores[1]);
+                        E::put_left(place + kLeftStride, dscores[2], dscores[3]);
+                    }
             }
             ahead_.ask(lines_at_a_time_);
         }
@@ -484,17 +513,6 @@ private:
             score_rows.add_relative_gradient(dweights_, at,
                                              static_cast<double*>(p_.drelative_bias) +
                                                  (s_.index * p_.heads + head) * (2 * p_.relative_radius + 1));
-    }
-
-    void put_dscores(int64_t row, int64_t column, const Vector<C> dscores[4]) {
-        if (part_.dk || (E::kOneLayout && part_.dq))
-            E::put_right(dscores_, kRightStride, row, column, dscores);
-        if constexpr (!E::kOneLayout)
-            if (part_.dq) {
-                Operand* place = dscores_left_ + row * kLeftStride + E::kParts * column;
-                E::put_left(place, dscores[0], dscores[1]);
-                E::put_left(place + kLeftStride, dscores[2], dscores[3]);
-            }
     }
 
     // Rows of keys out of their transposed sums.
@@ -522,6 +540,7 @@ private:
     int64_t queries_, first_key_ = 0, keys_ = 0, summed_keys_ = 0;
     bool many_key_blocks_, last_keys_ = false, keys_finite_ = true, queries_finite_ = true;
     Operand *k_transposed_, *v_transposed_, *k_rows_, *k_clean_;  // the packed keys
+    const Operand *q_rows_, *dout_rows_;
     Operand *q_, *q_clean_, *dout_, *q_scratch_, *dout_scratch_;  // a block of queries
     typename E::Left q_transposed_{}, dout_transposed_{};
     Operand *weights_, *dscores_, *dscores_left_;  // (queries, keys)

@@ -511,29 +511,6 @@ inline Vector<C> exp(Vector<C> x) {
     return taylor<C, 0, degree>(r) * scale;
 }
 
-// 2^x to 2e-7, relative; x may be -inf (0) or NaN, and from 2^-126 down the result is 0.
-inline Vector<float> exp2(Vector<float> x) {
-    // The polynomial of degree 5 on [0, 1) with the smallest relative error, 8.2e-8, of those that give
-    // exactly 1 for 0.
-    constexpr float c0 = 1.0f, c1 = 0x1.62e4bap-1f, c2 = 0x1.ebdb6ap-3f, c3 = 0x1.c91c10p-5f,
-                    c4 = 0x1.277c1cp-7f, c5 = 0x1.e96910p-10f;
-#if defined(__AVX512DQ__)
-    const __m512 v = bit_cast<__m512>(x);
-    // x - floor(x), and at the end times 2^floor(x).
-    const Vector<float> r =
-        bit_cast<Vector<float>>(_mm512_reduce_ps(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
-    const Vector<float> p = ((((c5 * r + c4) * r + c3) * r + c2) * r + c1) * r + c0;
-    return bit_cast<Vector<float>>(_mm512_scalef_ps(bit_cast<__m512>(p), v));
-#else
-    x = max(broadcast(-126.75f), x);                     // whose n below is -127, and the scale 0
-    const Vector<float> shifted = x - 0.5f + 0x1.8p23f;  // the nearest integer to x - 1/2 in the last bits
-    const Vector<float> r = x - (shifted - 0x1.8p23f);
-    const Vector<float> p = ((((c5 * r + c4) * r + c3) * r + c2) * r + c1) * r + c0;
-    const Vector<int32_t> n = bit_cast<Vector<int32_t>>(shifted) - bit_cast<int32_t>(0x1.8p23f);
-    return p * bit_cast<Vector<float>>((n + 127) << 23);
-#endif
-}
-
 // The natural logarithm of x >= 0: -inf of 0, NaN of NaN, to a unit or two in the last place.
 template <class C>
 inline Vector<C> log(Vector<C> x) {
