@@ -285,7 +285,8 @@ private:
             begin_sums(first);
             if (part_.dv) add_to_sums(dv_, dout_transposed_, weights_, first, keys, depth);
             if (part_.dk) {
-                const auto q = masked && !queries_finite_ ? clean_queries(count) : q_transposed_;
+                const bool cleans = masked && !E::finite_left(q_rows_, depth, D_);
+                const auto q = cleans ? clean_queries(count) : q_transposed_;
                 add_to_sums(dk_, q, dscores_, first, keys, depth);
             }
             summed_keys_ = std::max(summed_keys_, first + keys);
@@ -334,20 +335,13 @@ private:
 
     void pack_queries(int64_t head, int64_t query, int64_t count) {
         const int64_t padded_count = round_up(count, E::kRowStep), row = s_.first_query + query;
-        q_rows_ = q_; dout_rows_ = dout_;
-        const auto qm = matrix(p_.q, p_.q_strides, head, row), dm = matrix(p_.dout, p_.dout_strides, head, row);
-        if constexpr (std::is_same_v<T, Operand>) {
-            if (qm.row_stride == D_ && dm.row_stride == D_ && qm.column_stride == 1 && dm.column_stride == 1 && D_ % 32 == 0 && count == padded_count) {
-                q_rows_ = qm.data; dout_rows_ = dm.data; queries_finite_ = true;
-            }
-        }
-        if (q_rows_ == q_) {
-        queries_finite_ =
-            E::template pack_left<false>(qm, count, D_, padded_count, q_)
-                .finite;
-        E::template pack_left<false>(dm, count, D_, padded_count,
-                                     dout_);
-        }
+        auto rows = [&](const void* tensor, const Strides& strides, Operand* room) {
+            return E::template as_left<false>(matrix(tensor, strides, head, row), count, D_, padded_count,
+                                              room)
+                .data;
+        };
+        q_rows_ = rows(p_.q, p_.q_strides, q_);
+        dout_rows_ = rows(p_.dout, p_.dout_strides, dout_);
         q_transposed_ = E::left_transposed(q_rows_, padded_count, D_, q_scratch_);
         dout_transposed_ = E::left_transposed(dout_rows_, padded_count, D_, dout_scratch_);
         const C* lse = static_cast<const C*>(p_.lse) + (s_.batch * p_.heads + head) * p_.n_q + row;
@@ -365,7 +359,7 @@ private:
 
     typename E::Left clean_queries(int64_t count) {
         const int64_t rows = round_up(count, E::kRowStep);
-        std::copy_n(q_, rows * width_, q_clean_);
+        std::copy_n(q_rows_, rows * width_, q_clean_);
         E::clear_left(q_clean_, rows, D_);
         return E::left_transposed(q_clean_, rows, D_, q_scratch_);
     }
@@ -411,8 +405,8 @@ private:
     bool strip(const ScoreRows<T>& score_rows, const Dropout<C>& dropout, int64_t head, int64_t row,
                int64_t j, const BlockPlace& at) {
         const int64_t rows = round_up(at.queries, E::kRowStep);
-        E::product(E::left(q_rows_ + row * width_, D_), E::right_transposed(k_transposed_, j, D_), rows, at.keys,
-                   D_, scores_, false);
+        E::product(E::left(q_rows_ + row * width_, D_), E::right_transposed(k_transposed_, j, D_), rows,
+                   at.keys, D_, scores_, false);
         E::product(E::left(dout_rows_ + row * width_, D_), E::right_transposed(v_transposed_, j, D_), rows,
                    at.keys, D_, dweights_, false);
         C factor = static_cast<C>(p_.softmax_scale * Exp::unit);
@@ -454,11 +448,9 @@ private:
         const C scale = dropout.scale();
         const bool drops = all && p_.dropout_threshold > 0;
         constexpr int64_t bits_stride = E::kStrip + Dropout<C>::kChunk;
-        // In bfloat16 the weights are rounded next. Not where something is made of them in C.
-        constexpr bool rounds = !all && std::is_same_v<T, bfloat16>;
         const bool dk = part_.dk, dv = part_.dv, dq = part_.dq;
         Operand *const weights_block = weights_, *const dscores_block = dscores_,
-                *const left = dscores_left_ + E::kParts * column;
+                       *const left = dscores_left_ + E::kParts * column;
         for (int64_t i = 0; i < rows; i += 2) {
             if (drops)
                 for (int64_t r = 0; r < 2; ++r)
@@ -471,19 +463,15 @@ private:
 #pragma GCC unroll 4
                 for (int n = 0; n < 4; ++n) {
                     const int64_t r = n / 2, place = r * kScoreStride + j + n % 2 * lanes;
-                    const Vector<C> score = load(scores + place), bits = score * factor - lse[r];
-                    Vector<C> weight;
-                    if constexpr (rounds)
-                        weight = exp2<3>(bits);
-                    else
-                        weight = Exp::of(bits, C(1));
+                    const Vector<C> score = load(scores + place);
+                    Vector<C> weight = Exp::of(score * factor - lse[r], C(1));
                     // Also in a row whose lse is NaN.
                     if (masked) weight = score == -infinity ? Vector<C>{} : weight;
                     Vector<C> dweight = load(dweights + place);
                     Vector<C> kept = weight;
                     if (drops) {
-                        const uint16_t* drawn = bits_ + r * bits_stride + j + n % 2 * lanes;
-                        const Vector<C> keep = dropout.keep(broadcast(scale), drawn);
+                        const uint16_t* bits = bits_ + r * bits_stride + j + n % 2 * lanes;
+                        const Vector<C> keep = dropout.keep(broadcast(scale), bits);
                         kept = weight * keep;
                         dweight = dweight * keep;
                     }
@@ -538,10 +526,10 @@ private:
     const Sequence s_;
     const int64_t D_, width_, columns_;  // width_: of a packed row
     int64_t queries_, first_key_ = 0, keys_ = 0, summed_keys_ = 0;
-    bool many_key_blocks_, last_keys_ = false, keys_finite_ = true, queries_finite_ = true;
+    bool many_key_blocks_, last_keys_ = false, keys_finite_ = true;
     Operand *k_transposed_, *v_transposed_, *k_rows_, *k_clean_;  // the packed keys
-    const Operand *q_rows_, *dout_rows_;
-    Operand *q_, *q_clean_, *dout_, *q_scratch_, *dout_scratch_;  // a block of queries
+    Operand *q_, *q_clean_, *dout_, *q_scratch_, *dout_scratch_;  // room for a block of queries
+    const Operand *q_rows_ = nullptr, *dout_rows_ = nullptr;      // left operands
     typename E::Left q_transposed_{}, dout_transposed_{};
     Operand *weights_, *dscores_, *dscores_left_;  // (queries, keys)
     Block<C> dk_{}, dv_{};                         // (D, keys)

@@ -37,7 +37,7 @@ struct Bf16Engine {
     static int64_t width(int64_t D) { return kParts * round_up(D, 32); }
     static int64_t columns(int64_t D) { return round_up(D, 32); }
 
-    template <bool norms = true>
+    template <bool norms = true, bool stores = true>
     static Packed<float> pack_left(Matrix<const T> from, int64_t rows, int64_t D, int64_t padded_rows,
                                    bfloat16* to) {
         Facts facts;
@@ -56,7 +56,7 @@ struct Bf16Engine {
                 for (int64_t d = 0; d < D; d += 32) {
                     __m512i v[kParts];
                     bf16_load_row(row, d, D, v);
-                    for (int64_t p = 0; p < kParts; ++p)
+                    for (int64_t p = 0; p < kParts && stores; ++p)
                         _mm512_store_si512(to + (i + r) * width(D) + group(d) + 32 * p, v[p]);
                     facts.element(v[0]);
                     if (norms) sum = _mm512_dpbf16_ps(sum, (__m512bh)v[0], (__m512bh)v[0]);
@@ -70,6 +70,24 @@ struct Bf16Engine {
             facts.square(square);
         }
         return facts.packed();
+    }
+
+    template <bool norms>
+    static LeftRows<bfloat16, float> as_left(Matrix<const T> from, int64_t rows, int64_t D,
+                                             int64_t padded_rows, bfloat16* to) {
+        if constexpr (kParts == 1)
+            if (from.column_stride == 1 && from.row_stride == width(D) && D % 32 == 0 &&
+                rows == padded_rows) {
+                if (!norms) return {from.data, {}};
+                return {from.data, pack_left<true, false>(from, rows, D, rows, nullptr)};
+            }
+        const auto facts = pack_left<norms>(from, rows, D, padded_rows, to);
+        return {to, facts};
+    }
+    static bool finite_left(const bfloat16* left, int64_t rows, int64_t D) {
+        Facts facts;
+        for (int64_t i = 0; i < rows * width(D); i += 32) facts.element(_mm512_loadu_si512(left + i));
+        return facts.packed().finite;
     }
 
     static Left left(const bfloat16* packed, int64_t D) { return {packed, width(D)}; }
@@ -88,7 +106,7 @@ struct Bf16Engine {
                     const bfloat16* from = left + i * width(D) + group(d) + 32 * part;
                     bfloat16* place = to + d * stride + group(i) + 32 * part;
                     bf16_transpose(
-                        [&](int row) { return _mm512_load_si512(from + row * width(D)); },
+                        [&](int row) { return _mm512_loadu_si512(from + row * width(D)); },
                         [&](int column, __m512i row) { _mm512_store_si512(place + column * stride, row); });
                 }
         return {to, stride};

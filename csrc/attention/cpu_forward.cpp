@@ -100,6 +100,7 @@ public:
 private:
     // A block of queries: which of the rows held together it is.
     struct QueryBlock {
+        const Operand* q;
         int64_t row, first_query, queries;
         C largest_square;
         bool bounded = false, begun = false;
@@ -120,10 +121,11 @@ private:
         int64_t count = 0;
         for (int64_t row = 0; row < queries; row += E::kQueries, ++count) {
             const int64_t n = std::min(E::kQueries, queries - row);
-            const auto facts = E::pack_left({q.row(row), q.row_stride, q.column_stride}, n, D_,
-                                            round_up(n, E::kRowStep), q_ + row * width_);
+            const auto [rows, facts] =
+                E::template as_left<true>({q.row(row), q.row_stride, q.column_stride}, n, D_,
+                                          round_up(n, E::kRowStep), q_ + row * width_);
             const C largest_square = facts.finite ? facts.largest_square : infinity;
-            blocks[count] = {row, first_query + row, n, largest_square};
+            blocks[count] = {rows, row, first_query + row, n, largest_square};
             start(head, blocks[count]);
         }
         const Band& band = score_rows.band();
@@ -237,7 +239,7 @@ private:
     // The weights of a block of queries for some keys, as a left operand.
     void weigh(const ScoreRows<T>& score_rows, const Dropout<C>& dropout, const QueryBlock& b, int64_t first,
                int64_t keys, Operand* out) {
-        E::product(E::left(q_ + b.row * width_, D_), E::right_transposed(k_, first - packed_from_, D_),
+        E::product(E::left(b.q, D_), E::right_transposed(k_, first - packed_from_, D_),
                    round_up(b.queries, E::kRowStep), keys, D_, scores_, false);
         const BlockPlace at{b.first_query, b.queries, first, keys};
         if (score_rows.adjusts()) score_rows.adjust(scores_, at);
@@ -417,9 +419,8 @@ void attention_forward(const AttentionParams& p) {
     with_engine(static_cast<Dtype>(p.dtype), [&](auto engine) {
         using E = typename decltype(engine)::type;
         const auto tasks = query_tasks(p, E::kQueries * kBlocksTogether);
-        parallel_for(static_cast<int64_t>(tasks.size()), p.threads, [&](int64_t task) {
-            Forward<E>(p, tasks[task]).run();
-        });
+        parallel_for(static_cast<int64_t>(tasks.size()), p.threads,
+                     [&](int64_t task) { Forward<E>(p, tasks[task]).run(); });
     });
 }
 

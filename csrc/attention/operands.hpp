@@ -72,6 +72,12 @@ struct Packed {
     }
 };
 
+template <class Operand, class C>
+struct LeftRows {
+    const Operand* data;
+    Packed<C> facts;
+};
+
 template <class T_>
 struct VectorEngine {
     using T = T_;
@@ -134,6 +140,13 @@ struct VectorEngine {
         return packed;
     }
 
+    // The same, or the rows where they lie if they are a left operand.
+    template <bool norms>
+    static LeftRows<C, C> as_left(Matrix<const T> from, int64_t rows, int64_t D, int64_t padded_rows, C* to) {
+        const auto facts = pack_left<norms>(from, rows, D, padded_rows, to);
+        return {to, facts};
+    }
+
     static Left left(const C* packed, int64_t D) { return {packed, width(D), 1}; }
     static Left scores_left(const C* block, int64_t stride) { return {block, stride, 1}; }
     static Right scores_right(const C* block, int64_t stride) { return {const_cast<C*>(block), stride}; }
@@ -186,6 +199,11 @@ struct VectorEngine {
     }
     static Right right_column(Right right, int64_t j) { return {right.data + j, right.stride}; }
 
+    static bool finite_left(const C* left, int64_t rows, int64_t D) {
+        Vector<C> odd{};
+        for (int64_t i = 0; i < rows * width(D); i += kLanes<C>) odd += load(left + i) * C(0);
+        return sum<C>(odd) == 0;
+    }
     // 0 for what is not finite.
     static void clear_left(C* left, int64_t rows, int64_t D) {
         const Block<C> block{left, width(D)};

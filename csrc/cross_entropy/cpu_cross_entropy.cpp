@@ -17,6 +17,7 @@
 
 #include "core/parallel_for.hpp"
 #include "cross_entropy/cpu.hpp"
+#include "simd/elementary.hpp"
 #include "simd/tanh.hpp"
 
 namespace lmkern {

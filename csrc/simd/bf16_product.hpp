@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "simd/amx.hpp"
 #include "simd/transpose.hpp"
@@ -59,9 +60,9 @@ inline void amx_load_left(Bf16Rows left, int64_t at) {
     tile_load<4>(left.upper + at, left.stride * 2);
     tile_load<5>(left.lower + at, left.stride * 2);
 }
-template<bool once=false> inline void amx_load_right(const bfloat16* right, int64_t column_stride) {
-    tile_load<6, once>(right, kTileRowBytes);
-    tile_load<7, once>(right + column_stride, kTileRowBytes);
+inline void amx_load_right(const bfloat16* right, int64_t column_stride) {
+    tile_load<6>(right, kTileRowBytes);
+    tile_load<7>(right + column_stride, kTileRowBytes);
 }
 inline void amx_multiply() {
     tile_product<0, 4, 6>();
@@ -103,7 +104,8 @@ inline void amx_step(Bf16Rows left, const bfloat16* right, int64_t column_stride
 }
 
 // sums = left right over `steps` times 32 of the depth, or += with `accumulate`: they stay in four tiles.
-template <int parts, bool once = true>
+// once: the right tiles are not read again soon, and leave the nearest cache to what is.
+template <int parts, bool once = false>
 inline void bf16_block(Bf16Rows left, Bf16Right right, int64_t steps, const Bf16Sums& sums, bool accumulate) {
     const int64_t bytes = sums.stride * 4;
     if (accumulate) {
@@ -167,7 +169,7 @@ inline void bf16_pair_rows(const bfloat16* left, int64_t stride, int64_t depth_s
 }
 
 // sums = left right over `steps` times 32 of the depth, or += with `accumulate`.
-template <int parts, bool once = true>
+template <int parts, bool once = false>
 inline void bf16_block(Bf16Rows left, Bf16Right right, int64_t steps, const Bf16Sums& sums, bool accumulate) {
     static_assert(parts == 1);
     for (int64_t row = 0; row < 32; row += kPairRows) {
@@ -186,15 +188,20 @@ inline void bf16_block(Bf16Rows left, Bf16Right right, int64_t steps, const Bf16
 template <int parts>
 inline void bf16_product(Bf16Left a, Bf16Right b, int64_t rows, int64_t columns, int64_t depth, float* c,
                          int64_t c_stride, bool accumulate) {
-    for (int64_t j = 0; j < columns; j += 32, b.data += b.pair_stride)
-        for (int64_t i = 0; i < rows; i += 32) {
-            const bfloat16* left = a.data + i * a.stride;
-            float *const above = c + i * c_stride + j, *const below = above + 16 * c_stride;
-            if (rows == 32) bf16_block<parts, true>({left, left + 16 * a.stride, a.stride, 32 * parts}, b, depth / 32,
-                              {{above, above + 16, below, below + 16}, c_stride}, accumulate);
-            else bf16_block<parts, false>({left, left + 16 * a.stride, a.stride, 32 * parts}, b, depth / 32,
-                              {{above, above + 16, below, below + 16}, c_stride}, accumulate);
-        }
+    auto product = [&](auto once) {
+        for (int64_t j = 0; j < columns; j += 32, b.data += b.pair_stride)
+            for (int64_t i = 0; i < rows; i += 32) {
+                const bfloat16* left = a.data + i * a.stride;
+                float *const above = c + i * c_stride + j, *const below = above + 16 * c_stride;
+                bf16_block<parts, once.value>({left, left + 16 * a.stride, a.stride, 32 * parts}, b,
+                                              depth / 32, {{above, above + 16, below, below + 16}, c_stride},
+                                              accumulate);
+            }
+    };
+    if (parts == 1 && rows == 32)
+        product(std::true_type());
+    else
+        product(std::false_type());
 }
 
 // The upper halves of the lanes.

@@ -67,8 +67,8 @@ private:
 
     [[gnu::always_inline]] __m512i mantissa(__m512i words) const {
         const __m512i place = _mm512_srli_epi16(words, 3);
-        return _mm512_sub_epi16(
-            words, _mm512_maskz_permutex2var_epi8(0x5555555555555555, low_, place, high_));
+        return _mm512_sub_epi16(words,
+                                _mm512_maskz_permutex2var_epi8(0x5555555555555555, low_, place, high_));
     }
 
     // c(i / 128) in units of 2^-10, rounded so that errors have no mean.
