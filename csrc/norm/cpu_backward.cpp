@@ -163,16 +163,16 @@ void norm_backward(const NormParams& p) {
                 C* dweight = static_cast<C*>(p.partials) + chunk * 2 * p.columns;
                 C* dbias = dweight + p.columns;
                 std::fill_n(dweight, 2 * p.columns, C(0));
-                for_rows<T>(p, chunk * rows_per_chunk, std::min(p.rows, (chunk + 1) * rows_per_chunk),
-                            [&](int64_t row, auto rows) {
-                                constexpr bool with_mean = decltype(centred)::value;
-                                constexpr int count = decltype(rows)::value;
-                                if constexpr (pairs_exist)
-                                    if (in_pairs)
-                                        return backward_rows<T, S, with_mean, true, count>(p, row, scratch,
-                                                                                           dweight, dbias);
-                                backward_rows<T, S, with_mean, false, count>(p, row, scratch, dweight, dbias);
-                            });
+                for_rows(rows_together<T>(p, true), chunk * rows_per_chunk,
+                         std::min(p.rows, (chunk + 1) * rows_per_chunk), [&](int64_t row, auto rows) {
+                             constexpr bool with_mean = decltype(centred)::value;
+                             constexpr int count = decltype(rows)::value;
+                             if constexpr (pairs_exist)
+                                 if (in_pairs)
+                                     return backward_rows<T, S, with_mean, true, count>(p, row, scratch,
+                                                                                        dweight, dbias);
+                             backward_rows<T, S, with_mean, false, count>(p, row, scratch, dweight, dbias);
+                         });
             }
         });
         if (p.dweight != nullptr) sum_chunks<C>(p, 0, in_pairs, p.dweight);

@@ -122,7 +122,7 @@ void norm_forward(const NormParams& p) {
         parallel_for(tasks, p.threads, [&](int64_t task) {
             const Scratch<Compute<T>> scratch(p);
             const int64_t end = std::min(p.rows, (task + 1) * rows_per_task);
-            for_rows<T>(p, task * rows_per_task, end, [&](int64_t row, auto rows) {
+            for_rows(rows_together<T>(p, false), task * rows_per_task, end, [&](int64_t row, auto rows) {
                 forward_rows<T, S, decltype(centred)::value, decltype(rows)::value>(p, row, scratch);
             });
         });
