@@ -9,6 +9,7 @@
 // keys in the lanes, as the scores come.
 #pragma once
 
+#include "attention/row_products.hpp"
 #include "attention/rows_ahead.hpp"
 #include "attention/scores.hpp"
 
@@ -180,67 +181,8 @@ private:
                             ? nullptr
                             : static_cast<const C*>(p_.dlse) + (s_.batch * p_.heads + head) * p_.n_q + row;
         C* delta = delta_of(head, query);
-        if constexpr (sizeof(T) == 2)
-            for (int64_t i = 0; i < count; ++i) delta[i] = row_product(out, dout, i);
-        else if constexpr (E::kParts > 1)
-            for (int64_t i = 0; i < count; i += E::kRows)
-                diagonal_products(out, dout, i, std::min(E::kRows, count - i), delta);
-        else
-            for (int64_t i = 0; i < count; i += lanes)
-                row_products(out, dout, i, std::min(lanes, count - i), delta);
+        RowProducts<E>(D_, dout_, q_clean_, scores_)(out, dout, count, delta);
         for (int64_t i = 0; i < count && dlse != nullptr; ++i) delta[i] -= dlse[i];
-    }
-
-    C row_product(Matrix<const T> out, Matrix<const T> dout, int64_t row) const {
-        T gathered[2][256];
-        const T* a = whole_row(out, row, gathered[0]);
-        const T* b = whole_row(dout, row, gathered[1]);
-        Vector<C> sums{};
-        int64_t d = 0;
-        for (; d + lanes <= D_; d += lanes) sums += load(a + d) * load(b + d);
-        if (d < D_) sums += load(a + d, D_ - d) * load(b + d, D_ - d);
-        return sum<C>(sums);
-    }
-
-    const T* whole_row(Matrix<const T> from, int64_t row, T* gathered) const {
-        if (from.column_stride == 1) return from.row(row);
-        for (int64_t d = 0; d < D_; ++d) gathered[d] = from.row(row)[d * from.column_stride];
-        return gathered;
-    }
-
-    // Delta of the rows from `row` on, at most kRows, each summed in the order in which a product sums dP:
-    // where one key has the weight to itself, and out is its value, dP - delta is then 0 and no rounding
-    // error.
-    void diagonal_products(Matrix<const T> out, Matrix<const T> dout, int64_t row, int64_t rows,
-                           C* delta) const {
-        E::template pack_left<false>({dout.row(row), dout.row_stride, dout.column_stride}, rows, D_, E::kRows,
-                                     dout_);
-        E::pack_right_transposed({out.row(row), out.row_stride, out.column_stride}, rows, D_, 0, q_clean_);
-        E::product(E::left(dout_, D_), E::right_transposed(q_clean_, 0, D_), E::kRows, E::kRows, D_, scores_,
-                   false);
-        for (int64_t i = 0; i < rows; ++i) delta[row + i] = scores_.data[i * (scores_.stride + 1)];
-    }
-
-    // The same of as many rows as a vector has lanes, without a product.
-    void row_products(Matrix<const T> out, Matrix<const T> dout, int64_t row, int64_t rows, C* delta) const {
-        C blocks[2][lanes * 256];
-        if (rows < lanes)
-            for (C* block : {blocks[0], blocks[1]}) std::fill_n(block, lanes * width_, C(0));
-        pack(out.row(row), out.row_stride, out.column_stride, rows, D_, Block<C>{blocks[0], width_});
-        pack(dout.row(row), dout.row_stride, dout.column_stride, rows, D_, Block<C>{blocks[1], width_});
-        Vector<C> sums{}, part{};
-        for (int64_t d = 0; d < D_; d += lanes) {
-            if (d % kPartDepth<C> == 0) {
-                sums += part;
-                part = Vector<C>{};
-            }
-            C squares[2][lanes * lanes];
-            for (int which = 0; which < 2; ++which)
-                transpose_square(blocks[which] + d, width_, squares[which], lanes);
-            for (int64_t j = 0; j < lanes; ++j)
-                part += load(squares[0] + j * lanes) * load(squares[1] + j * lanes);
-        }
-        store(delta + row, sums + part, rows);
     }
 
     void pack_keys() {
@@ -417,7 +359,7 @@ private:
         }
         // Times a negative factor -inf would be seen, and times 0 it would be NaN.
         if (factor <= 0) {
-            scale_rows(factor, at.queries, at.keys);
+            scale(scores_, at.queries, at.keys, factor);
             factor = 1;
         }
         const bool masked =
@@ -429,14 +371,6 @@ private:
         else
             gradients<false, false>(score_rows, dropout, head, row, j, at, factor);
         return masked;
-    }
-
-    void scale_rows(C factor, int64_t queries, int64_t keys) {
-        for (int64_t i = 0; i < queries; ++i)
-            for (int64_t j = 0; j < keys; j += lanes) {
-                C* place = scores_.data + i * scores_.stride + j;
-                store(place, load(place) * factor);
-            }
     }
 
     // Turns scores and dP into P and dS, two rows at a time. masked: some scores may be -inf. all: with

@@ -243,7 +243,7 @@ private:
                    round_up(b.queries, E::kRowStep), keys, D_, scores_, false);
         const BlockPlace at{b.first_query, b.queries, first, keys};
         if (score_rows.adjusts()) score_rows.adjust(scores_, at);
-        if (scales_) scale_rows(static_cast<C>(p_.softmax_scale), b.queries, keys);
+        if (scales_) scale(scores_, b.queries, keys, static_cast<C>(p_.softmax_scale));
         if constexpr (E::kWords)
             if (b.words) {
                 auto put = [&](auto hidden) {
@@ -267,14 +267,6 @@ private:
             weights<false, true, false>(b, at, dropout, out);
         else
             weights<false, false, false>(b, at, dropout, out);
-    }
-
-    void scale_rows(C factor, int64_t queries, int64_t keys) {
-        for (int64_t i = 0; i < queries; ++i)
-            for (int64_t j = 0; j < keys; j += lanes) {
-                C* place = scores_.data + i * scores_.stride + j;
-                store(place, load(place) * factor);
-            }
     }
 
     // Finds the new maxima of a block's rows and rescales what was summed under the old ones.

@@ -39,6 +39,15 @@ struct Exponential {
     }
 };
 
+template <class C>
+void scale(Block<C> scores, int64_t rows, int64_t columns, C factor) {
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; j += kLanes<C>) {
+            C* place = scores.data + i * scores.stride + j;
+            store(place, load(place) * factor);
+        }
+}
+
 template <class T>
 class ScoreRows {
     using C = Compute<T>;
