@@ -348,9 +348,9 @@ private:
                int64_t j, const BlockPlace& at) {
         const int64_t rows = round_up(at.queries, E::kRowStep);
         E::product(E::left(q_rows_ + row * width_, D_), E::right_transposed(k_transposed_, j, D_), rows,
-                   at.keys, D_, scores_, false);
+                   at.keys, D_, scores_, false, true);
         E::product(E::left(dout_rows_ + row * width_, D_), E::right_transposed(v_transposed_, j, D_), rows,
-                   at.keys, D_, dweights_, false);
+                   at.keys, D_, dweights_, false, true);
         C factor = static_cast<C>(p_.softmax_scale * Exp::unit);
         const bool sloped = p_.softcap > 0;
         if (score_rows.adjusts()) {

@@ -328,8 +328,8 @@ struct Bf16Engine {
     }
 
     static void product(Left a, Right b, int64_t rows, int64_t columns, int64_t depth, Block<float> c,
-                        bool accumulate) {
-        bf16_product<kParts>(a, b, rows, columns, round_up(depth, 32), c.data, c.stride, accumulate);
+                        bool accumulate, bool passes = false) {
+        bf16_product<kParts>(a, b, rows, columns, round_up(depth, 32), c.data, c.stride, accumulate, passes);
     }
 
 private:

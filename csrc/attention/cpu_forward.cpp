@@ -149,7 +149,8 @@ private:
             }
             const int64_t end_packed = std::min(end, packed + keys_at_once_);
             const int64_t bytes = static_cast<int64_t>(sizeof(Operand)) * 2 * width_ * (end_packed - packed);
-            const int64_t together = bytes <= kCachedBytes ? keys_at_once_ : E::kKeysWeighed;
+            cached_ = bytes <= kCachedBytes;
+            const int64_t together = cached_ ? keys_at_once_ : E::kKeysWeighed;
             const int64_t first = begin / E::kKeysWeighed * E::kKeysWeighed;
             for (int64_t key = std::max(packed, first); key < end_packed; key += together)
                 for (QueryBlock* b = blocks; b < blocks + count; ++b) {
@@ -224,7 +225,7 @@ private:
         // they were.
         std::vector<C> before;
         if (!values_finite_) before.assign(acc.data, acc.data + b.queries * columns_);
-        E::product(E::scores_left(weights_, kWeightStride), values, n, columns_, keys, acc, b.begun);
+        E::product(E::scores_left(weights_, kWeightStride), values, n, columns_, keys, acc, b.begun, cached_);
         for (int64_t i = 0; i < b.queries && !values_finite_; ++i) {
             const int64_t query = b.first_query + i;
             if (band.begin(query) < end && band.end(query) > begin) continue;
@@ -240,7 +241,7 @@ private:
     void weigh(const ScoreRows<T>& score_rows, const Dropout<C>& dropout, const QueryBlock& b, int64_t first,
                int64_t keys, Operand* out) {
         E::product(E::left(b.q, D_), E::right_transposed(k_, first - packed_from_, D_),
-                   round_up(b.queries, E::kRowStep), keys, D_, scores_, false);
+                   round_up(b.queries, E::kRowStep), keys, D_, scores_, false, cached_);
         const BlockPlace at{b.first_query, b.queries, first, keys};
         if (score_rows.adjusts()) score_rows.adjust(scores_, at);
         if (scales_) scale(scores_, b.queries, keys, static_cast<C>(p_.softmax_scale));
@@ -391,7 +392,7 @@ private:
     const Sequence s_;
     const int64_t D_, width_, columns_;  // width_: of a packed row
     int64_t keys_at_once_, rows_together_;
-    bool in_parts_;
+    bool in_parts_, cached_ = false;  // cached_: the packed keys and values stay in the second cache
     int64_t packed_from_ = -1;
     bool bounds_ = false, values_finite_ = true;
     C k_square_ = 0;

@@ -237,8 +237,9 @@ struct VectorEngine {
         }
     }
 
+    // passes: b lies in the second cache and is read for these rows only.
     static void product(Left a, Right b, int64_t rows, int64_t columns, int64_t depth, Block<C> c,
-                        bool accumulate) {
+                        bool accumulate, bool /*passes*/ = false) {
         lmkern::product(lmkern::Left<C>{a.data, a.row_stride, a.depth_stride}, b, rows, columns, depth, c,
                         accumulate);
     }

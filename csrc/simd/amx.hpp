@@ -62,10 +62,10 @@ inline void tile_zero() {
     asm volatile("tilezero %%tmm%c0" : : "i"(tile));
 }
 
-// 16 rows of 64 bytes, `stride` bytes apart. once: they need not stay in the nearest cache.
-template <int tile, bool once = false>
+// 16 rows of 64 bytes, `stride` bytes apart. passes: they need not stay in the first cache.
+template <int tile, bool passes = false>
 inline void tile_load(const void* rows, int64_t stride) {
-    if (once)
+    if (passes)
         asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(rows), "r"(stride), "i"(tile) : "memory");
     else
         asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(rows), "r"(stride), "i"(tile) : "memory");

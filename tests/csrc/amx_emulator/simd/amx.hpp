@@ -57,7 +57,7 @@ void tile_zero() {
     amx_emulator::tile(tile) = {};
 }
 
-template <int tile, bool once = false>
+template <int tile, bool passes = false>
 void tile_load(const void* rows, int64_t stride) {
     for (int64_t row = 0; row < 16; ++row)
         std::memcpy(amx_emulator::tile(tile).words[row], static_cast<const char*>(rows) + row * stride,
