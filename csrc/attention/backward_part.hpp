@@ -378,55 +378,41 @@ private:
     template <bool masked, bool all>
     void gradients(const ScoreRows<T>& score_rows, const Dropout<C>& dropout, int64_t head, int64_t row,
                    int64_t column, const BlockPlace& at, C factor) {
-        const int64_t rows = round_up(at.queries, E::kRowStep), keys = at.keys;
+        const int64_t rows = round_up(at.queries, E::kRowStep);
         const C scale = dropout.scale();
         const bool drops = all && p_.dropout_threshold > 0;
         constexpr int64_t bits_stride = E::kStrip + Dropout<C>::kChunk;
-        const bool dk = part_.dk, dv = part_.dv, dq = part_.dq;
-        Operand *const weights_block = weights_, *const dscores_block = dscores_,
-                       *const left = dscores_left_ + E::kParts * column;
         for (int64_t i = 0; i < rows; i += 2) {
             if (drops)
                 for (int64_t r = 0; r < 2; ++r)
-                    dropout.draw(at.first_query + i + r, at.first_key, keys, bits_ + r * bits_stride);
-            const C *const scores = scores_.data + i * kScoreStride, *const lse = lse_ + row + i,
-                           *const delta = delta_ + row + i;
-            C* const dweights = dweights_.data + i * kScoreStride;
-            for (int64_t j = 0; j < keys; j += 2 * lanes) {
+                    dropout.draw(at.first_query + i + r, at.first_key, at.keys, bits_ + r * bits_stride);
+            for (int64_t j = 0; j < at.keys; j += 2 * lanes) {
                 Vector<C> weights[4], dscores[4];
 #pragma GCC unroll 4
                 for (int n = 0; n < 4; ++n) {
-                    const int64_t r = n / 2, place = r * kScoreStride + j + n % 2 * lanes;
-                    const Vector<C> score = load(scores + place);
-                    Vector<C> weight = Exp::of(score * factor - lse[r], C(1));
+                    const int64_t r = i + n / 2, place = r * kScoreStride + j + n % 2 * lanes;
+                    const Vector<C> score = load(scores_.data + place);
+                    Vector<C> weight = Exp::of(score * factor - lse_[row + r], C(1));
                     // Also in a row whose lse is NaN.
                     if (masked) weight = score == -infinity ? Vector<C>{} : weight;
-                    Vector<C> dweight = load(dweights + place);
+                    Vector<C> dweight = load(dweights_.data + place);
                     Vector<C> kept = weight;
                     if (drops) {
-                        const uint16_t* bits = bits_ + r * bits_stride + j + n % 2 * lanes;
+                        const uint16_t* bits = bits_ + n / 2 * bits_stride + j + n % 2 * lanes;
                         const Vector<C> keep = dropout.keep(broadcast(scale), bits);
                         kept = weight * keep;
                         dweight = dweight * keep;
                     }
-                    Vector<C> dscore = weight * (dweight - delta[r]);
+                    Vector<C> dscore = weight * (dweight - delta_[row + r]);
                     if (masked) dscore = weight == 0 ? Vector<C>{} : dscore;
-                    if (all) store(dweights + place, dscore);
+                    if (all) store(dweights_.data + place, dscore);
                     if (all && p_.softcap > 0)
-                        dscore = weight == 0 ? Vector<C>{}
-                                             : dscore * load(slopes_.data + i * kScoreStride + place);
+                        dscore = weight == 0 ? Vector<C>{} : dscore * load(slopes_.data + place);
                     weights[n] = kept;
                     dscores[n] = dscore;
                 }
-                if (dv) E::put_right(weights_block, kRightStride, row + i, column + j, weights);
-                if (dk || (E::kOneLayout && dq))
-                    E::put_right(dscores_block, kRightStride, row + i, column + j, dscores);
-                if constexpr (!E::kOneLayout)
-                    if (dq) {
-                        Operand* const place = left + (row + i) * kLeftStride + E::kParts * j;
-                        E::put_left(place, dscores[0], dscores[1]);
-                        E::put_left(place + kLeftStride, dscores[2], dscores[3]);
-                    }
+                if (part_.dv) E::put_right(weights_, kRightStride, row + i, column + j, weights);
+                put_dscores(row + i, column + j, dscores);
             }
             ahead_.ask(lines_at_a_time_);
         }
@@ -435,6 +421,17 @@ private:
             score_rows.add_relative_gradient(dweights_, at,
                                              static_cast<double*>(p_.drelative_bias) +
                                                  (s_.index * p_.heads + head) * (2 * p_.relative_radius + 1));
+    }
+
+    void put_dscores(int64_t row, int64_t column, const Vector<C> dscores[4]) {
+        if (part_.dk || (E::kOneLayout && part_.dq))
+            E::put_right(dscores_, kRightStride, row, column, dscores);
+        if constexpr (!E::kOneLayout)
+            if (part_.dq) {
+                Operand* place = dscores_left_ + row * kLeftStride + E::kParts * column;
+                E::put_left(place, dscores[0], dscores[1]);
+                E::put_left(place + kLeftStride, dscores[2], dscores[3]);
+            }
     }
 
     // Rows of keys out of their transposed sums.

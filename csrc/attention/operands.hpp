@@ -72,6 +72,7 @@ struct Packed {
     }
 };
 
+// Rows as a left operand, packed or where they lie.
 template <class Operand, class C>
 struct LeftRows {
     const Operand* data;
@@ -199,6 +200,7 @@ struct VectorEngine {
     }
     static Right right_column(Right right, int64_t j) { return {right.data + j, right.stride}; }
 
+    // Whether all of a left operand is finite.
     static bool finite_left(const C* left, int64_t rows, int64_t D) {
         Vector<C> odd{};
         for (int64_t i = 0; i < rows * width(D); i += kLanes<C>) odd += load(left + i) * C(0);

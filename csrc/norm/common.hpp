@@ -36,8 +36,8 @@ bool is_prefetched(const NormParams& p) {
 
 // Rows may be worked on two at a time: what is known of one waits while the other goes on, and parameters and
 // their sums are loaded once. Where rows are long and come from memory, twice the streams cost more than
-// that: from 384 columns on with AMD's processors (Zen 3 to 5). Intel's (Xeons with AMX) gain by it up to
-// 1,024; backward only where results are streamed.
+// that: of more than 384 columns, with AMD's processors (Zen 3 to 5). Intel's (a Xeon with AMX) gain by it up
+// to 1,024, backward only where results are streamed.
 constexpr int kRowsTogether = 2;
 constexpr int64_t kCached = int64_t{4} << 20, kColumnsTogether = 384, kColumnsTogetherOnIntel = 1024;
 
