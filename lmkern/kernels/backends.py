@@ -65,7 +65,7 @@ def select(call: Call) -> ModuleType:
             others = ", ".join(row.backend for row in explain(call) if row.usable)
             raise UnsupportedBackend(f"{call.op}: backend {call.backend!r} {reason}. Here: {others}")
         return module
-    for module in candidates(call.op):
+    for module in _usable(call.op):
         if not module.unsupported(call):
             return module
     raise AssertionError(f"{call.op}: the reference takes every call")
@@ -81,9 +81,10 @@ def load(op: str, backend: str) -> ModuleType:
 
 
 @cache
-def candidates(op: str) -> tuple[ModuleType, ...]:
-    """The op's backend modules, fastest first."""
-    return tuple(load(op, backend) for backend in backend_names(op))
+def _usable(op: str) -> tuple[ModuleType, ...]:
+    """The op's backend modules that can run something on this machine, fastest first."""
+    modules = (load(op, backend) for backend in backend_names(op))
+    return tuple(module for module in modules if module.unavailable() is None)
 
 
 def backend_names(op: str) -> tuple[str, ...]:

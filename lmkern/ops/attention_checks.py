@@ -58,16 +58,17 @@ def checked_band(
     name: str, window: tuple[int | None, int | None] | None, causal: bool
 ) -> tuple[int | None, int | None]:
     """left and right of a window, causal or not."""
-    bounds = (None, None) if window is None else window
+    if window is None:
+        return None, 0 if causal else None
     if (
-        not isinstance(bounds, tuple | list)
-        or len(bounds) != 2
-        or any(bound is not None and bound < 0 for bound in bounds)
+        not isinstance(window, tuple | list)
+        or len(window) != 2
+        or any(bound is not None and bound < 0 for bound in window)
     ):
         raise ValueError(
             f"{name}: window must be (left, right), each at least 0 or None for no bound; got {window!r}"
         )
-    left, right = bounds
+    left, right = window
     return left, 0 if causal else right
 
 

@@ -62,7 +62,7 @@ def cached_attention(
     alibi_slopes = _per_head("alibi_slopes", alibi_slopes, q)
     sinks = _per_head("sinks", sinks, q)
     scale = 1.0 / math.sqrt(q.shape[3]) if softmax_scale is None else float(softmax_scale)
-    tensors = (q, k_cache, v_cache, _indices(lengths), _indices(page_table), alibi_slopes, sinks)
+    tensors = (q, k_cache, v_cache, lengths, page_table, alibi_slopes, sinks)
     call = _forward if direct(*tensors) else torch.ops.lmkern.cached_attention
     out, lse = call(*tensors, left, scale, cap, backend)
     return (out, lse) if return_lse else out
@@ -83,7 +83,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     # Here and not in the function above: a compiler knows no numbers.
     _check_range(q, k_cache, lengths, page_table)
-    options = Options(softmax_scale, lengths, page_table, left, softcap, sinks, alibi_slopes)
+    options = Options(
+        softmax_scale, _indices(lengths), _indices(page_table), left, softcap, sinks, alibi_slopes
+    )
     call = backends.Call(
         "cached_attention", {"q": q, "k_cache": k_cache, "v_cache": v_cache}, {"options": options}, backend
     )
@@ -201,8 +203,8 @@ def _per_head(name: str, x: Tensor | None, q: Tensor) -> Tensor | None:
 
 
 def _indices(x: Tensor | None) -> Tensor | None:
-    """int32, the elements of a row next to each other."""
+    """int32, the elements of a row next to each other. On a CPU those that are used were looked at."""
     if x is None:
         return None
-    x = int32(x)
+    x = x.to(torch.int32) if x.is_cpu else int32(x)
     return x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()

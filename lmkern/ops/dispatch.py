@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import cache, wraps
 from inspect import signature
 from itertools import chain
 from numbers import Real
@@ -116,10 +116,13 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in their device's autocast dtype, as torch's matrix products take them; float64 is left."""
     device_type = tensors[0].device.type
-    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+    if not (_has_autocast(device_type) and torch.is_autocast_enabled(device_type)):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+_has_autocast = cache(torch.amp.is_autocast_available)
 
 
 def rows(x: Tensor) -> Tensor:

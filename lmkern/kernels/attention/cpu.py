@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -42,9 +41,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
         return cached_attention.forward(q, k, v, cached)
     out = on_huge_pages(torch.empty_like(q))
     lse = q.new_empty(q.shape[:3], dtype=statistics_dtype(q))
-    native.function("attention_forward", q.dtype)(
-        pack({"q": q, "k": k, "v": v, "out": out, "lse": lse}, options)
-    )
+    native.function("attention_forward", q.dtype)(pack(options, q, k, v, out, lse))
     return out, lse
 
 
@@ -72,12 +69,10 @@ def backward(
     if needs[4] and options.relative_bias is not None:
         # A part for each sequence and query head, so that none is added to by two threads.
         drelative = q.new_zeros((sequences, heads, options.relative_bias.shape[1]), dtype=torch.float64)
-    tensors = {
-        "q": q, "k": k, "v": v, "out": out, "lse": lse.contiguous(), "dout": dout,
-        "dlse": None if dlse is None else dlse.contiguous(),
-        "dq": dq, "dk": dk, "dv": dv, "dbias": dbias, "drelative_bias": drelative,
-    }  # fmt: skip
-    native.function("attention_backward", q.dtype)(pack(tensors, options))
+    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+    native.function("attention_backward", q.dtype)(
+        pack(options, q, k, v, out, lse, dout, dlse, dq, dk, dv, dbias, drelative)
+    )
     if drelative is not None and options.relative_bias is not None:
         drelative = drelative.sum(0)
         if options.relative_bias.shape[0] == 1:
@@ -91,20 +86,30 @@ def backward(
     return dq, dk, dv, dbias, drelative, dsinks
 
 
-def pack(tensors: Mapping[str, Tensor | None], options: Options) -> bytes:
-    q, k = tensors["q"], tensors["k"]
-    assert q is not None and k is not None
+def pack(
+    options: Options,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor | None = None,
+    dlse: Tensor | None = None,
+    dq: Tensor | None = None,
+    dk: Tensor | None = None,
+    dv: Tensor | None = None,
+    dbias: Tensor | None = None,
+    drelative_bias: Tensor | None = None,
+) -> bytes:
+    """AttentionParams, whose pointers are of what lives until the call is made."""
     batch, heads, n_q, head_dim = q.shape
-    heads_kv, n_k = k.shape[1:3]
-    get, bias, relative = tensors.get, options.bias, options.relative_bias
-    dout, dq, dk, dv, dbias = get("dout"), get("dq"), get("dk"), get("dv"), get("dbias")
-    v, out = tensors["v"], tensors["out"]
-    # Of what lives until the call is made: the caller's tensors, and those of its options.
+    _, heads_kv, n_k, _ = k.shape
+    bias, relative = options.bias, options.relative_bias
     pointers = [
         0 if x is None else x.data_ptr()
         for x in (
-            q, k, v, out, tensors["lse"], dout, get("dlse"), dq, dk, dv, bias, options.mask, relative,
-            options.sinks, dbias, get("drelative_bias"), options.cu_seqlens_q, options.cu_seqlens_k,
+            q, k, v, out, lse, dout, dlse, dq, dk, dv, bias, options.mask, relative,
+            options.sinks, dbias, drelative_bias, options.cu_seqlens_q, options.cu_seqlens_k,
         )
     ]  # fmt: skip
     strides: list[int] = []

@@ -98,8 +98,7 @@ def _copyable(x: Tensor) -> bool:
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    packed = pack({"q": q, "k": k, "v": v, "out": out, "lse": lse}, options)
-    cuda_call.module().attention_forward(packed + _more(q))
+    cuda_call.module().attention_forward(pack(options, q, k, v, out, lse) + _more(q))
     return out, lse
 
 
@@ -127,13 +126,11 @@ def backward(
         blocks *= q.shape[0] * q.shape[1]
         dq_sum = lse.new_zeros(blocks * _QUERIES * next(D for D in _TILE_COLUMNS if q.shape[3] <= D))
         turns = torch.zeros(blocks, dtype=torch.int32, device=q.device)
-    tensors = {
-        "q": q, "k": k, "v": v, "out": out, "lse": lse,
-        # Contiguous is not enough: it may begin anywhere.
-        "dout": dout if _copyable(dout) else dout.clone(memory_format=torch.contiguous_format),
-        "dlse": None if dlse is None else dlse.contiguous(), "dq": dq, "dk": dk, "dv": dv,
-    }  # fmt: skip
-    cuda_call.module().attention_backward(pack(tensors, options) + _more(q, delta, dq_sum, turns))
+    # Contiguous is not enough: it may begin anywhere.
+    dout = dout if _copyable(dout) else dout.clone(memory_format=torch.contiguous_format)
+    dlse = None if dlse is None else dlse.contiguous()
+    packed = pack(options, q, k, v, out, lse, dout, dlse, dq, dk, dv)
+    cuda_call.module().attention_backward(packed + _more(q, delta, dq_sum, turns))
     return dq, dk, dv, None, None, None
 
 
