@@ -69,14 +69,21 @@ def direct(*tensors: Tensor | None) -> bool:
     """
     if forward_ad._current_level >= 0:
         _refuse_tangents(tensors)
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._are_functorch_transforms_active():
+    if eager(*tensors):
+        return True
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         _refuse_function_gradients(tensors)
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
-        return False
-    return _PLAIN.issuperset(map(type, tensors))
+    return False
+
+
+def eager(*tensors: Tensor | None) -> bool:
+    """Whether nothing but autograd looks at a call, and forward-mode derivatives perhaps."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+    ) and _PLAIN.issuperset(map(type, tensors))
 
 
 def _refuse_tangents(tensors: Sequence[Tensor | None]) -> None:

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from lmkern.kernels import backends
 from lmkern.kernels.cpu_call import torch_multiplies
 from lmkern.kernels.linear import MOST_ROWS
-from lmkern.ops.dispatch import autocast, direct, rows, takes_tensors, wants_gradient
+from lmkern.ops.dispatch import autocast, eager, rows, takes_tensors, wants_gradient
 
 
 @takes_tensors
@@ -50,9 +50,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
             "contiguous, outside of autocast, compilers and transforms; leave backend out; "
             f"got x {tuple(x.shape)} {x.dtype}, weight {tuple(weight.shape)} {weight.dtype}. Here: reference"
         )
-    flat = x if backend == "reference" else rows(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
-    tensors = {"x": flat, "weight": weight, "bias": bias}
+    tensors = {"x": x, "weight": weight, "bias": bias}
     kernel = backends.select(backends.Call("linear", tensors, {"gradient": gradient}, backend))
+    if not gradient and x.is_contiguous():
+        return kernel.forward(x, weight, bias)  # type: ignore[no-any-return]
+    flat = rows(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
     if gradient and hasattr(kernel, "backward"):
         y = _Linear.apply(flat, weight, bias, kernel)
     else:
@@ -95,24 +97,14 @@ def _narrowed(x: Tensor) -> bool:
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether a kernel may be asked at all: tensors that fit together, outside of everything that torch
     would have to see."""
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0 or not eager(x, weight, bias) or torch.is_autocast_enabled("cpu"):
         return False
-    if torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu"):
+    dtype, shape = weight.dtype, weight.shape
+    if not (x.is_cpu and weight.is_cpu and x.dtype == dtype and len(shape) == 2 and x.dim()):
         return False
-    return (
-        direct(x, weight, bias)
-        and x.is_cpu
-        and weight.is_cpu
-        and x.dtype == weight.dtype
-        and weight.dim() == 2
-        and x.dim() > 0
-        and x.shape[-1] == weight.shape[1]
-        and (weight.stride(1) == 1 or weight.shape[1] < 2)
-        and (bias is None or _fits(bias, weight))
-    )
-
-
-def _fits(bias: Tensor, weight: Tensor) -> bool:
-    return (
-        bias.is_cpu and bias.dtype == weight.dtype and bias.shape == weight.shape[:1] and bias.is_contiguous()
+    N, K = shape
+    if x.shape[-1] != K or (K > 1 and weight.stride(1) != 1):
+        return False
+    return bias is None or (
+        bias.is_cpu and bias.dtype == dtype and bias.shape == (N,) and bias.is_contiguous()
     )

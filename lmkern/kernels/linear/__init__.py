@@ -6,10 +6,10 @@ The contract of every backend.
     forward(x, weight, bias) -> y
     backward(dy, x, weight, *, needs) -> dx, dweight, dbias    of cpu; torch differentiates the reference
 
-    x       (R, K)    elements of a row contiguous, any row stride
+    x       (..., K)  contiguous; or (R, K), elements of a row contiguous, any row stride
     weight  (N, K)    elements of a row contiguous, any row stride; x's dtype
     bias    (N,)      contiguous, x's dtype; or None
-    y       (R, N)    contiguous, x's dtype, summed in at least float32
+    y       (..., N)  contiguous, x's dtype, summed in at least float32
     needs   three flags; a gradient that nobody asked for is None
 
 The option "gradient" of a call says whether one is wanted.

@@ -4,6 +4,7 @@ in float32 where torch has no fast product of them.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 
@@ -36,7 +37,8 @@ def unsupported(call: Call) -> str | None:
         return None
     if call.options.get("gradient"):
         return "has no gradient where torch has a fast product, as here"
-    count, K = x.shape
+    K = x.shape[-1]
+    count = x.numel() // max(K, 1)
     most = min(MOST_ROWS[x.dtype], max(1, _MOST_ELEMENTS[x.dtype] // max(K, 1)))
     if count > most:
         return f"takes up to {most} rows of {K} here, and torch's product is faster for more; got {count}"
@@ -44,9 +46,11 @@ def unsupported(call: Call) -> str | None:
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    if x.shape[0] > _MOST_ROWS_WIDENED or (x.shape[0] > 1 and x.numel() > _MOST_ELEMENTS_WIDENED):
-        widened.multiply(x, weight, bias, y)
+    *leading, K = x.shape
+    R, N = math.prod(leading), weight.shape[0]
+    y = x.new_empty(*leading, N)
+    if R > _MOST_ROWS_WIDENED or (R > 1 and x.numel() > _MOST_ELEMENTS_WIDENED):
+        widened.multiply(x.view(R, K), weight, bias, y.view(R, N))
         return y
     native.function("linear_forward", x.dtype)(
         _PARAMS.pack(
@@ -54,10 +58,11 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             weight.data_ptr(),
             pointer(bias),
             y.data_ptr(),
-            x.stride(0),
+            x.stride(0) if len(leading) == 1 else K,
             weight.stride(0),
-            *y.shape,
-            x.shape[1],
+            R,
+            N,
+            K,
             DTYPE_CODES[x.dtype],
             native.threads(),
         )
