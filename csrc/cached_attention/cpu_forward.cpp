@@ -16,6 +16,7 @@
 #include "core/parallel_for.hpp"
 #include "core/workspace.hpp"
 #include "simd/few_rows.hpp"
+#include "simd/tanh.hpp"
 
 namespace lmkern {
 namespace {
@@ -124,25 +125,6 @@ void weigh_values(Block<C> weights, int64_t rows, const T* const* values, int64_
             column += step;
         }
     }
-}
-
-// tanh(x) = (1 - e^-2|x|) / (1 + e^-2|x|) with the sign of x. With 2^n e^r the exponential, e^r - 1 keeps its
-// digits near zero and (2^n - 1) is exact.
-template <class C>
-Vector<C> tanh(Vector<C> x) {
-    using K = ExpConstants<C>;
-    constexpr C ln2 = C(0.693147180559945309417);
-    const Vector<C> size = x < C(0) ? -x : x;
-    const Vector<C> y = max(broadcast(C(-40)), size * C(-2));
-    const Vector<C> shifted = y * (C(1) / ln2) + K::round_magic;
-    const Vector<C> n = shifted - K::round_magic;
-    const Vector<C> r = (y - n * K::ln2_high) - n * K::ln2_low;
-    const Integers<C> exponent =
-        bit_cast<Integers<C>>(shifted) - bit_cast<Integers<C>>(broadcast(K::round_magic));
-    const Vector<C> scale = bit_cast<Vector<C>>((exponent + K::bias) << K::mantissa_bits);
-    const Vector<C> less_one = taylor<C, 1, K::degree>(r) * r * scale + (scale - C(1));  // e^y - 1
-    const Vector<C> result = -less_one / (less_one + C(2));
-    return x < C(0) ? -result : result;
 }
 
 // Turns one row of scores into weights e^(score - max); places up to a whole vector get 0. position: of the

@@ -2,6 +2,7 @@
 // types stop at errors of 3e-5, an eighth of float16's half unit. float64 is the C library's or Taylor's.
 #pragma once
 
+#include <cmath>
 #include <type_traits>
 
 #include "simd/vector.hpp"
@@ -35,6 +36,92 @@ inline Vector<double> sqrt(Vector<double> x) {
     for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::sqrt(x[lane]);
     return x;
 #endif
+}
+
+// Constants of exp, by type. e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2, e^r by its Taylor
+// series, whose remainder at that end is 0.3466^(degree + 1) / (degree + 1)!.
+template <class C>
+struct ExpConstants;
+template <>
+struct ExpConstants<float> {
+    static constexpr int degree = 7;  // 5e-9
+    // x + 1.5 * 2^23 has the integer nearest to x in its last bits.
+    static constexpr float round_magic = 0x1.8p23f;
+    static constexpr float ln2_high = 0x1.62e4p-1f;  // 15 bits: n * ln2_high is exact
+    static constexpr float ln2_low = 0x1.7f7d1cp-20f;
+    static constexpr int bias = 127, mantissa_bits = 23;
+};
+template <>
+struct ExpConstants<double> {
+    static constexpr int degree = 13;  // 4e-18
+    static constexpr double round_magic = 0x1.8p52;
+    static constexpr double ln2_high = 0x1.62e42fefp-1;
+    static constexpr double ln2_low = 0x1.473de6af278edp-34;
+    static constexpr int bias = 1023, mantissa_bits = 52;
+};
+
+template <class C, int term>
+constexpr C inverse_factorial() {
+    if constexpr (term <= 1)
+        return C(1);
+    else
+        return inverse_factorial<C, term - 1>() / C(term);
+}
+
+// e^r less the terms of its series before `term`, divided by r^term.
+template <class C, int term, int degree>
+inline Vector<C> taylor(Vector<C> r) {
+    if constexpr (term == degree)
+        return broadcast(inverse_factorial<C, degree>());
+    else
+        return taylor<C, term + 1, degree>(r) * r + inverse_factorial<C, term>();
+}
+
+// e^x as scale e^r: a power of two, and |r| <= ln 2 / 2. Under 2^-bias the scale is 0.
+template <class C>
+struct SplitExp {
+    Vector<C> scale, r;
+
+    [[gnu::always_inline]] explicit SplitExp(Vector<C> x) {
+        using K = ExpConstants<C>;
+        constexpr C ln2 = C(0.693147180559945309417);
+        x = max(broadcast(C(-K::bias) * ln2), x);
+        const Vector<C> shifted = x * (C(1) / ln2) + K::round_magic;
+        const Vector<C> n = shifted - K::round_magic;
+        r = (x - n * K::ln2_high) - n * K::ln2_low;
+        const Integers<C> exponent =
+            bit_cast<Integers<C>>(shifted) - bit_cast<Integers<C>>(broadcast(K::round_magic));
+        scale = bit_cast<Vector<C>>((exponent + K::bias) << K::mantissa_bits);
+    }
+};
+
+// e^x for x <= 0 or little more (2^127 is the end). Results under 2^-126.5 are 0, so exp(-inf) = 0; NaN stays
+// NaN.
+template <class C, int degree = ExpConstants<C>::degree>
+inline Vector<C> exp(Vector<C> x) {
+    const SplitExp<C> split(x);
+    return taylor<C, 0, degree>(split.r) * split.scale;
+}
+
+// The natural logarithm of x >= 0: -inf of 0, NaN of NaN, to a unit or two in the last place.
+template <class C>
+inline Vector<C> log(Vector<C> x) {
+    if constexpr (sizeof(C) == 8) {
+        for (int lane = 0; lane < kLanes<C>; ++lane) x[lane] = std::log(x[lane]);
+        return x;
+    } else {
+        // x = m 2^e with m in [1/sqrt(2), sqrt(2)); log(m) = 2 artanh(s), s = (m - 1) / (m + 1).
+        const Vector<int32_t> bits = bit_cast<Vector<int32_t>>(x);
+        const Vector<int32_t> e = (bits - 0x3f3504f3) >> 23;
+        const Vector<float> m = bit_cast<Vector<float>>(bits - (e << 23));
+        const Vector<float> s = (m - 1.0f) / (m + 1.0f);
+        const Vector<float> z = s * s;
+        const Vector<float> p = (0x1.31e40ep-2f * z + 0x1.995ebp-2f) * z + 0x1.55557ap-1f;
+        const Vector<float> n = __builtin_convertvector(e, Vector<float>);
+        const Vector<float> result = n * 0x1.62e4p-1f + (n * 0x1.7f7d1cp-20f + (2.0f * s + s * z * p));
+        constexpr float infinity = __builtin_inff();
+        return x == 0.0f ? broadcast(-infinity) : (x < infinity ? result : x);
+    }
 }
 
 // always_inline below: GCC calls a function of this size out of line, and its vectors go through memory.

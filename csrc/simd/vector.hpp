@@ -5,7 +5,6 @@
 // one fma.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -179,10 +178,13 @@ inline void store(double* p, Vector<double> v) {
     std::memcpy(p, &v, sizeof v);
 }
 
-// Rounded to bfloat16, in the upper halves.
-inline Vector<uint32_t> rounded_to_upper(Vector<float> v) {
+// Rounded to bfloat16, in the upper halves: numbers alone, or NaN too.
+inline Vector<uint32_t> number_to_upper(Vector<float> v) {
     const Vector<uint32_t> bits = bit_cast<Vector<uint32_t>>(v);
-    return v == v ? bits + 0x7fffu + ((bits >> 16) & 1u) : (bits | 0x400000u);
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+inline Vector<uint32_t> rounded_to_upper(Vector<float> v) {
+    return v == v ? number_to_upper(v) : (bit_cast<Vector<uint32_t>>(v) | 0x400000u);
 }
 
 // Rounds to nearest, ties to even; a NaN stays one. The processor's own conversion takes float32's subnormals
@@ -246,13 +248,9 @@ inline EvenOdd<float> load_pairs(const bfloat16* p) {
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes)));
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
-// Of numbers alone: one look for a NaN in two vectors costs less than a choice in each.
+// One look for a NaN in two vectors costs less than a choice in each.
 inline bool either_has_nan(Vector<float> a, Vector<float> b) {
     return _mm256_movemask_ps(_mm256_cmp_ps(bit_cast<__m256>(a), bit_cast<__m256>(b), _CMP_UNORD_Q)) != 0;
-}
-inline Vector<uint32_t> number_to_upper(Vector<float> v) {
-    const Vector<uint32_t> bits = bit_cast<Vector<uint32_t>>(v);
-    return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
 #endif
 
@@ -454,82 +452,6 @@ inline C sum(Vector<C> v) {
         return v[0];
     else
         return sum<C, half / 2>(v + rotate<half>(v, std::make_integer_sequence<int, kLanes<C>>{}));
-}
-
-// Constants of exp, by type. e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2, e^r by its Taylor
-// series, whose remainder at that end is 0.3466^(degree + 1) / (degree + 1)!.
-template <class C>
-struct ExpConstants;
-template <>
-struct ExpConstants<float> {
-    static constexpr int degree = 7;  // 5e-9
-    // x + 1.5 * 2^23 has the integer nearest to x in its last bits.
-    static constexpr float round_magic = 0x1.8p23f;
-    static constexpr float ln2_high = 0x1.62e4p-1f;  // 15 bits: n * ln2_high is exact
-    static constexpr float ln2_low = 0x1.7f7d1cp-20f;
-    static constexpr int bias = 127, mantissa_bits = 23;
-};
-template <>
-struct ExpConstants<double> {
-    static constexpr int degree = 13;  // 4e-18
-    static constexpr double round_magic = 0x1.8p52;
-    static constexpr double ln2_high = 0x1.62e42fefp-1;
-    static constexpr double ln2_low = 0x1.473de6af278edp-34;
-    static constexpr int bias = 1023, mantissa_bits = 52;
-};
-
-template <class C, int term>
-constexpr C inverse_factorial() {
-    if constexpr (term <= 1)
-        return C(1);
-    else
-        return inverse_factorial<C, term - 1>() / C(term);
-}
-
-template <class C, int term, int degree>
-inline Vector<C> taylor(Vector<C> r) {
-    if constexpr (term == degree)
-        return broadcast(inverse_factorial<C, degree>());
-    else
-        return taylor<C, term + 1, degree>(r) * r + inverse_factorial<C, term>();
-}
-
-// e^x for x <= 0 or little more (2^127 is the end). Results under 2^-126.5 are 0, so exp(-inf) = 0; NaN stays
-// NaN.
-template <class C, int degree = ExpConstants<C>::degree>
-inline Vector<C> exp(Vector<C> x) {
-    using K = ExpConstants<C>;
-    constexpr C ln2 = C(0.693147180559945309417);
-    // At the lower end n = -bias, whose scale below is 0.
-    x = max(broadcast(C(-K::bias) * ln2), x);
-    const Vector<C> shifted = x * (C(1) / ln2) + K::round_magic;
-    const Vector<C> n = shifted - K::round_magic;
-    const Vector<C> r = (x - n * K::ln2_high) - n * K::ln2_low;
-    const Integers<C> exponent =
-        bit_cast<Integers<C>>(shifted) - bit_cast<Integers<C>>(broadcast(K::round_magic));
-    const Vector<C> scale = bit_cast<Vector<C>>((exponent + K::bias) << K::mantissa_bits);
-    return taylor<C, 0, degree>(r) * scale;
-}
-
-// The natural logarithm of x >= 0: -inf of 0, NaN of NaN, to a unit or two in the last place.
-template <class C>
-inline Vector<C> log(Vector<C> x) {
-    if constexpr (sizeof(C) == 8) {
-        for (int lane = 0; lane < kLanes<C>; ++lane) x[lane] = std::log(x[lane]);
-        return x;
-    } else {
-        // x = m 2^e with m in [1/sqrt(2), sqrt(2)); log(m) = 2 artanh(s), s = (m - 1) / (m + 1).
-        const Vector<int32_t> bits = bit_cast<Vector<int32_t>>(x);
-        const Vector<int32_t> e = (bits - 0x3f3504f3) >> 23;
-        const Vector<float> m = bit_cast<Vector<float>>(bits - (e << 23));
-        const Vector<float> s = (m - 1.0f) / (m + 1.0f);
-        const Vector<float> z = s * s;
-        const Vector<float> p = (0x1.31e40ep-2f * z + 0x1.995ebp-2f) * z + 0x1.55557ap-1f;
-        const Vector<float> n = __builtin_convertvector(e, Vector<float>);
-        const Vector<float> result = n * 0x1.62e4p-1f + (n * 0x1.7f7d1cp-20f + (2.0f * s + s * z * p));
-        constexpr float infinity = __builtin_inff();
-        return x == 0.0f ? broadcast(-infinity) : (x < infinity ? result : x);
-    }
 }
 
 }  // namespace lmkern
