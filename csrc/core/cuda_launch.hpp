@@ -27,21 +27,21 @@ void check(cudaError_t status, const What& what) {
 class DeviceGuard {
 public:
     template <class What>
-    DeviceGuard(int64_t device, const What& what) {
+    DeviceGuard(int64_t device, const What& what) : device_(static_cast<int>(device)) {
         check(cudaGetDevice(&former_), what);
-        if (former_ == device) return;
-        check(cudaSetDevice(static_cast<int>(device)), what);
-        changed_ = true;
+        // Also where it is that already: a thread whose first call this is has no context yet (CUDA 12 on:
+        // cudaSetDevice gives it one), and a tensor map is made in one.
+        check(cudaSetDevice(device_), what);
     }
     ~DeviceGuard() {
-        if (changed_) cudaSetDevice(former_);
+        if (former_ != device_) cudaSetDevice(former_);
     }
     DeviceGuard(const DeviceGuard&) = delete;
     DeviceGuard& operator=(const DeviceGuard&) = delete;
 
 private:
+    const int device_;
     int former_ = 0;
-    bool changed_ = false;
 };
 
 // Lets a kernel have so many bytes of dynamic shared memory.

@@ -277,6 +277,7 @@ def test_gpu_tests_fail_for_wrong_results() -> None:
 def test_gpu_tests_of_large_tensors_run_on_a_cpu() -> None:
     for name in ("layer_norm", "rms_norm"):
         ON_GPU.test_more_than_2_31_elements_norm(name, "cpu")
+    ON_GPU.test_first_call_of_a_thread_attention("cpu")
     ON_GPU.test_more_than_2_31_elements_attention("cpu")
     ON_GPU.test_more_than_2_31_elements_cross_entropy("cpu")
     ON_GPU.test_memory_is_read_and_written_in_bounds(ON_GPU.CHECKED[0], "cpu", torch.bfloat16)

@@ -7,6 +7,7 @@ Each is a process of its own under `make gpu`, so ids begin with the op and test
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -333,6 +334,18 @@ def test_memory_is_read_and_written_in_bounds(op: Op, backend: str, dtype: torch
 def synchronize() -> None:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_first_call_of_a_thread_attention(backend: str) -> None:
+    """A thread that has called nothing of CUDA has no context until it is given one."""
+    usable("attention", backend)
+    q = seeded_randn(0, BF16, DEVICE)(1, 2, 300, 64)
+    expected = lmkern.attention(q, q, q, causal=True, backend=backend)
+    synchronize()
+    with ThreadPoolExecutor(1) as pool:
+        out = pool.submit(lmkern.attention, q, q, q, causal=True, backend=backend).result()
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
