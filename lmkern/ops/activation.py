@@ -22,6 +22,7 @@ from lmkern.ops.dispatch import (
     takes_tensors,
     wants_gradient,
 )
+from lmkern.ops.once_differentiable import once_differentiable
 
 Function = Literal["gelu", "gelu_tanh", "silu", "relu", "relu_squared"]
 
@@ -139,7 +140,7 @@ class _Activation(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("an activation")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return _gradients(ctx, dy, _backward)
 

@@ -16,6 +16,7 @@ from lmkern.kernels.add_norm import Options
 from lmkern.kernels.statistics import statistics_dtype
 from lmkern.ops.dispatch import as_tensors, check_dtype, direct, rows, takes_tensors, wants_gradient
 from lmkern.ops.norm_arguments import check_beside, parameters, to_dtype_of
+from lmkern.ops.once_differentiable import once_differentiable
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -141,7 +142,7 @@ class _AddNorm(torch.autograd.Function):
         return y, h
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("add_norm")
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> Gradients:
         h, weight, bias, mean, rstd, seed = ctx.saved_tensors
         if dy is None:

@@ -14,6 +14,7 @@ from lmkern.kernels.attention import Options, reference
 from lmkern.kernels.statistics import statistics_dtype
 from lmkern.ops.attention_checks import check_documents
 from lmkern.ops.dispatch import direct, wants_gradient
+from lmkern.ops.once_differentiable import once_differentiable
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -110,7 +111,7 @@ class _Backward(torch.autograd.Function):
         return _backward(dout, dlse, q, k, v, out, lse, options, backend, needs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("attention's backward")
     def backward(ctx: Any, *directions: Tensor | None) -> Gradients:
         *saved, options = _saved(ctx)
         q, k, v, dout, dlse = (_leaf(x) for x in saved)

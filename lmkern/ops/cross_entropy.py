@@ -12,6 +12,7 @@ from lmkern.kernels import backends
 from lmkern.kernels.statistics import statistics_dtype
 from lmkern.ops.dispatch import DTYPE_NAMES, DTYPES, direct, rows, takes_tensors, wants_gradient
 from lmkern.ops.losses import check_options, check_range, check_targets, reduce
+from lmkern.ops.once_differentiable import once_differentiable
 
 NAME = "cross_entropy"
 
@@ -117,7 +118,7 @@ class _CrossEntropy(torch.autograd.Function):
         return output[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("cross_entropy")
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         return _gradients(ctx, dloss, _backward)
 

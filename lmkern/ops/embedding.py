@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lmkern.kernels import backends
 from lmkern.ops.dispatch import check_dtype, direct, rows, takes_tensors, wants_gradient
+from lmkern.ops.once_differentiable import once_differentiable
 
 
 @takes_tensors
@@ -59,7 +60,7 @@ class _Embedding(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("embedding")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return None, _backward(dy, *ctx.saved_tensors, *ctx.options), None, None
 

@@ -22,6 +22,7 @@ from lmkern.ops.norm_arguments import (
     parameters,
     to_dtype_of,
 )
+from lmkern.ops.once_differentiable import once_differentiable
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -124,7 +125,7 @@ class _Backward(torch.autograd.Function):
         return _backward(*arguments)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("layer_norm's backward")
     def backward(ctx: Any, *directions: Tensor | None) -> Gradients:
         saved: list[Any] = [t if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
         dy, x, weight, bias = saved

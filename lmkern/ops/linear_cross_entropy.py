@@ -12,6 +12,7 @@ from lmkern.kernels import backends
 from lmkern.kernels.statistics import gradient_dtype, statistics_dtype
 from lmkern.ops.dispatch import DTYPE_NAMES, DTYPES, as_tensors, autocast, direct, takes_tensors
 from lmkern.ops.losses import check_options, check_range, check_targets, reduce
+from lmkern.ops.once_differentiable import once_differentiable
 
 NAME = "linear_cross_entropy"
 
@@ -176,7 +177,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("linear_cross_entropy")
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, [None] * 3
         needs = list(ctx.needs_input_grad[:3])

@@ -21,6 +21,7 @@ from lmkern.ops.norm_arguments import (
     parameters,
     to_dtype_of,
 )
+from lmkern.ops.once_differentiable import once_differentiable
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -102,7 +103,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("rms_norm")
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         x, weight, rstd = ctx.saved_tensors
         gradients = _backward(ctx.kernel, dy, x, weight, rstd, ctx.offset, ctx.needs_input_grad[:2])
