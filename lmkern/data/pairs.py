@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -137,7 +138,7 @@ def _lines(path: Path) -> list[str]:
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         lines = data.decode("utf-8-sig").split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"read_pairs: {path} must be UTF-8 text, packed by gzip or not: {error}") from None
     return lines[:-1] if lines[-1] == "" else lines
 
@@ -145,7 +146,7 @@ def _lines(path: Path) -> list[str]:
 def _sides(line: str, place: str) -> tuple[str, str]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"read_pairs: {place} is not JSON: {error}. Of parallel files name both, source before target"
         ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from operator import index
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
@@ -61,7 +62,7 @@ def generate(
 
     Raises ValueError for bad options: from the call, not from the first token.
     """
-    prompt = [int(token) for token in prompt_tokens]
+    prompt = _ids("prompt_tokens", prompt_tokens)
     if not prompt:
         raise ValueError(
             "generate: expected at least one prompt token; got none. "
@@ -70,14 +71,20 @@ def generate(
     if max_new_tokens < 0:
         raise ValueError(f"generate: max_new_tokens must be at least 0; got {max_new_tokens}")
     check_sampling("generate", temperature=temperature, top_k=top_k, top_p=top_p)
-    given: int | Collection[int] | None = (
-        stop.tolist() if isinstance(stop, Tensor | np.ndarray | np.generic) else stop
-    )
-    stops = {given} if isinstance(given, int) else {int(token) for token in given or ()}
+    given = stop.tolist() if isinstance(stop, Tensor | np.ndarray | np.generic) else stop
+    stops = set(_ids("stop", () if given is None else [given] if isinstance(given, int) else given))
     # On the CPU, whatever the model's device: one stream of random numbers everywhere.
     generator = torch.Generator().manual_seed(seed)
     ids = _next_tokens(model, prompt, temperature, top_k, top_p, generator)
     return _until(ids, max_new_tokens, stops)
+
+
+def _ids(what: str, tokens: Iterable[Any]) -> list[int]:
+    try:
+        return [index(token) for token in tokens]
+    except TypeError:
+        got = f"shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)
+        raise ValueError(f"generate: {what} must be ids of tokens, in one dimension; got {got}") from None
 
 
 def _until(ids: Iterator[int], most: int, stops: set[int]) -> Iterator[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,8 @@ def check_sampling(name: str, *, temperature: float, top_k: int, top_p: float) -
             f"{name}: temperature must be finite and at least 0; got {temperature}. "
             "0 takes the likeliest token, 1 samples from the model's own distribution"
         )
-    if top_k < 0:
-        raise ValueError(f"{name}: top_k must be at least 0; got {top_k}. 0 keeps every token")
+    if not isinstance(top_k, Integral) or top_k < 0:
+        raise ValueError(f"{name}: top_k must be an integer, at least 0; got {top_k}. 0 keeps every token")
     if not 0 < top_p <= 1:
         raise ValueError(f"{name}: top_p must lie in (0, 1]; got {top_p}. 1 keeps every token")
 

@@ -48,14 +48,23 @@ def save(model: Model, folder: str | os.PathLike[str], *, beside: Sequence[Path]
 
     All are written in full beside their places before any takes its place, config.json last: it carries the
     size and SHA-256 of the others, so that no mixture of old and new loads. Raises TypeError for another kind
-    of model.
+    of model, ValueError for one with other tensors than its configuration makes: load has no place for them.
     """
     architecture = type(model).__name__
     if architecture not in _ARCHITECTURES:
         raise TypeError(f"save: expected an lmkern {_NAMES}; got {architecture}")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with torch.device("meta"):
+        expected = _make(architecture, model.config).state_dict().keys()
+    if changed := sorted(tensors.keys() ^ expected):
+        raise ValueError(
+            f"save: expected the tensors that {architecture}'s configuration makes; got others: "
+            f"{', '.join(changed[:4])}{' ...' if len(changed) > 4 else ''}. Undo what changed the model "
+            "(merge an adapter, make a pruned or parametrized weight permanent, tie the head again), or keep "
+            "its state_dict with torch.save"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     names = (WEIGHTS, *(path.name for path in beside))
     with replacing(*(folder / name for name in (*names, CONFIG))) as (weights, *copies, config):
         save_tensors(tensors, weights)
@@ -136,9 +145,14 @@ def _read_description(path: Path) -> dict[str, Any]:
 def _build(path: Path, architecture: str, config: dict[str, Any]) -> Model:
     if architecture not in _ARCHITECTURES:
         raise ValueError(f"load: {path}: architecture must be {_NAMES}; got {architecture!r}")
-    model, configuration = _ARCHITECTURES[architecture]
+    _, configuration = _ARCHITECTURES[architecture]
     try:
         checked = configuration(**config)
     except TypeError as error:
         raise ValueError(f"load: {path}: config does not describe a {architecture}: {error}") from error
-    return model(**config) if model is Transformer else model(checked)
+    return _make(architecture, checked)
+
+
+def _make(architecture: str, config: Any) -> Model:
+    model, _ = _ARCHITECTURES[architecture]
+    return model(**dataclasses.asdict(config)) if model is Transformer else model(config)

@@ -17,7 +17,8 @@ class Embedding(torch.nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         try:
-            if self.max_norm is None and not self.scale_grad_by_freq and not self.sparse:
+            torchs = self.max_norm is not None or self.scale_grad_by_freq or self.sparse or input.is_nested
+            if not torchs:
                 return embedding(input, self.weight, padding_idx=self.padding_idx)
             return super().forward(input)
         except IndexError as error:

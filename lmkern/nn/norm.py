@@ -16,6 +16,8 @@ class LayerNorm(torch.nn.LayerNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.is_nested:
+            return super().forward(input)
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
@@ -27,4 +29,6 @@ class RMSNorm(torch.nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_nested:
+            return super().forward(x)
         return rms_norm(x, self.normalized_shape, self.weight, self.eps)

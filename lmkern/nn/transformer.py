@@ -53,6 +53,13 @@ class TransformerEncoderLayer(LoadsWhole, nn.TransformerEncoderLayer):
         boolean (True: not seen) or floating (added). is_causal: a promise that src_mask is the causal mask.
         """
         if src.is_nested:
+            if src_mask is not None or src_key_padding_mask is not None or is_causal:
+                raise ValueError(
+                    "TransformerEncoderLayer: nested sequences take no src_mask, src_key_padding_mask or "
+                    "is_causal, as in torch; got one. Pad the sequences"
+                )
+            if not self.self_attn.batch_first:
+                raise ValueError("TransformerEncoderLayer: nested sequences need batch_first=True; got False")
             return self._nested(src)
 
         def attend(x: Tensor) -> Tensor:
@@ -72,7 +79,8 @@ class TransformerEncoderLayer(LoadsWhole, nn.TransformerEncoderLayer):
         padded = src.to_padded_tensor(0.0)  # (B, N, E)
         padding = torch.arange(padded.shape[1], device=src.device) >= lengths[:, None]  # (B, N)
         y = self.forward(padded, src_key_padding_mask=padding)
-        return torch.nested.as_nested_tensor([x[:n] for x, n in zip(y, lengths.tolist(), strict=True)])
+        rows = [x[:n] for x, n in zip(y, lengths.tolist(), strict=True)]
+        return torch.nested.as_nested_tensor(rows, layout=src.layout)
 
 
 class TransformerDecoderLayer(LoadsWhole, nn.TransformerDecoderLayer):

@@ -10,6 +10,8 @@ from lmkern.nn import Embedding
 from lmkern.ops import adamw_
 from lmkern.training.config import TrainingConfig
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW, whose state_dict it shares, on the one-pass op `lmkern.adamw_`.
@@ -66,23 +68,35 @@ class AdamW(torch.optim.AdamW):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but the moments come as they were saved: torch rounds them to the parameter's dtype."""
-        super().load_state_dict(state_dict)
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+        loaded = state_dict
+
+        # The last of the hooks that may put another in its place, as one that reorders parameters does.
+        def see(_optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+            nonlocal loaded
+            loaded = state_dict
+
+        last = self.register_load_state_dict_pre_hook(see)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+        for saved, group in zip(loaded["param_groups"], self.param_groups, strict=True):
             if _ours(group):
                 for index, param in zip(saved["params"], group["params"], strict=True):
-                    for entry in ("exp_avg", "exp_avg_sq"):
-                        if index in state_dict["state"]:
-                            moment = state_dict["state"][index][entry]
-                            self.state[param][entry] = moment.to(
-                                param.device, _moment_dtype(param), copy=True
-                            )
+                    if index in loaded["state"]:
+                        for entry in _MOMENTS:
+                            self.state[param][entry] = _laid_out(loaded["state"][index][entry], param)
 
     def _step_one(self, param: Tensor, group: Mapping[str, Any], grad_scale: float) -> None:
         state = self.state[param]
         if not state:
             state["step"] = torch.tensor(0.0)
-            for entry in ("exp_avg", "exp_avg_sq"):
+            for entry in _MOMENTS:
                 state[entry] = torch.zeros_like(param, dtype=_moment_dtype(param))
+        for entry in _MOMENTS:
+            # A model may take another memory format between two steps.
+            if state[entry].stride() != param.stride():
+                state[entry] = _laid_out(state[entry], param)
         state["step"] += 1
         beta1, beta2 = group["betas"]
         adamw_(
@@ -117,6 +131,11 @@ def _ours(group: Mapping[str, Any]) -> bool:
 
 def _moment_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def _laid_out(moment: Tensor, param: Tensor) -> Tensor:
+    """A copy beside the parameter, in the order of its elements in memory."""
+    return torch.empty_like(param, dtype=_moment_dtype(param)).copy_(moment)
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> AdamW:

@@ -93,10 +93,15 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         list(read_pairs([short, long, short]))
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl does not exist"):
         list(read_pairs([tmp_path / "nowhere.jsonl"]))
+    (tmp_path / "deep.jsonl").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=r"deep\.jsonl.* is not JSON"):
+        list(read_pairs([tmp_path / "deep.jsonl"]))
+    packed = gzip.compress(bytes(range(256)) * 4)
     for name, data in (
         ("latin.jsonl", b"\xe4\n"),
         ("cut.gz", gzip.compress(b"a" * 999)[:-9]),
         ("no.gz", b"a"),
+        ("damaged.gz", packed[:20] + bytes(byte ^ 255 for byte in packed[20:24]) + packed[24:]),
     ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=f"{name} must be UTF-8 text"):

@@ -139,6 +139,11 @@ def test_no_new_tokens_means_no_work():
         ([1], {"max_new_tokens": -1}, "max_new_tokens must be at least 0; got -1"),
         ([1], {"temperature": -1.0}, "temperature must be finite and at least 0"),
         ([1], {"top_p": 2.0}, "top_p must lie in"),
+        ([1], {"top_k": 2.5}, "top_k must be an integer, at least 0; got 2.5"),
+        ([1.7], {}, r"prompt_tokens must be ids of tokens, in one dimension; got \[1.7\]"),
+        (torch.tensor([[1, 2]]), {}, r"prompt_tokens must be .*; got shape \(1, 2\)"),
+        ([1], {"stop": "12"}, "stop must be ids of tokens, in one dimension; got '12'"),
+        ([1], {"stop": [1.0]}, r"stop must be ids of tokens, in one dimension; got \[1.0\]"),
     ],
 )
 def test_bad_options_are_refused_before_the_first_token(prompt, options, message):

@@ -76,7 +76,7 @@ def test_generator_decides():
         ({"temperature": -1.0}, "temperature must be finite and at least 0; got -1.0"),
         ({"temperature": float("nan")}, "temperature must be finite"),
         ({"temperature": float("inf")}, "temperature must be finite"),
-        ({"top_k": -1}, "top_k must be at least 0; got -1"),
+        ({"top_k": -1}, "top_k must be an integer, at least 0; got -1"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\]; got 0.0"),
         ({"top_p": 1.1}, r"top_p must lie in \(0, 1\]; got 1.1"),
     ],

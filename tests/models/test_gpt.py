@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from torch.nn.utils import parametrizations, prune
 
 from lmkern.models import GPT, GPTConfig
 from lmkern.nn import sinusoidal_positions
@@ -140,6 +141,37 @@ def test_state_dict_holds_the_tied_matrix_once_inside_another_module():
     outer = torch.nn.ModuleDict({"inner": _model()})
     assert "inner.head.weight" not in outer.state_dict()
     outer.load_state_dict(outer.state_dict())
+
+
+def test_a_head_of_ones_own_is_saved_and_stays() -> None:
+    model, other = _loud(_model()), _model()
+    for each in (model, other):
+        each.head.weight = torch.nn.Parameter(torch.randn_like(each.embedding.weight))
+    state = model.state_dict()
+    assert not torch.equal(state["head.weight"], state["embedding.weight"])
+    other.load_state_dict(state)
+    assert other.head.weight is not other.embedding.weight
+    torch.testing.assert_close(other(_tokens()), model(_tokens()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda head: torch.nn.Sequential(head),
+        lambda head: torch.nn.Identity(),
+        lambda head: prune.l1_unstructured(head, "weight", 0.5),
+        parametrizations.weight_norm,
+    ],
+)
+def test_a_changed_head_has_a_state_dict_that_loads(change) -> None:
+    models = []
+    for _ in range(2):
+        models.append(_model())
+        models[-1].head = change(models[-1].head)
+    model, other = models
+    state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    other.load_state_dict(state)
+    assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in state.items())
 
 
 def test_initialisation_is_gpt2s_and_repeats():

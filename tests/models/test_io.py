@@ -107,6 +107,18 @@ def test_a_save_that_fails_leaves_the_old_model(model, folder, monkeypatch):
     torch.testing.assert_close(dict(load(folder).state_dict()), dict(before), rtol=0, atol=0)
 
 
+def test_a_model_that_its_configuration_does_not_make_is_refused_before_writing(model, folder):
+    untied = load(folder)
+    untied.head.weight = torch.nn.Parameter(torch.randn_like(untied.embedding.weight))
+    with pytest.raises(ValueError, match=r"save: .*got others: head\.weight\. Undo what changed"):
+        save(untied, folder)
+    wrapped = load(folder)
+    wrapped.blocks[0] = torch.nn.Sequential(wrapped.blocks[0])
+    with pytest.raises(ValueError, match=r"got others: blocks\.0\.0\..* \.\.\.\. Undo"):
+        save(wrapped, folder)
+    torch.testing.assert_close(load(folder).head.weight, model.head.weight, rtol=0, atol=0)
+
+
 def test_loading_leaves_the_random_state_alone(folder):
     torch.manual_seed(5)
     expected = torch.rand(3)

@@ -51,3 +51,15 @@ def test_rms_norm_matches_torch_forward_and_backward(options, shape):
     gradients = torch.autograd.grad(y, [x, *ours.parameters()], dy)
     expected_gradients = torch.autograd.grad(expected, [x, *theirs.parameters()], dy)
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.parametrize("module", [LayerNorm, RMSNorm])
+def test_nested_sequences_are_torchs(module, layout):
+    rows = [torch.randn(3, 16), torch.randn(5, 16)]
+    nested = torch.nested.nested_tensor(rows, layout=layout)
+    if module is RMSNorm and layout is torch.strided:
+        pytest.skip("torch has none")
+    for ours, row in zip(module(16)(nested).unbind(), rows, strict=True):
+        torch.testing.assert_close(ours, module(16)(row))

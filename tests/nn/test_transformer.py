@@ -77,6 +77,22 @@ def test_inference_with_padding_is_torchs_at_the_tokens(norm_first):
     torch.testing.assert_close(y[~padding], expected[~padding])
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_sequences_are_those_alone_and_take_no_masks(layout):
+    layer, rows = _layer().eval(), [torch.randn(3, WIDTH), torch.randn(5, WIDTH)]
+    nested = torch.nested.nested_tensor(rows, layout=layout)
+    y = layer(nested)
+    assert y.layout is layout
+    for ours, row in zip(y.unbind(), rows, strict=True):
+        torch.testing.assert_close(ours, layer(row))
+    for mask in ({"src_mask": torch.zeros(5, 5)}, {"is_causal": True}):
+        with pytest.raises(ValueError, match="nested sequences take no src_mask"):
+            layer(nested, **mask)
+    with pytest.raises(ValueError, match="nested sequences need batch_first=True"):
+        lmkern.nn.TransformerEncoderLayer(WIDTH, HEADS)(nested)
+
+
 def test_sequence_of_padding_alone_is_finite_and_so_are_its_gradients():
     layer = _layer(dropout=0.0)
     x = torch.randn(2, 4, WIDTH, requires_grad=True)

@@ -26,7 +26,9 @@ REFUSED: dict[str, Op] = {
 SERVED: dict[str, Op] = {
     "layer_norm": lambda x, weight: lmkern.layer_norm(x, 6, weight[0]).square().sum(),
     "attention": lambda x, weight: lmkern.attention(*(t[None, None] for t in (x, x, weight[:3]))).sum(),
-    "rotary": lambda x, weight: (lmkern.rotary(x[None, None], weight.detach()[:3, :3], weight.detach()[:3, 3:]) ** 3).sum(),
+    "rotary": lambda x, weight: (
+        lmkern.rotary(x[None, None], weight.detach()[:3, :3], weight.detach()[:3, 3:]).pow(3).sum()
+    ),
     "cast": lambda x, weight: (lmkern.cast(x, torch.float64) ** 3).sum(),
     "linear": lambda x, weight: (lmkern.linear(x, weight) ** 3).sum(),
 }  # fmt: skip

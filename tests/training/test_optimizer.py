@@ -1,6 +1,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -232,3 +233,42 @@ def test_a_graph_from_before_the_step_is_refused() -> None:
     AdamW([weight]).step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_hooks_that_reorder_a_state_reorder_the_moments() -> None:
+    net, other = model(), model()
+    optimizer = AdamW(net.parameters())
+    step(net, optimizer, 0)
+    loaded = AdamW(reversed(list(other.parameters())))
+    last = len(list(net.parameters())) - 1
+
+    def reverse(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, "state": {last - index: entry for index, entry in state["state"].items()}}
+
+    hook = loaded.register_load_state_dict_pre_hook(reverse)
+    loaded.load_state_dict(optimizer.state_dict())
+    for ours, theirs in zip(other.parameters(), net.parameters(), strict=True):
+        assert torch.equal(loaded.state[ours]["exp_avg"], optimizer.state[theirs]["exp_avg"])
+    hook.remove()
+    assert not loaded._optimizer_load_state_dict_pre_hooks
+
+
+@pytest.mark.parametrize("loads", [False, True])
+def test_moments_follow_the_memory_format(loads: bool) -> None:
+    nets, optimizers = [], []
+    for kind in (AdamW, torch.optim.AdamW):
+        torch.manual_seed(0)
+        net = nn.Conv2d(8, 8, 3)
+        optimizer = kind(net.parameters())
+        step(net, optimizer, 0)
+        net.to(memory_format=torch.channels_last)
+        if loads:
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = kind(net.parameters())
+            optimizer.load_state_dict(state)
+        step(net, optimizer, 1)
+        nets.append(net)
+        optimizers.append(optimizer)
+    for ours, theirs in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert optimizers[0].state[ours]["step"] == 2
