@@ -12,7 +12,10 @@ from lmkern.ops import linear
 
 class Linear(nn.Linear):
     """torch.nn.Linear through lmkern.linear: on a CPU few rows without a gradient, and 16 bits that the
-    processor has no instructions for, are ours."""
+    processor has no instructions for, are ours.
+
+    torch.ao.quantization looks for torch's very class, and leaves this one as it is.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
