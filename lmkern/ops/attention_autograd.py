@@ -13,7 +13,7 @@ from lmkern.kernels import backends
 from lmkern.kernels.attention import Options, reference
 from lmkern.kernels.statistics import statistics_dtype
 from lmkern.ops.attention_checks import check_documents
-from lmkern.ops.dispatch import direct, wants_gradient
+from lmkern.ops.dispatch import direct, resolved, wants_gradient
 from lmkern.ops.once_differentiable import once_differentiable
 
 Gradients = tuple[Tensor | None, ...]
@@ -86,6 +86,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
         q, k, v, out, lse, options = _saved(ctx)
+        dout, dlse = resolved(dout, dlse)
         dout = torch.zeros_like(out) if dout is None else dout
         rest = (options, ctx.backend, ctx.needs_input_grad[:6])
         # Gradients are on in here where the caller asked for a graph of them, and nowhere else.

@@ -11,7 +11,7 @@ from lmkern.kernels import backends
 from lmkern.kernels.cached_attention import Options
 from lmkern.kernels.statistics import statistics_dtype
 from lmkern.ops import attention_checks as checks
-from lmkern.ops.dispatch import checked_softcap, direct, flag, int32, takes_tensors
+from lmkern.ops.dispatch import checked_softcap, direct, flag, int32, takes_tensors, wants_gradient
 
 
 @takes_tensors
@@ -55,7 +55,7 @@ def cached_attention(
     """
     name = "cached_attention"
     return_lse = flag(name, "return_lse", return_lse)
-    _check(q, k_cache, v_cache, lengths, page_table)
+    _check(q, k_cache, v_cache, lengths, page_table, alibi_slopes, sinks)
     q, k_cache, v_cache = checks.cast(name, q, k_cache, v_cache, "q, k_cache and v_cache")
     left, _ = checks.checked_band(name, window, causal=True)
     cap = checked_softcap(name, softcap)
@@ -133,7 +133,13 @@ def _fail(what: str, got: object) -> None:
 
 
 def _check(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None, page_table: Tensor | None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor | None,
+    page_table: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
 ) -> None:
     """ValueError in words for what no backend can make sense of."""
 
@@ -166,7 +172,7 @@ def _check(
     for name, x in tensors.items():
         if x is not None:
             checks.check_device("cached_attention", name, x, q)
-    if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
+    if wants_gradient(q, k_cache, v_cache, alibi_slopes, sinks):
         _fail(
             "there is no gradient; call it under torch.no_grad() or inference_mode(), or take attention",
             "an input that requires one",
@@ -198,7 +204,7 @@ def _check_range(q: Tensor, k_cache: Tensor, lengths: Tensor | None, page_table:
 
 
 def _per_head(name: str, x: Tensor | None, q: Tensor) -> Tensor | None:
-    """(H,) as the contract takes it; what requires a gradient gets none."""
+    """(H,) as the contract takes it."""
     return None if x is None else checks.checked_per_head("cached_attention", name, x, q).detach()
 
 

@@ -61,7 +61,7 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _Copy.apply(dy, *ctx.options), None, None, None
+        return _Copy.apply(dy.resolve_neg(), *ctx.options), None, None, None
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

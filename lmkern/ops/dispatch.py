@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from functools import cache, wraps
+from functools import wraps
 from inspect import signature
 from itertools import chain
 from numbers import Real
@@ -14,6 +14,8 @@ import numpy
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from lmkern.kernels.autocast import has_autocast
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -77,13 +79,25 @@ def direct(*tensors: Tensor | None) -> bool:
 
 
 def eager(*tensors: Tensor | None) -> bool:
-    """Whether nothing but autograd looks at a call, and forward-mode derivatives perhaps."""
-    return not (
+    """Whether nothing but autograd looks at a call, and forward-mode derivatives perhaps; and whether memory
+    holds the tensors' numbers, not their negatives (z.conj().imag), which the dispatcher sets right."""
+    if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
-    ) and _PLAIN.issuperset(map(type, tensors))
+        or not _PLAIN.issuperset(map(type, tensors))
+    ):
+        return False
+    for x in tensors:  # noqa: SIM110, since a generator costs more
+        if x is not None and x.is_neg():
+            return False
+    return True
+
+
+def resolved(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Incoming gradients as memory holds them: autograd hands on negatives as such."""
+    return tuple(None if x is None else x.resolve_neg() for x in gradients)
 
 
 def _refuse_tangents(tensors: Sequence[Tensor | None]) -> None:
@@ -123,13 +137,10 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in their device's autocast dtype, as torch's matrix products take them; float64 is left."""
     device_type = tensors[0].device.type
-    if not (_has_autocast(device_type) and torch.is_autocast_enabled(device_type)):
+    if not (has_autocast(device_type) and torch.is_autocast_enabled(device_type)):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
-
-
-_has_autocast = cache(torch.amp.is_autocast_available)
 
 
 def rows(x: Tensor) -> Tensor:

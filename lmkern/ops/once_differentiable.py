@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmkern.ops.dispatch import resolved
+
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
@@ -26,14 +28,28 @@ def once_differentiable(op: str) -> Callable[[Backward], Backward]:
         def guarded(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
             # Gradients are on in here where the caller asked for a graph of them, and nowhere else.
             if not torch.is_grad_enabled():
-                return backward(ctx, *incoming)
+                return backward(ctx, *resolved(*incoming))
+            read = _ReadOnce(ctx)
             with torch.no_grad():
-                gradients = backward(ctx, *incoming)
-            return _Refusal.apply(op, len(gradients), *gradients, *incoming, *ctx.saved_tensors)  # type: ignore[no-any-return]
+                gradients = backward(read, *resolved(*incoming))
+            return _Refusal.apply(op, len(gradients), *gradients, *incoming, *read.saved_tensors)  # type: ignore[no-any-return]
 
         return guarded
 
     return decorate
+
+
+class _ReadOnce:
+    """A context whose saved tensors are unpacked once: a checkpoint hands them out no second time."""
+
+    def __init__(self, ctx: Any) -> None:
+        self.__dict__.update(_ctx=ctx, saved_tensors=ctx.saved_tensors)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._ctx, name, value)
 
 
 class _Refusal(torch.autograd.Function):

@@ -47,13 +47,21 @@ def rotary(
     interleaved = flag("rotary", "interleaved", interleaved)
     inplace = flag("rotary", "inplace", inplace)
     _check(x, cos, sin, offset, positions, inplace)
+    if inplace and x.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "rotary: inplace=True needs a tensor that may be changed here; got one made in inference_mode, "
+            "outside of it. Give x.clone()"
+        )
     arguments = (cos, sin, positions, offset, interleaved, False)
     if not direct(x, cos, sin, positions):
         y = torch.ops.lmkern.rotary(x, *arguments, backend)
         return x.copy_(y) if inplace else y
     # In place, autograd counts a version of x even where it wants no gradient.
-    if inplace or wants_gradient(x):
-        return _Rotary.apply(x, *arguments, inplace, backend)  # type: ignore[no-any-return]
+    if inplace:
+        _Rotary.apply(x, *arguments, True, backend)
+        return x
+    if wants_gradient(x):
+        return _Rotary.apply(x, *arguments, False, backend)  # type: ignore[no-any-return]
     return _forward(x, *arguments, inplace, backend)
 
 
@@ -110,7 +118,7 @@ class _Rotary(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         offset, interleaved, inverse, backend = ctx.options
         arguments = (*ctx.saved_tensors, offset, interleaved, not inverse, False, backend)
-        return _Rotary.apply(dy, *arguments), *[None] * 8
+        return _Rotary.apply(dy.resolve_neg(), *arguments), *[None] * 8
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lmkern.kernels.attention import Options
+from lmkern.kernels.autocast import outside_autocast
 from lmkern.kernels.backends import Call
 from lmkern.kernels.philox import keep_mask, keep_scale, threshold
 from lmkern.kernels.statistics import wide
@@ -33,6 +34,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     return torch.empty_like(q).copy_(out), lse.contiguous()
 
 
+@outside_autocast
 def attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """The differentiable formula: differentiable twice, and in everything that the contract says.
 
@@ -46,6 +48,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor
     return out.to(q.dtype), lse
 
 
+@outside_autocast
 def backward(
     dout: Tensor,
     q: Tensor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lmkern.kernels.autocast import outside_autocast
 from lmkern.kernels.backends import Call
 from lmkern.kernels.cached_attention.options import Options
 from lmkern.kernels.statistics import wide
@@ -18,6 +19,7 @@ def unsupported(call: Call) -> str | None:
     return None
 
 
+@outside_autocast
 def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     B, H, N_q, _ = q.shape
     k, v = (_keys(cache, options.page_table) for cache in (k_cache, v_cache))  # (B, H_kv, N_max, D)

@@ -27,6 +27,7 @@ def forward(tokens: Tensor, weight: Tensor) -> Tensor:
 def backward(dy: Tensor, tokens: Tensor, *, vocabulary: int, padding_idx: int) -> Tensor:
     dtype = torch.promote_types(dy.dtype, torch.float32)
     dweight = dy.new_zeros(vocabulary, dy.shape[1], dtype=dtype)
-    kept = tokens != padding_idx
-    dweight.index_add_(0, tokens[kept], dy[kept].to(dtype))
+    dweight.index_add_(0, tokens, dy.to(dtype))
+    if 0 <= padding_idx < vocabulary:
+        dweight[padding_idx] = 0
     return dweight.to(dy.dtype)

@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from lmkern.kernels.autocast import outside_autocast
 from lmkern.kernels.backends import Call
 from lmkern.kernels.cross_entropy import reference as cross_entropy
 from lmkern.kernels.statistics import gradient_dtype
@@ -20,6 +21,7 @@ def unsupported(call: Call) -> str | None:
     return None
 
 
+@outside_autocast
 def forward(
     x: Tensor,
     weight: Tensor,
