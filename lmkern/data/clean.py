@@ -29,9 +29,11 @@ BLANK_LINES = re.compile(r"\n{3,}")
 def _repair_config() -> Any:
     from ftfy import TextFixerConfig
 
-    # Only damage is repaired: curly quotes, the full-width forms of Chinese and Japanese text, and HTML that
-    # may be what the text is about are left alone.
-    return TextFixerConfig(uncurl_quotes=False, fix_character_width=False, unescape_html=False)
+    # Only damage is repaired: curly quotes, ligatures, the full-width forms of Chinese and Japanese text, and
+    # HTML that may be what the text is about are left alone.
+    return TextFixerConfig(
+        uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False, unescape_html=False
+    )
 
 
 def repair(text: str) -> str:

@@ -19,6 +19,14 @@ BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+# What compressed files begin with.
+PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
 CONTROL_BYTES = bytes(set(range(32)) - set(b"\t\n\v\f\r"))
 HIGH_BYTES = bytes(range(128, 256))
 MAX_HIGH_SHARE = 0.3  # of the bytes of a Latin-1 text; German and French prose stay under 0.1
@@ -68,15 +76,22 @@ def decode(data: bytes) -> tuple[str, str]:
             except UnicodeDecodeError as error:
                 raise NotText(f"marked as {encoding} but byte {error.start} does not decode") from None
     if b"\0" in data:
-        raise NotText(f"NUL at byte {data.index(0)}")
+        raise NotText(f"NUL at byte {data.index(0)}{_packing(data)}")
     try:
         return data.decode("utf-8"), "utf-8"
     except UnicodeDecodeError as error:
         if len(data.translate(None, CONTROL_BYTES)) < len(data):
-            raise NotText(f"not UTF-8 at byte {error.start}, and control bytes in it") from None
+            raise NotText(
+                f"not UTF-8 at byte {error.start}, and control bytes in it{_packing(data)}"
+            ) from None
         if len(data) - len(data.translate(None, HIGH_BYTES)) > MAX_HIGH_SHARE * len(data):
             raise NotText(f"not UTF-8 at byte {error.start}, and too few ASCII bytes for Latin-1") from None
         return data.decode("latin-1"), "latin-1"
+
+
+def _packing(data: bytes) -> str:
+    found = next((name for start, name in PACKED.items() if data.startswith(start)), None)
+    return f": packed by {found}, unpack it" if found else ""
 
 
 def list_files(paths: Iterable[str | Path]) -> list[Path | Removed]:

@@ -1,8 +1,9 @@
 """Token shards: one safetensors file a split, read through a memory map, checked against the manifest."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,12 @@ def load(folder: str | Path) -> Dataset | PairDataset:
         return PairDataset(manifest, tokenizer, pairs[0], pairs[1], pairs[2])
     train, validation, test = (_load_split(folder, name) for name in SPLITS)
     return Dataset(manifest, tokenizer, train, validation, test)
+
+
+def identity(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of what a model can be trained or judged on: the splits and the tokenizer."""
+    files = {name: file for name, file in manifest["files"].items() if name != REMOVED}
+    return sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

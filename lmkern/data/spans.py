@@ -11,7 +11,7 @@ PARAGRAPH_BREAK = re.compile(r"\n{2,}")
 # Chinese and Japanese full stops end a sentence by themselves, the others only before white space; a list
 # item or an interpreter's prompt begins one.
 CANDIDATE = re.compile(
-    r"""[。！？][。！？”’」』）】》]*
+    r"""[。！？][。！？”’」』）】》)]*
       | (?P<stop>(?<![.!?…])[.!?…]+)["'”’)\]}»*_`]*(?=\s)
       | \n(?=[ \t]*(?:[-*+•][ \t]|>>>[ ]|\d{1,3}[.)][ \t]))""",
     re.VERBOSE,

@@ -58,10 +58,17 @@ def _product_and_bias(module: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return module(x), None
 
 
-def _feed_forward(parts: tuple[str | None, ...], function: Any) -> Callable[[Any, Tensor], Tensor]:
-    _, gate, value, dropout, down, last = parts
+def _feed_forward(
+    parts: tuple[str | None, ...], function: Any, kind: type[nn.Module], options: str
+) -> Callable[[Any, Tensor], Tensor]:
+    """kind, options: of the activation that computes this function."""
+    act, gate, value, dropout, down, last = parts
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        given = getattr(self, str(act))
+        if not plain(given, kind) or given.extra_repr() != options:
+            # Another took its place since, or it is listened to.
+            return self._made_of[0].forward(self, hidden_states)  # type: ignore[no-any-return]
         up = getattr(self, str(gate))
         if value is None:
             hidden = activation(*_product_and_bias(up, hidden_states), function)  # (..., F)
@@ -88,6 +95,8 @@ def swap_feed_forward(module: nn.Module) -> Undo | str:
     act, first = getattr(module, str(parts[0])), getattr(module, str(parts[1]))
     if type(first).__name__ not in ("Linear", "Conv1D"):
         return f"its first layer is a {type(first).__name__}"
+    if not plain(act, type(act)):
+        return f"its activation {type(act).__name__} has hooks or a forward of its own"
     # Far out too: relu6 and gelu_10 are relu and gelu up to there.
     x = torch.cat([torch.linspace(-end, end, 97) for end in (6.0, 12.0, 100.0, 1e4)])
     with torch.no_grad():
@@ -98,5 +107,5 @@ def swap_feed_forward(module: nn.Module) -> Undo | str:
         return f"its activation {type(act).__name__} is none of {', '.join(_FUNCTIONS)}"
     width = first.weight.shape[1 if isinstance(first, nn.Linear) else 0]
     theirs: Any = type(module)
-    cls = subclass(theirs, forward=(_feed_forward, parts, function))
+    cls = subclass(theirs, forward=(_feed_forward, parts, function, type(act), act.extra_repr()))
     return swap_if_same(module, width, cls) or f"{cls.__name__} computes something else than we would"

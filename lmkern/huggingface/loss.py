@@ -168,6 +168,7 @@ def swap_loss(module: nn.Module) -> Undo | str:
 
     def undo() -> None:
         undo_head()
+        vars(head).pop("kept", None)
         undo_class()
 
     return undo

@@ -23,7 +23,7 @@ from lmkern.generation.beam import EncoderDecoder
 from lmkern.jobs.timings import timed
 from lmkern.report.run import Run, read_run
 from lmkern.training.config import Stage
-from lmkern.training.run_folder import EVALUATION, MODEL, OUTPUTS, SAMPLES
+from lmkern.training.run_folder import CONFIG, EVALUATION, MODEL, OUTPUTS, SAMPLES, other_data
 
 Progress = Callable[[str, int, int], None]
 
@@ -45,7 +45,7 @@ def evaluate_run(
     Raises FileNotFoundError where there is no run or no model yet, ValueError for altered data.
     """
     run = read_run(folder)
-    dataset = lmkern.data.load(run.data)
+    dataset = _data("evaluate", run)
     if isinstance(dataset, PairDataset):
         model = load_rewriter(run)
         with timed(run.folder, "evaluate"):
@@ -69,6 +69,18 @@ def evaluate_run(
             result = evaluate(gpt, dataset, split=split, context=context, progress=progress)
     write_json(run.folder / EVALUATION, result)
     return result
+
+
+def _data(name: str, run: Run) -> Dataset | PairDataset:
+    """What the run was trained on. ValueError where something else now lies in its place: the model knows
+    other tokens, or has seen what is to judge it."""
+    dataset = lmkern.data.load(run.data)
+    if other := other_data(run.about, dataset.manifest):
+        raise ValueError(
+            f"{name}: {run.data} is not what the run in {run.folder} was trained on: {other}. Prepare it as "
+            f"it was ({run.folder / CONFIG} says how), or train anew"
+        )
+    return dataset
 
 
 def translate(folder: str | Path, sources: Sequence[str], **search: Any) -> list[str]:
@@ -99,7 +111,7 @@ def sample_run(
     """
     run = read_run(folder)
     model = load_model(run)
-    dataset = cast(Dataset, lmkern.data.load(run.data))
+    dataset = cast(Dataset, _data("generate", run))
     options: dict[str, Any] = {"temperature": temperature, "top_k": 0, "top_p": top_p, "seed": seed}
     samples = []
     with timed(run.folder, "generate"):

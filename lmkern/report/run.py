@@ -23,6 +23,7 @@ from lmkern.training.run_folder import (
     SAMPLES,
     TIMINGS,
     VERSION,
+    other_data,
 )
 
 # Sources that are named of what one thing befell; the others are counted.
@@ -88,13 +89,16 @@ def read_run(folder: str | Path) -> Run:
     about = read_about(folder)
     data = data_folder(folder, about)
     config = folder / CONFIG
+    manifest = read_json(data / MANIFEST)
+    if manifest is not None and other_data(about, manifest):
+        manifest = None  # another preparation lies there now
     return Run(
         folder=folder,
         about=about,
         config=tomllib.loads(config.read_text(encoding="utf-8")) if config.is_file() else {},
         data=data,
-        manifest=read_json(data / MANIFEST),
-        removed=read_removed(data / REMOVED),
+        manifest=manifest,
+        removed={} if manifest is None else read_removed(data / REMOVED),
         metrics=tuple(read_lines(folder / METRICS)),
         evaluation=read_json(folder / EVALUATION),
         samples=tuple(read_json(folder / SAMPLES) or ()),

@@ -11,7 +11,7 @@ import torch
 
 from lmkern.ceiling import choose_device, choose_dtype, measure_ceiling
 from lmkern.data import Dataset, PairBatches, PairDataset
-from lmkern.data.shards import TOKENIZER
+from lmkern.data.shards import TOKENIZER, identity
 from lmkern.memory import keep_freed_memory
 from lmkern.models import T5Config, save
 from lmkern.ops.dispatch import flag
@@ -25,7 +25,10 @@ from lmkern.training.run_folder import (
     METRICS,
     MODEL,
     check_run_folder,
+    data_moved,
+    held,
     open_run_folder,
+    other_data,
     remove_derived,
     write_about,
 )
@@ -63,15 +66,18 @@ def train(
     line = ProgressLine(flag("train", "progress", progress))
     check_fits(config, dataset)
     keep_freed_memory()
-    path = check_run_folder(config, folder, resume=resume, overwrite=overwrite)
-    checkpoint = load_checkpoint(path) if path else None
+    check_run_folder(config, folder, resume=resume, overwrite=overwrite)
     device = choose_device(config.training.device)
     cuda = [device] if device.type == "cuda" else []
     with (
+        held(folder),
         torch.random.fork_rng(devices=cuda),
         cpu_threads(config.training.threads),
         Interruption() as interruption,
     ):
+        # Once more: until now another process may have written.
+        path = check_run_folder(config, folder, resume=resume, overwrite=overwrite)
+        checkpoint = load_checkpoint(path) if path else None
         resolved = _resolve(config, dataset, device, checkpoint)
         trainer = Trainer(config, dataset, device, getattr(torch, resolved["dtype"]))
         # Only now, when data, model and configuration have proved to fit, may an older run make room.
@@ -79,6 +85,8 @@ def train(
         rewind_metrics(folder / METRICS, checkpoint.step if checkpoint else 0)
         if checkpoint is None:
             write_about(config, dataset, folder, resolved)
+        else:
+            data_moved(dataset, folder)
         with MetricsLog(folder / METRICS) as log:
             run = _Run(trainer, folder, log, line, resolved, interruption)
             if checkpoint is not None:
@@ -178,6 +186,7 @@ class _Run:
                 "resolved": self.resolved,
             }
             state["corpus_sha256"] = trainer.dataset.manifest["corpus"]["sha256"]
+            state["data_sha256"] = identity(trainer.dataset.manifest)
             path = save_checkpoint(
                 self.folder / CHECKPOINTS,
                 trainer.state.step,
@@ -262,11 +271,10 @@ def _resolve(
     config: RunConfig, dataset: Dataset | PairDataset, device: torch.device, checkpoint: Checkpoint | None
 ) -> dict[str, Any]:
     """dtype, device, threads and measured ceiling of this run; a resumed run keeps its dtype."""
-    corpus = dataset.manifest["corpus"]["sha256"]
-    if checkpoint is not None and checkpoint.state["corpus_sha256"] != corpus:
+    if checkpoint is not None and (other := other_data(checkpoint.state, dataset.manifest)):
         raise ValueError(
-            f"train: to resume, the data must be that of the run: expected a corpus with SHA-256 "
-            f"{checkpoint.state['corpus_sha256']}, got {corpus}: give the folder that the run was started on"
+            f"train: to resume, the data must be that of the run: {other}: give the folder that the run was "
+            "started on"
         )
     if checkpoint is not None:
         dtype = getattr(torch, checkpoint.state["resolved"]["dtype"])

@@ -1,17 +1,26 @@
 """The folder of a run: what is in it, who may write to it, and what is written before the first step."""
 
+import json
 import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lmkern.data import Dataset, PairDataset
+from lmkern.data.shards import identity
 from lmkern.files import write_json, write_text
 from lmkern.machine import accelerator, processor, versions
 from lmkern.training.checkpoint import list_checkpoints, remove_unfinished
 from lmkern.training.config import RunConfig, config_differences, dump_config, load_config
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # Of run.json, which stands for the whole folder.
 FORMAT, VERSION = "lmkern-run", 1
@@ -61,6 +70,34 @@ def check_run_folder(config: RunConfig, folder: Path, *, resume: bool, overwrite
     return next(reversed(list_checkpoints(folder / CHECKPOINTS)), None)
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The folder, made if need be, held against other processes that would write a run to it.
+
+    The system lets go of it when this process ends, however it ends. FileExistsError where another holds it.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY) if fcntl is not None else None
+    try:
+        if descriptor is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise FileExistsError(
+                    f"train: another process is training in {folder}: let it end, stop it, or choose another "
+                    "folder"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def open_run_folder(folder: Path, *, fresh: bool) -> None:
     """Make the folder ready to be written to. fresh: remove what an older run left in it."""
     if fresh:
@@ -88,13 +125,10 @@ def write_about(
 
     resolved: what "auto" became (dtype, device, threads), and the measured ceiling.
     """
-    data = dataset.folder.resolve()
-    inside = data.is_relative_to(folder.resolve())
     about = {
         "format": FORMAT,
         "version": VERSION,
-        "data": str(data.relative_to(folder.resolve()) if inside else data),
-        "corpus_sha256": dataset.manifest["corpus"]["sha256"],
+        **_about_data(dataset, folder),
         "command": sys.argv,
         "versions": versions(),
         "machine": {
@@ -107,6 +141,33 @@ def write_about(
     }
     write_text(folder / CONFIG, dump_config(config))
     write_json(folder / ABOUT, about)
+
+
+def other_data(recorded: Mapping[str, Any], manifest: Mapping[str, Any]) -> str | None:
+    """In words how the data differs from that of a checkpoint's state or a run.json; None if it does not."""
+    corpus = manifest["corpus"]["sha256"]
+    if recorded.get("corpus_sha256", corpus) != corpus:
+        return f"expected a corpus with SHA-256 {recorded['corpus_sha256']}, got {corpus}"
+    # Older ones have none.
+    if "data_sha256" in recorded and recorded["data_sha256"] != identity(manifest):
+        return "expected the same corpus prepared as it was, got it cut, split or tokenized otherwise"
+    return None
+
+
+def data_moved(dataset: Dataset | PairDataset, folder: Path) -> None:
+    """Writes into run.json where the data lies now: a run that is resumed may find it elsewhere."""
+    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    write_json(folder / ABOUT, about | _about_data(dataset, folder))
+
+
+def _about_data(dataset: Dataset | PairDataset, folder: Path) -> dict[str, str]:
+    data = dataset.folder.resolve()
+    inside = data.is_relative_to(folder.resolve())
+    return {
+        "data": str(data.relative_to(folder.resolve()) if inside else data),
+        "corpus_sha256": dataset.manifest["corpus"]["sha256"],
+        "data_sha256": identity(dataset.manifest),
+    }
 
 
 def _check_same(before: RunConfig, now: RunConfig, folder: Path) -> None:

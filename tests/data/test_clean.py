@@ -30,7 +30,9 @@ def test_damaged_encoding_is_mended(damaged: str, mended: str) -> None:
     assert repair(damaged) == mended
 
 
-@pytest.mark.parametrize("text", ["“curly” ‘quotes’", "全角，！？ＡＢＣ", "write &amp; for &", "naïve — ok"])
+@pytest.mark.parametrize(
+    "text", ["“curly” ‘quotes’", "全角，！？ＡＢＣ", "write &amp; for &", "naïve — ok", "ﬁne ﬂow Ĳ"]
+)
 def test_what_is_not_damaged_is_left_alone(text: str) -> None:
     assert repair(text) == text
 

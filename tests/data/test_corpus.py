@@ -1,5 +1,6 @@
 import codecs
 import errno
+import gzip
 import os
 import threading
 from pathlib import Path
@@ -38,7 +39,9 @@ def test_prose_in_latin_1_decodes() -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"text\0more", "NUL at byte 4"),
+        (b"text\0more", "NUL at byte 4$"),
+        (gzip.compress(b"text"), "NUL at byte 3: packed by gzip, unpack it"),
+        (b"PK\x03\x04\xff\xff\x01", "control bytes in it: packed by zip, unpack it"),
         (codecs.BOM_UTF16_LE + b"\x00\xd8x", "marked as utf-16"),
         (b"\x89PNG\x1a\x0a rest", "control bytes"),
         ("世界。".encode()[:-1], "too few ASCII bytes"),

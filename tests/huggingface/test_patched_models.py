@@ -122,6 +122,31 @@ def test_generation_reads_every_weight_by_the_kernel_of_few_rows(monkeypatch: py
     assert {id(weight) for weight in taken} == {id(weight) for weight in weights}
 
 
+@pytest.mark.parametrize(
+    ("name", "path"), [("llama", "model.layers.0.mlp.act_fn"), ("gpt2", "transformer.h.0.mlp.act")]
+)
+def test_an_activation_of_ones_own_is_asked(name: str, path: str) -> None:
+    model, inputs = make(name).eval(), batch("right")
+    swapped = copy.deepcopy(model)
+    parent, _, place = path.rpartition(".")
+    lmkern.patch(swapped, verbose=False)
+    for other in (torch.nn.ReLU(), torch.nn.GELU(), torch.nn.GELU(approximate="tanh")):
+        for each in (model, swapped):
+            setattr(each.get_submodule(parent), place, other)
+        with torch.no_grad():
+            torch.testing.assert_close(swapped(**inputs).loss, model(**inputs).loss, rtol=0, atol=TOLERANCE)
+    hooked, called = make(name).eval(), []
+    lmkern.patch(hooked, verbose=False)
+    hooked.get_submodule(path).register_forward_hook(lambda *_: called.append(1))
+    hooked(**inputs)
+    assert called
+    before, called = make(name).eval(), []
+    before.get_submodule(path).register_forward_hook(lambda *_: called.append(1))
+    left = lmkern.patch(before, verbose=False).left
+    assert "has hooks or a forward of its own" in left[parent]
+    assert not called
+
+
 def test_attention_that_takes_other_arguments_than_t5s_is_left() -> None:
     torch.manual_seed(1)
     model = transformers.UMT5ForConditionalGeneration(transformers.UMT5Config(**T5)).eval()

@@ -356,6 +356,10 @@ def test_mixed_dtypes_and_a_wish_for_gradients_are_refused() -> None:
         lmkern.cached_attention(q, k.half(), v)
     with pytest.raises(ValueError, match=r"no gradient; call it under torch\.no_grad"):
         lmkern.cached_attention(q.requires_grad_(), k, v)
+    for name in ("sinks", "alibi_slopes"):
+        per_head = torch.zeros(q.shape[1], requires_grad=True)
+        with pytest.raises(ValueError, match="there is no gradient"):
+            lmkern.cached_attention(q.detach(), k, v, **{name: per_head})
     with torch.no_grad():
         assert not lmkern.cached_attention(q, k, v).requires_grad
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import lmkern
 from lmkern.testing import seeded_randn
@@ -91,3 +92,14 @@ def test_a_third_derivative_is_refused() -> None:
             (derivative,) = torch.autograd.grad(derivative.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match=f"{name}'s backward have no derivative"):
             torch.autograd.grad(derivative.sum(), x)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_checkpoint_is_read_once(name: str) -> None:
+    leaves = inputs()
+    plain = torch.autograd.grad(REFUSED[name](*leaves), leaves[0])
+    loss = checkpoint(REFUSED[name], *leaves, use_reentrant=False)
+    (gradient,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
+    assert torch.equal(gradient, plain[0])
+    with pytest.raises(RuntimeError, match="have no derivative"):
+        gradient.sum().backward()

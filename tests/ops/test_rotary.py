@@ -290,3 +290,18 @@ X, COS = torch.zeros(2, 3, 5, 8), torch.zeros(6, 4)
 def test_arguments_that_make_no_sense(changed: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lmkern.rotary(**{"x": X, "cos": COS, "sin": COS, **changed})
+
+
+def test_in_place_gives_the_tensor_that_it_was_given() -> None:
+    cos, sin = torch.ones(5, 4).cos(), torch.ones(5, 4).sin()
+    x = torch.randn(1, 2, 5, 8, requires_grad=True) * 2
+    with torch.no_grad():
+        y = lmkern.rotary(x, cos, sin, inplace=True)
+    assert y is x and y.requires_grad
+    with torch.inference_mode():
+        made_there = torch.randn(1, 2, 5, 8)
+        assert lmkern.rotary(made_there, cos, sin, inplace=True) is made_there
+    before = made_there.clone()
+    with pytest.raises(RuntimeError, match=r"got one made in inference_mode, .* Give x\.clone\(\)"):
+        lmkern.rotary(made_there, cos, sin, inplace=True)
+    assert torch.equal(made_there, before)

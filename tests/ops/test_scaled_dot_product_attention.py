@@ -221,3 +221,17 @@ def test_compiled_with_and_without_a_mask() -> None:
         compiled = torch.compile(lmkern.scaled_dot_product_attention, fullgraph=True, backend="aot_eager")
         ours = lmkern.scaled_dot_product_attention(q, k, v, **options)
         assert torch.equal(compiled(q, k, v, **options), ours)
+
+
+def test_values_of_another_width_under_autocast() -> None:
+    """The reference's products stay in float32: errors are torch's."""
+    randn = seeded_randn(0, torch.float32)
+    q, k, v = randn(1, 2, 64, 32), randn(1, 2, 64, 32), randn(1, 2, 64, 16)
+    narrow = [x.bfloat16() for x in (q, k, v)]
+    exact = F.scaled_dot_product_attention(*(x.double() for x in narrow))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (
+            (sdpa(q, k, v).double() - exact).abs().mean()
+            for sdpa in (lmkern.scaled_dot_product_attention, F.scaled_dot_product_attention)
+        )
+    assert ours <= 1.05 * theirs

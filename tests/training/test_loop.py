@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from lmkern.cli.main import main
-from lmkern.data import DataConfig
+from lmkern.data import DataConfig, load, prepare
+from lmkern.jobs.steps import evaluate_run
 from lmkern.models import GPT
 from lmkern.training import RunConfig, Stage, train
 from lmkern.training import loop as loop_module
@@ -296,6 +298,29 @@ def test_resume_with_another_configuration_lists_what_differs(
         train(other, dataset, tmp_path, resume=True, progress=False)
     assert "training.learning_rate was 0.01 and is now 0.5" in str(error.value)
     assert "keep_checkpoints" not in str(error.value)
+
+
+def test_a_run_finds_its_data_where_it_was_moved_and_takes_no_other(
+    make_config: Make, dataset: Any, tmp_path: Path
+) -> None:
+    moved, run = tmp_path / "moved", tmp_path / "run"
+    shutil.copytree(dataset.folder, moved)
+    train(make_config(), load(moved), run, progress=False)
+    about = json.loads((run / "run.json").read_text())
+    shutil.move(moved, tmp_path / "here")
+    train(make_config(), load(tmp_path / "here"), run, resume=True, progress=False)
+    assert json.loads((run / "run.json").read_text()) == about | {"data": str(tmp_path / "here")}
+    evaluate_run(run)
+    shutil.rmtree(tmp_path / "here")
+    source = tmp_path / "text"
+    source.mkdir()
+    for split in ("train", "validation", "test"):
+        (source / f"{split}.txt").write_text(" ".join(getattr(dataset, split).text()))
+    prepare(DataConfig(paths=(str(source),), vocab_size=290, max_document_bytes=2000), tmp_path / "here")
+    with pytest.raises(
+        ValueError, match=r"evaluate: .*here is not what the run in .* was trained on: expected"
+    ):
+        evaluate_run(run)
 
 
 def test_resume_with_other_data_is_refused(make_config: Make, dataset: Any, tmp_path: Path) -> None:
