@@ -69,6 +69,8 @@ def test_chinese_and_japanese_full_stops_end_sentences_without_white_space() -> 
     assert sentences(text) == [
         "你好。",
         "今天天气很好！",
+        "(真的。)",
+        "完了；结束。",
         "他问：「去吗？」",
         "「好。」",
         "走吧……これはペンです。\n",

@@ -317,9 +317,7 @@ def test_a_run_finds_its_data_where_it_was_moved_and_takes_no_other(
     for split in ("train", "validation", "test"):
         (source / f"{split}.txt").write_text(" ".join(getattr(dataset, split).text()))
     prepare(DataConfig(paths=(str(source),), vocab_size=290, max_document_bytes=2000), tmp_path / "here")
-    with pytest.raises(
-        ValueError, match=r"evaluate: .*here is not what the run in .* was trained on: expected"
-    ):
+    with pytest.raises(ValueError, match=r"evaluate: .*here is not what the run .* was trained on: expected"):
         evaluate_run(run)
 
 
