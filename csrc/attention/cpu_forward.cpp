@@ -3,6 +3,8 @@
 //
 // Where |q| |k| bounds every score of a block of queries, exp(score) can neither overflow nor vanish: no
 // maximum is looked for, and nothing is ever rescaled. Elsewhere the softmax is online.
+#include <cmath>
+
 #include "attention/cpu.hpp"
 #include "attention/scores.hpp"
 #include "attention/tasks.hpp"

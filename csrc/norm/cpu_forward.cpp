@@ -1,5 +1,7 @@
 // The norms forward on the CPU: a row is read from memory once, kept in the first cache as float32, and read
 // from there twice more.
+#include <cmath>
+
 #include "norm/common.hpp"
 #include "norm/cpu.hpp"
 

@@ -47,17 +47,17 @@ def rotary(
     interleaved = flag("rotary", "interleaved", interleaved)
     inplace = flag("rotary", "inplace", inplace)
     _check(x, cos, sin, offset, positions, inplace)
-    if inplace and x.is_inference() and not torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "rotary: inplace=True needs a tensor that may be changed here; got one made in inference_mode, "
-            "outside of it. Give x.clone()"
-        )
     arguments = (cos, sin, positions, offset, interleaved, False)
     if not direct(x, cos, sin, positions):
         y = torch.ops.lmkern.rotary(x, *arguments, backend)
         return x.copy_(y) if inplace else y
     # In place, autograd counts a version of x even where it wants no gradient.
     if inplace:
+        if x.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "rotary: inplace=True needs a tensor that may be changed here; got one made in "
+                "inference_mode, outside of it. Give x.clone()"
+            )
         _Rotary.apply(x, *arguments, True, backend)
         return x
     if wants_gradient(x):
