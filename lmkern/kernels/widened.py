@@ -11,34 +11,36 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lmkern.kernels.autocast import outside_autocast
+
 # Rows of the weight, or of its gradient, that a product takes at once.
 _ROWS = 4096
 
 
+@outside_autocast
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """Writes y (R, N) = x (R, K) @ weight^T (K, N) + bias."""
     wide = x.float()
-    with torch.autocast("cpu", enabled=False):
-        for rows in _parts(weight.shape[0]):
-            part = wide @ weight[rows].float().T
-            y[:, rows] = part if bias is None else part.add_(bias[rows])
+    for rows in _parts(weight.shape[0]):
+        part = wide @ weight[rows].float().T
+        y[:, rows] = part if bias is None else part.add_(bias[rows])
 
 
+@outside_autocast
 def input_gradient(dy: Tensor, weight: Tensor, dx: Tensor) -> None:
     """Writes dx (R, K) = dy (R, N) @ weight (N, K)."""
     sums = dx.new_zeros(dx.shape, dtype=torch.float32)
-    with torch.autocast("cpu", enabled=False):
-        for rows in _parts(weight.shape[0]):
-            sums.addmm_(dy[:, rows].float(), weight[rows].float())
+    for rows in _parts(weight.shape[0]):
+        sums.addmm_(dy[:, rows].float(), weight[rows].float())
     dx.copy_(sums)
 
 
+@outside_autocast
 def add_weight_gradient(dy: Tensor, x: Tensor, sums: Tensor) -> None:
     """Adds dy^T (N, R) @ x (R, K) to sums (N, K), which are float32."""
     wide = x.float()
-    with torch.autocast("cpu", enabled=False):
-        for rows in _parts(sums.shape[0]):
-            sums[rows].addmm_(dy[:, rows].float().T, wide)
+    for rows in _parts(sums.shape[0]):
+        sums[rows].addmm_(dy[:, rows].float().T, wide)
 
 
 def _parts(rows: int) -> Iterator[slice]:

@@ -17,10 +17,9 @@ class Embedding(torch.nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         try:
-            torchs = self.max_norm is not None or self.scale_grad_by_freq or self.sparse or input.is_nested
-            if not torchs:
-                return embedding(input, self.weight, padding_idx=self.padding_idx)
-            return super().forward(input)
+            if self.max_norm is not None or self.scale_grad_by_freq or self.sparse or input.is_nested:
+                return super().forward(input)
+            return embedding(input, self.weight, padding_idx=self.padding_idx)
         except IndexError as error:
             raise IndexError(
                 f"Embedding: tokens must lie in [0, {self.num_embeddings}); "

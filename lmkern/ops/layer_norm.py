@@ -12,7 +12,7 @@ from torch import Tensor
 from lmkern.kernels import backends
 from lmkern.kernels.layer_norm import reference
 from lmkern.kernels.statistics import statistics_dtype
-from lmkern.ops.dispatch import as_tensors, direct, resolved, rows, takes_tensors, wants_gradient
+from lmkern.ops.dispatch import as_tensors, direct, rows, takes_tensors, wants_gradient
 from lmkern.ops.norm_arguments import (
     as_matrix,
     as_shape,
@@ -106,7 +106,7 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
-        (dy,) = resolved(dy)  # type: ignore[assignment]
+        dy = dy.resolve_neg()
         # Gradients are on in here where the caller asked for a graph of them, and nowhere else.
         backward = _Backward.apply if torch.is_grad_enabled() else _backward
         x, weight, bias, mean, rstd = ctx.saved_tensors

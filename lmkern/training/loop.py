@@ -57,9 +57,10 @@ def train(
 
     Returns {"reason": "tokens" | "early stopping" | "interrupted", "steps", "tokens", "seconds", "loss",
     "validation_loss", "best_validation_loss", "best_bits_per_byte", "best_step", "skipped_steps"}; losses are
-    in nats a token. Raises FileExistsError for a folder that holds a run, FileNotFoundError for resume
-    without one, ValueError for a configuration that does not fit the data, the model or the run to resume,
-    or a damaged checkpoint, and FloatingPointError when the loss stays not finite.
+    in nats a token. Raises FileExistsError for a folder that holds a run, and for one in which another
+    process trains; FileNotFoundError for resume without a run; ValueError for a configuration that does not
+    fit the data, the model or the run to resume, or a damaged checkpoint; and FloatingPointError when the
+    loss stays not finite.
     """
     folder = Path(folder)
     resume, overwrite = flag("train", "resume", resume), flag("train", "overwrite", overwrite)
