@@ -23,6 +23,7 @@ from lmkern.ops.dispatch import (
     wants_gradient,
 )
 from lmkern.ops.once_differentiable import once_differentiable
+from lmkern.ops.registration import call_registered, register_gradients
 
 Function = Literal["gelu", "gelu_tanh", "silu", "relu", "relu_squared"]
 
@@ -99,7 +100,7 @@ def _activated(
     # (R, F) or (R, 2F)
     flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if not direct(x, bias):
-        y = torch.ops.lmkern.activation(flat, bias, function, gated, backend)
+        y = call_registered("activation", flat, bias, function, gated, backend)
     elif wants_gradient(x, bias):
         y = _Activation.apply(flat, bias, function, gated, backend)
     else:
@@ -197,12 +198,12 @@ def _(
 def _registered_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     # Through the registered backward, which has no derivative of its own and says so to a double backward.
     def backward(*arguments: Any) -> tuple[Tensor | None, ...]:
-        return as_optional(torch.ops.lmkern.activation_backward(*arguments), arguments[-1])
+        return as_optional(call_registered("activation_backward", *arguments), arguments[-1])
 
     return _gradients(ctx, dy, backward)
 
 
-torch.library.register_autograd("lmkern::activation", _registered_gradients, setup_context=_setup_context)
+register_gradients("activation", _registered_gradients, _setup_context)
 
 
 def _wide(bias: Tensor | None) -> Tensor | None:

@@ -17,6 +17,7 @@ from lmkern.kernels.statistics import statistics_dtype
 from lmkern.ops.dispatch import as_tensors, check_dtype, direct, rows, takes_tensors, wants_gradient
 from lmkern.ops.norm_arguments import check_beside, parameters, to_dtype_of
 from lmkern.ops.once_differentiable import once_differentiable
+from lmkern.ops.registration import call_registered, register_gradients
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -63,7 +64,7 @@ def add_norm(
         x, residual = (t.reshape(math.prod(shape[:-1]), shape[-1]) for t in (x, residual))  # (R, E)
     options = (norm == "layer", eps, offset, dropout_p, seed)
     if not direct(x, residual, weight, bias, seed):
-        y, h = torch.ops.lmkern.add_norm(x, residual, weight, bias, *options, backend)[:2]
+        y, h = call_registered("add_norm", x, residual, weight, bias, *options, backend)[:2]
     elif wants_gradient(x, residual, weight, bias):
         y, h = _AddNorm.apply(x, residual, weight, bias, *options, backend)
     else:
@@ -223,12 +224,12 @@ def _registered_gradients(
     if dy is None:
         dy = torch.zeros_like(saved[0], dtype=ctx.dtype)
     needs = list(ctx.needs_input_grad[:4])
-    gradients = torch.ops.lmkern.add_norm_backward(dy, dh, *saved, *ctx.scalars, seed, ctx.backend, needs)
+    gradients = call_registered("add_norm_backward", dy, dh, *saved, *ctx.scalars, seed, ctx.backend, needs)
     wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
     return (*wanted, *(None,) * 6)
 
 
-torch.library.register_autograd("lmkern::add_norm", _registered_gradients, setup_context=_setup_context)
+register_gradients("add_norm", _registered_gradients, _setup_context)
 
 
 def _check(

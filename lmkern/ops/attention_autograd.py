@@ -13,8 +13,10 @@ from lmkern.kernels import backends
 from lmkern.kernels.attention import Options, reference
 from lmkern.kernels.statistics import statistics_dtype
 from lmkern.ops.attention_checks import check_documents
-from lmkern.ops.dispatch import direct, resolved, wants_gradient
+from lmkern.ops.dispatch import direct, wants_gradient
 from lmkern.ops.once_differentiable import once_differentiable
+from lmkern.ops.plain_gradients import plain_gradients
+from lmkern.ops.registration import call_registered, register_gradients
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -33,7 +35,7 @@ _OPTIONS = (
 def attend(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str | None) -> tuple[Tensor, Tensor]:
     """out and lse."""
     if not direct(q, k, v, *_of(options, _TENSORS)):
-        return torch.ops.lmkern.attention(q, k, v, *_of(options, _FIELDS), backend)  # type: ignore[no-any-return]
+        return call_registered("attention", q, k, v, *_of(options, _FIELDS), backend)  # type: ignore[no-any-return]
     differentiable = (q, k, v, *_of(options, _DIFFERENTIABLE))
     if wants_gradient(*differentiable):
         return _Attention.apply(*differentiable, options, backend)  # type: ignore[no-any-return]
@@ -84,9 +86,9 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
+    @plain_gradients
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Gradients:
         q, k, v, out, lse, options = _saved(ctx)
-        dout, dlse = resolved(dout, dlse)
         dout = torch.zeros_like(out) if dout is None else dout
         rest = (options, ctx.backend, ctx.needs_input_grad[:6])
         # Gradients are on in here where the caller asked for a graph of them, and nowhere else.
@@ -225,8 +227,8 @@ def _registered_gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) ->
     q, k, v, out, lse, options = _saved(ctx)
     dout = torch.zeros_like(out) if dout is None else dout
     needs = [ctx.needs_input_grad[position] for position in _POSITIONS]
-    gradients = torch.ops.lmkern.attention_backward(
-        dout, dlse, q, k, v, out, lse, *_of(options, _FIELDS), ctx.backend, needs
+    gradients = call_registered(
+        "attention_backward", dout, dlse, q, k, v, out, lse, *_of(options, _FIELDS), ctx.backend, needs
     )
     placed: list[Tensor | None] = [None] * (3 + len(_FIELDS) + 1)
     for position, gradient, need in zip(_POSITIONS, gradients, needs, strict=True):
@@ -234,4 +236,4 @@ def _registered_gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) ->
     return tuple(placed)
 
 
-torch.library.register_autograd("lmkern::attention", _registered_gradients, setup_context=_setup_context)
+register_gradients("attention", _registered_gradients, _setup_context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from lmkern.kernels.cached_attention import Options
 from lmkern.kernels.statistics import statistics_dtype
 from lmkern.ops import attention_checks as checks
 from lmkern.ops.dispatch import checked_softcap, direct, flag, int32, takes_tensors, wants_gradient
+from lmkern.ops.registration import call_registered
 
 
 @takes_tensors
@@ -63,7 +65,7 @@ def cached_attention(
     sinks = _per_head("sinks", sinks, q)
     scale = 1.0 / math.sqrt(q.shape[3]) if softmax_scale is None else float(softmax_scale)
     tensors = (q, k_cache, v_cache, lengths, page_table, alibi_slopes, sinks)
-    call = _forward if direct(*tensors) else torch.ops.lmkern.cached_attention
+    call = _forward if direct(*tensors) else partial(call_registered, "cached_attention")
     out, lse = call(*tensors, left, scale, cap, backend)
     return (out, lse) if return_lse else out
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from lmkern.kernels import backends
 from lmkern.ops.dispatch import check_dtype, direct, takes_tensors, wants_gradient
+from lmkern.ops.plain_gradients import plain_gradients
+from lmkern.ops.registration import call_registered, register_gradients
 
 
 @takes_tensors
@@ -40,7 +42,7 @@ def _copy(op: str, x: Tensor, dtype: torch.dtype, transposed: bool, backend: str
     check_dtype(op, "x", x.dtype)
     check_dtype(op, "dtype", dtype)
     if not direct(x):
-        return torch.ops.lmkern.copy(x, dtype, transposed, backend)  # type: ignore[no-any-return]
+        return call_registered("copy", x, dtype, transposed, backend)  # type: ignore[no-any-return]
     if wants_gradient(x):
         return _Copy.apply(x, dtype, transposed, backend)  # type: ignore[no-any-return]
     return _forward(x, dtype, transposed, backend)
@@ -60,8 +62,9 @@ class _Copy(torch.autograd.Function):
         return _forward(x, dtype, transposed, backend)
 
     @staticmethod
+    @plain_gradients
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _Copy.apply(dy.resolve_neg(), *ctx.options), None, None, None
+        return _Copy.apply(dy, *ctx.options), None, None, None
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -80,7 +83,7 @@ def _(x: Tensor, dtype: torch.dtype, transposed: bool, backend: str | None) -> T
 
 
 def _registered_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return torch.ops.lmkern.copy(dy, *ctx.options), None, None, None
+    return call_registered("copy", dy, *ctx.options), None, None, None
 
 
-torch.library.register_autograd("lmkern::copy", _registered_gradients, setup_context=_setup_context)
+register_gradients("copy", _registered_gradients, _setup_context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lmkern.kernels.statistics import statistics_dtype
 from lmkern.ops.dispatch import DTYPE_NAMES, DTYPES, direct, rows, takes_tensors, wants_gradient
 from lmkern.ops.losses import check_options, check_range, check_targets, reduce
 from lmkern.ops.once_differentiable import once_differentiable
+from lmkern.ops.registration import call_registered, register_gradients
 
 NAME = "cross_entropy"
 
@@ -54,7 +56,7 @@ def cross_entropy(
     rows, flat_targets = logits.reshape(targets.numel(), logits.shape[-1]), targets.reshape(-1)
     options = (ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0))
     if not direct(logits, targets):
-        loss = torch.ops.lmkern.cross_entropy(rows, flat_targets, *options, backend)[0]
+        loss = call_registered("cross_entropy", rows, flat_targets, *options, backend)[0]
     elif wants_gradient(logits):
         loss = _CrossEntropy.apply(rows, flat_targets, *options, backend)
     else:
@@ -194,7 +196,7 @@ def _(
 
 def _registered_gradients(ctx: Any, dloss: Tensor, *_statistics: Tensor | None) -> tuple[Tensor | None, ...]:
     # Through the registered backward, which has no derivative of its own and says so to a double backward.
-    return _gradients(ctx, dloss, torch.ops.lmkern.cross_entropy_backward)
+    return _gradients(ctx, dloss, partial(call_registered, "cross_entropy_backward"))
 
 
-torch.library.register_autograd("lmkern::cross_entropy", _registered_gradients, setup_context=_setup_context)
+register_gradients("cross_entropy", _registered_gradients, _setup_context)

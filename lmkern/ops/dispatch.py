@@ -66,16 +66,11 @@ def direct(*tensors: Tensor | None) -> bool:
     tracing), torch.jit.trace or a tensor subclass must see the registered op. The direct path computes the
     same bits and costs half as much.
 
-    Raises NotImplementedError for a tensor with a tangent: torch would give a registered op's output none;
-    and for one whose gradient torch.func asks for: torch has none for a registered op.
+    Raises NotImplementedError for a tensor with a tangent: torch would give a registered op's output none.
     """
     if forward_ad._current_level >= 0:
         _refuse_tangents(tensors)
-    if eager(*tensors):
-        return True
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        _refuse_function_gradients(tensors)
-    return False
+    return eager(*tensors)
 
 
 def eager(*tensors: Tensor | None) -> bool:
@@ -95,11 +90,6 @@ def eager(*tensors: Tensor | None) -> bool:
     return True
 
 
-def resolved(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Incoming gradients as memory holds them: autograd hands on negatives as such."""
-    return tuple(None if x is None else x.resolve_neg() for x in gradients)
-
-
 def _refuse_tangents(tensors: Sequence[Tensor | None]) -> None:
     for x in tensors:
         if x is None or not x.dtype.is_floating_point:
@@ -112,17 +102,6 @@ def _refuse_tangents(tensors: Sequence[Tensor | None]) -> None:
                 f"served: expected tensors without a tangent; got {tuple(x.shape)} with one, or inside a "
                 "transform that may hide one. Use reverse mode (backward), or torch's own functions here"
             )
-
-
-def _refuse_function_gradients(tensors: Sequence[Tensor | None]) -> None:
-    functorch = torch._C._functorch
-    innermost = functorch.peek_interpreter_stack()
-    if innermost.key() == functorch.TransformType.Grad and wants_gradient(*tensors):
-        raise NotImplementedError(
-            "lmkern: torch.func's gradients (grad, vjp, jacrev) are not served, since torch has none for "
-            "registered ops. Use backward or torch.autograd.grad; torch.func.vmap alone is served, and its "
-            "result has a gradient"
-        )
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

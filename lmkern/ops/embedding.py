@@ -10,6 +10,7 @@ from torch import Tensor
 from lmkern.kernels import backends
 from lmkern.ops.dispatch import check_dtype, direct, rows, takes_tensors, wants_gradient
 from lmkern.ops.once_differentiable import once_differentiable
+from lmkern.ops.registration import call_registered, register_gradients
 
 
 @takes_tensors
@@ -30,7 +31,7 @@ def embedding(
     padding = _check(tokens, weight, padding_idx)
     flat = (tokens if tokens.dim() == 1 else tokens.reshape(-1)).long()
     if not direct(flat, weight):
-        y = torch.ops.lmkern.embedding(flat, weight, padding, backend)
+        y = call_registered("embedding", flat, weight, padding, backend)
     elif wants_gradient(weight):
         y = _Embedding.apply(flat, weight, padding, backend)
     else:
@@ -95,11 +96,11 @@ def _(dy: Tensor, tokens: Tensor, vocabulary: int, padding_idx: int, backend: st
 
 def _registered_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     # Through the registered backward, which has no derivative of its own and says so to a double backward.
-    dweight = torch.ops.lmkern.embedding_backward(dy, *ctx.saved_tensors, *ctx.options)
+    dweight = call_registered("embedding_backward", dy, *ctx.saved_tensors, *ctx.options)
     return None, dweight, None, None
 
 
-torch.library.register_autograd("lmkern::embedding", _registered_gradients, setup_context=_setup_context)
+register_gradients("embedding", _registered_gradients, _setup_context)
 
 
 def _check(tokens: Tensor, weight: Tensor, padding_idx: int | None) -> int:

@@ -23,6 +23,8 @@ from lmkern.ops.norm_arguments import (
     to_dtype_of,
 )
 from lmkern.ops.once_differentiable import once_differentiable
+from lmkern.ops.plain_gradients import plain_gradients
+from lmkern.ops.registration import call_registered, register_gradients
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -56,7 +58,7 @@ def layer_norm(
     check_beside("layer_norm", "bias", bias, shape, input)
     x, weight, bias = as_matrix(input, shape), as_vector(weight), as_vector(bias)
     if not direct(x, weight, bias):
-        y = torch.ops.lmkern.layer_norm(x, weight, bias, eps, backend)[0]
+        y = call_registered("layer_norm", x, weight, bias, eps, backend)[0]
     elif wants_gradient(x, weight, bias):
         y = _LayerNorm.apply(x, weight, bias, eps, backend)
     else:
@@ -105,8 +107,8 @@ class _LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @plain_gradients
     def backward(ctx: Any, dy: Tensor) -> Gradients:
-        dy = dy.resolve_neg()
         # Gradients are on in here where the caller asked for a graph of them, and nowhere else.
         backward = _Backward.apply if torch.is_grad_enabled() else _backward
         x, weight, bias, mean, rstd = ctx.saved_tensors
@@ -206,9 +208,9 @@ def _(
 def _registered_gradients(ctx: Any, dy: Tensor, *_statistics: Tensor | None) -> Gradients:
     # Through the registered backward, which has no derivative of its own and says so to a double backward.
     needs = list(ctx.needs_input_grad[:3])
-    gradients = torch.ops.lmkern.layer_norm_backward(dy, *ctx.saved_tensors, ctx.backend, needs)
+    gradients = call_registered("layer_norm_backward", dy, *ctx.saved_tensors, ctx.backend, needs)
     wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
     return (*wanted, None, None)
 
 
-torch.library.register_autograd("lmkern::layer_norm", _registered_gradients, setup_context=_setup_context)
+register_gradients("layer_norm", _registered_gradients, _setup_context)

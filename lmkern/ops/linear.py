@@ -15,6 +15,7 @@ from lmkern.kernels import backends
 from lmkern.kernels.cpu_call import torch_multiplies
 from lmkern.kernels.linear import MOST_ROWS
 from lmkern.ops.dispatch import autocast, eager, rows, takes_tensors, wants_gradient
+from lmkern.ops.plain_gradients import plain_gradients
 
 
 @takes_tensors
@@ -72,6 +73,7 @@ class _Linear(torch.autograd.Function):
         return kernel.forward(x, weight, bias)  # type: ignore[no-any-return]
 
     @staticmethod
+    @plain_gradients
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]

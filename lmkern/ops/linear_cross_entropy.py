@@ -13,6 +13,7 @@ from lmkern.kernels.statistics import gradient_dtype, statistics_dtype
 from lmkern.ops.dispatch import DTYPE_NAMES, DTYPES, as_tensors, autocast, direct, takes_tensors
 from lmkern.ops.losses import check_options, check_range, check_targets, reduce
 from lmkern.ops.once_differentiable import once_differentiable
+from lmkern.ops.registration import call_registered, register_gradients
 
 NAME = "linear_cross_entropy"
 
@@ -70,7 +71,7 @@ def linear_cross_entropy(
         loss = _LinearCrossEntropy.apply(*tensors, *options, needs, backend)
     else:
         # Numbers: torch.jit.trace knows no list of booleans.
-        loss = torch.ops.lmkern.linear_cross_entropy(*tensors, *options, [*map(int, needs)], backend)[0]
+        loss = call_registered("linear_cross_entropy", *tensors, *options, [*map(int, needs)], backend)[0]
     return loss.view(targets.shape) if reduction == "none" else loss  # type: ignore[no-any-return]
 
 
@@ -277,16 +278,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _registered_gradients(ctx: Any, dloss: Tensor, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
     # Through the registered backward, which has no derivative of its own and says so to a double backward.
     needs = list(ctx.needs_input_grad[:3])
-    gradients = torch.ops.lmkern.linear_cross_entropy_backward(
-        dloss, *ctx.saved_tensors, *ctx.options, ctx.early, needs, ctx.backend
+    gradients = call_registered(
+        "linear_cross_entropy_backward",
+        dloss,
+        *ctx.saved_tensors,
+        *ctx.options,
+        ctx.early,
+        needs,
+        ctx.backend,
     )
     wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
     return (*wanted, *[None] * 8)
 
 
-torch.library.register_autograd(
-    "lmkern::linear_cross_entropy", _registered_gradients, setup_context=_setup_context
-)
+register_gradients("linear_cross_entropy", _registered_gradients, _setup_context)
 
 
 def _fake_gradients(

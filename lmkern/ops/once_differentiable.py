@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmkern.ops.dispatch import resolved
+from lmkern.ops.plain_gradients import plain_gradients
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
@@ -24,14 +24,15 @@ def once_differentiable(op: str) -> Callable[[Backward], Backward]:
     """
 
     def decorate(backward: Backward) -> Backward:
+        @plain_gradients
         @wraps(backward)
         def guarded(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
             # Gradients are on in here where the caller asked for a graph of them, and nowhere else.
             if not torch.is_grad_enabled():
-                return backward(ctx, *resolved(*incoming))
+                return backward(ctx, *incoming)
             read = _ReadOnce(ctx)
             with torch.no_grad():
-                gradients = backward(read, *resolved(*incoming))
+                gradients = backward(read, *incoming)
             return _Refusal.apply(op, len(gradients), *gradients, *incoming, *read.saved_tensors)  # type: ignore[no-any-return]
 
         return guarded

@@ -22,6 +22,7 @@ from lmkern.ops.norm_arguments import (
     to_dtype_of,
 )
 from lmkern.ops.once_differentiable import once_differentiable
+from lmkern.ops.registration import call_registered, register_gradients
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -57,7 +58,7 @@ def rms_norm(
         eps = torch.finfo(statistics_dtype(input)).eps
     x, weight = as_matrix(input, shape), as_vector(weight)
     if not direct(x, weight):
-        y = torch.ops.lmkern.rms_norm(x, weight, eps, offset, backend)[0]
+        y = call_registered("rms_norm", x, weight, eps, offset, backend)[0]
     elif wants_gradient(x, weight):
         y = _RMSNorm.apply(x, weight, eps, offset, backend)
     else:
@@ -161,9 +162,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _registered_gradients(ctx: Any, dy: Tensor, *_statistics: Tensor | None) -> Gradients:
     # Through the registered backward, which has no derivative of its own and says so to a double backward.
     needs = list(ctx.needs_input_grad[:2])
-    gradients = torch.ops.lmkern.rms_norm_backward(dy, *ctx.saved_tensors, ctx.offset, ctx.backend, needs)
+    gradients = call_registered("rms_norm_backward", dy, *ctx.saved_tensors, ctx.offset, ctx.backend, needs)
     wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
     return (*wanted, None, None, None)
 
 
-torch.library.register_autograd("lmkern::rms_norm", _registered_gradients, setup_context=_setup_context)
+register_gradients("rms_norm", _registered_gradients, _setup_context)

@@ -10,7 +10,16 @@ from torch import Tensor
 from lmkern.kernels import backends
 from lmkern.kernels.checked import checked
 from lmkern.kernels.rotary.layout import empty_like
-from lmkern.ops.dispatch import check_dtype, direct, flag, overlaps_itself, takes_tensors, wants_gradient
+from lmkern.ops.dispatch import (
+    check_dtype,
+    direct,
+    flag,
+    overlaps_itself,
+    takes_tensors,
+    wants_gradient,
+)
+from lmkern.ops.plain_gradients import plain_gradients
+from lmkern.ops.registration import call_registered, register_gradients
 
 
 @takes_tensors
@@ -49,7 +58,7 @@ def rotary(
     _check(x, cos, sin, offset, positions, inplace)
     arguments = (cos, sin, positions, offset, interleaved, False)
     if not direct(x, cos, sin, positions):
-        y = torch.ops.lmkern.rotary(x, *arguments, backend)
+        y = call_registered("rotary", x, *arguments, backend)
         return x.copy_(y) if inplace else y
     # In place, autograd counts a version of x even where it wants no gradient.
     if inplace:
@@ -115,10 +124,11 @@ class _Rotary(torch.autograd.Function):
         return y
 
     @staticmethod
+    @plain_gradients
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         offset, interleaved, inverse, backend = ctx.options
         arguments = (*ctx.saved_tensors, offset, interleaved, not inverse, False, backend)
-        return _Rotary.apply(dy.resolve_neg(), *arguments), *[None] * 8
+        return _Rotary.apply(dy, *arguments), *[None] * 8
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -157,10 +167,10 @@ def _(
 def _registered_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     offset, interleaved, inverse, backend = ctx.options
     arguments = (*ctx.saved_tensors, offset, interleaved, not inverse, backend)
-    return torch.ops.lmkern.rotary(dy, *arguments), *[None] * 7
+    return call_registered("rotary", dy, *arguments), *[None] * 7
 
 
-torch.library.register_autograd("lmkern::rotary", _registered_gradients, setup_context=_setup_context)
+register_gradients("rotary", _registered_gradients, _setup_context)
 
 
 def _tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

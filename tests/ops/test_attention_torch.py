@@ -210,20 +210,6 @@ def test_compiled_under_autocast() -> None:
     assert torch.equal(compiled, call(q, k, v))
 
 
-def test_gradient_by_function_transform_is_refused() -> None:
-    q, k, v, _ = attention_inputs(SHAPE)
-    # torch has no such transform of registered ops; what counts is that no wrong gradient comes back.
-    with pytest.raises(NotImplementedError, match=r"torch\.func's gradients"):
-        torch.func.grad(lambda q: lmkern.attention(q, k, v).sum())(q)
-
-
-def test_vmap_is_a_loop() -> None:
-    q, k, v, _ = attention_inputs(SHAPE)
-    queries = torch.stack([q, q + 1, q * 2])
-    mapped = torch.func.vmap(lambda q: lmkern.attention(q, k, v))(queries)
-    assert torch.equal(mapped, torch.stack([lmkern.attention(q, k, v) for q in queries]))
-
-
 def test_no_graph_is_kept_where_none_is_wanted() -> None:
     q, k, v, _ = attention_inputs(SHAPE)
     assert not lmkern.attention(q, k, v).requires_grad

@@ -1,4 +1,5 @@
-"""What torch's transforms make of each op: at most two graphs over changing batch sizes, no forward mode."""
+"""What torch's transforms make of each op: at most two graphs over changing batch sizes, gradients by
+torch.func and in batches, no forward mode."""
 
 from __future__ import annotations
 
@@ -96,25 +97,113 @@ def test_recompilations_are_counted() -> None:
     assert graphs(with_its_own_graph, lambda B: (torch.randn(B, 2),), "cpu") > 2
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_vmap_is_a_loop_with_its_gradient_and_function_gradients_are_refused(name: str) -> None:
-    """torch.library gives a registered op the one and not the other: no wrong gradient may come of it."""
+def of_one(name: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """The op as a function of its first tensor of numbers, and that tensor."""
     call, make = CALLS[name]
     arguments = make(2)
     i = next(i for i, x in enumerate(arguments) if isinstance(x, Tensor) and x.is_floating_point())
 
-    def of_one(x: Tensor) -> Tensor:
+    def function(x: Tensor) -> Tensor:
         result = call(*arguments[:i], x, *arguments[i + 1 :])
         return result if isinstance(result, Tensor) else result[0]
 
-    x = torch.stack([arguments[i].detach(), arguments[i].detach() + 1])
-    x.requires_grad_(name != "cached_attention")
-    results = torch.func.vmap(of_one)(x), torch.stack([of_one(each) for each in x])
+    return function, arguments[i].detach()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_vmap_is_a_loop_with_its_gradient(name: str) -> None:
+    function, x = of_one(name)
+    x = torch.stack([x, x + 1]).requires_grad_(name != "cached_attention")
+    results = torch.func.vmap(function)(x), torch.stack([function(each) for each in x])
     assert torch.equal(*results)
     if x.requires_grad:
         assert torch.equal(*(torch.autograd.grad(result.float().square().sum(), x)[0] for result in results))
-    with pytest.raises((RuntimeError, ValueError), match=r"torch\.func's gradients|there is no gradient"):
-        torch.func.grad(lambda x: of_one(x).float().sum())(x[0].detach())
+
+
+DIFFERENTIABLE = [name for name in CALLS if name != "cached_attention"]
+# Whose gradients are the op once more, and have a derivative.
+LINEAR = ("rotary", "cast", "transposed_copy")
+# Whose double backward goes through a formula.
+TWICE = ("attention", "layer_norm", *LINEAR)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_function_gradients_are_those_of_autograd(name: str) -> None:
+    function, x = of_one(name)
+
+    def loss(x: Tensor) -> Tensor:
+        return function(x).float().square().sum()
+
+    def expected(x: Tensor) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(loss(leaf), leaf)[0]
+
+    batch = torch.stack([x, x + 1, x * 2])
+    assert torch.equal(torch.func.grad(loss)(x), expected(x))
+    of_each = torch.func.vmap(torch.func.grad(loss))
+    assert torch.equal(of_each(batch), torch.stack([expected(each) for each in batch]))
+    assert torch.equal(torch.func.vmap(of_each)(batch[None]), of_each(batch)[None])
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_jacobians_are_those_of_a_loop(name: str) -> None:
+    function, x = of_one(name)
+
+    def some(x: Tensor) -> Tensor:
+        return function(x).float().flatten()[-5:]
+
+    expected = torch.autograd.functional.jacobian(some, x)
+    assert expected.any()
+    assert torch.equal(torch.func.jacrev(some)(x), expected)
+    assert torch.equal(torch.autograd.functional.jacobian(some, x, vectorize=True), expected)
+    leaf = x.requires_grad_()
+    y = some(leaf)
+
+    def product(direction: Tensor) -> Tensor:
+        return torch.autograd.grad(y, leaf, direction, retain_graph=True)[0]
+
+    assert torch.equal(torch.func.vmap(product)(torch.eye(len(y))), expected)
+    twice = torch.eye(len(y)).expand(2, -1, -1)
+    assert torch.equal(torch.func.vmap(torch.func.vmap(product))(twice), torch.stack([expected] * 2))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_second_derivatives_are_right_or_refused(name: str) -> None:
+    function, x = of_one(name)
+    x = x.flatten()[:8].clone() if name in LINEAR else x
+
+    def loss(x: Tensor) -> Tensor:
+        return function(x.reshape(1, 1, 1, 8) if name in LINEAR else x).float().square().sum()
+
+    def twice() -> Tensor:
+        return torch.func.jacrev(torch.func.grad(loss))(x)
+
+    def by_autograd() -> Tensor:
+        return torch.autograd.functional.hessian(loss, x, vectorize=True)
+
+    if name in LINEAR:
+        torch.testing.assert_close(twice(), 2 * torch.eye(8))
+    else:
+        with pytest.raises(RuntimeError, match="has no derivative of its own"):
+            twice()
+    if name in TWICE:
+        assert torch.equal(by_autograd(), torch.autograd.functional.hessian(loss, x))
+    else:
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            by_autograd()
+
+
+def test_a_function_gradient_that_nothing_has_is_refused() -> None:
+    function, x = of_one("cached_attention")
+    with pytest.raises(ValueError, match="there is no gradient"):
+        torch.func.grad(lambda x: function(x).sum())(x)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_zeros_without_memory_are_gradients(name: str) -> None:
+    function, x = of_one(name)
+    y = function(x.requires_grad_())
+    assert not torch.autograd.grad(y, x, torch._efficientzerotensor(y.shape, dtype=y.dtype))[0].any()
 
 
 def dual(x: Any) -> Any:
