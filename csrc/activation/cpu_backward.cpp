@@ -57,8 +57,6 @@ void activation_backward(const ActivationParams& p) {
         with_function(p, [&](auto function) {
             const int64_t width = p.gated != 0 ? 2 * p.columns : p.columns;
             const int64_t rows_per_chunk = ceil_div(p.rows, p.chunks);
-            // Neighbouring chunks go to one thread: two threads that write to one fresh page both wait.
-            const int64_t tasks = std::min(p.threads, p.chunks), chunks_per_task = ceil_div(p.chunks, tasks);
             auto run_chunk = [&](int64_t chunk) {
                 C* sums = p.dbias == nullptr ? nullptr : static_cast<C*>(p.partials) + chunk * width;
                 if (sums != nullptr) std::fill_n(sums, width, C(0));
@@ -66,9 +64,8 @@ void activation_backward(const ActivationParams& p) {
                 for (int64_t row = chunk * rows_per_chunk; row < end; ++row)
                     backward_row<T, decltype(function)>(p, row, sums);
             };
-            parallel_for(tasks, p.threads, [&](int64_t task) {
-                const int64_t end = std::min(p.chunks, (task + 1) * chunks_per_task);
-                for (int64_t chunk = task * chunks_per_task; chunk < end; ++chunk) run_chunk(chunk);
+            parallel_ranges(p.chunks, p.threads, p.threads, [&](int64_t begin, int64_t end) {
+                for (int64_t chunk = begin; chunk < end; ++chunk) run_chunk(chunk);
             });
             if (p.dbias == nullptr) return;
             const C* partials = static_cast<const C*>(p.partials);

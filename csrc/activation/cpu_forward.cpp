@@ -38,13 +38,9 @@ void activation_forward(const ActivationParams& p) {
     with_type(static_cast<Dtype>(p.dtype), [&](auto type) {
         using T = typename decltype(type)::type;
         with_function(p, [&](auto function) {
-            // A range of rows for each thread: two threads that write to one fresh page both wait for it.
-            const int64_t tasks = std::min(p.threads, ceil_div(p.rows * p.columns, kElementsPerTask));
-            const int64_t rows_per_task = ceil_div(p.rows, std::max<int64_t>(tasks, 1));
-            parallel_for(tasks, p.threads, [&](int64_t task) {
-                const int64_t end = std::min(p.rows, (task + 1) * rows_per_task);
-                for (int64_t row = task * rows_per_task; row < end; ++row)
-                    forward_row<T, decltype(function)>(p, row);
+            const int64_t ranges = std::min(p.threads, ceil_div(p.rows * p.columns, kElementsPerTask));
+            parallel_ranges(p.rows, ranges, p.threads, [&](int64_t begin, int64_t end) {
+                for (int64_t row = begin; row < end; ++row) forward_row<T, decltype(function)>(p, row);
             });
         });
     });

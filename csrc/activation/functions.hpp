@@ -34,8 +34,10 @@ struct GeluTanh {
         constexpr C scale = C(1.59576912160573071176), cube = C(0.044715);  // 2 sqrt(2 / pi)
         const Vector<C> square = x * x;
         const Sigmoid<C> s = sigmoid<T>(x * (square * (scale * cube) + scale));
-        const Vector<C> inner = square * (3 * scale * cube) + scale;  // d(2 u) / dx
-        return {x * s.value, s.value + x * inner * s.slope};
+        // Beyond 40 the slope of the sigmoid is 0, and what it is multiplied by must not be infinite.
+        const Vector<C> bounded = min(broadcast(C(40)), max(broadcast(C(-40)), x));
+        const Vector<C> inner = bounded * bounded * (3 * scale * cube) + scale;  // d(2 u) / dx
+        return {x * s.value, s.value + bounded * inner * s.slope};
     }
 };
 

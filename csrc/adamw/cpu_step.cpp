@@ -30,7 +30,7 @@ void step_range(const AdamwParams& p, int64_t first, int64_t count) {
     for_row<C>(count, [&](auto at) {
         const Vector<C> g = at(grad) * grad_scale;
         const Vector<C> m = at(exp_avg) + one_minus_beta1 * (g - at(exp_avg));
-        const Vector<C> v = at(exp_avg_sq) * beta2 + one_minus_beta2 * (g * g);
+        const Vector<C> v = at(exp_avg_sq) * beta2 + (one_minus_beta2 * g) * g;
         const Vector<C> updated = at(param) * decay - step_size * m / (sqrt(v) * root_scale + eps);
         at.store(exp_avg, m);
         at.store(exp_avg_sq, v);
@@ -62,11 +62,8 @@ void adamw_step(const AdamwParams& p) {
     with_types(p, [&](auto param_type, auto grad_type) {
         using P = typename decltype(param_type)::type;
         using G = typename decltype(grad_type)::type;
-        const int64_t chunks = ceil_div(p.count, kChunk), tasks = std::min(p.threads, chunks);
-        const int64_t per_task = ceil_div(chunks, std::max<int64_t>(tasks, 1)) * kChunk;
-        parallel_for(tasks, p.threads, [&](int64_t task) {
-            const int64_t first = task * per_task;
-            step_range<P, G>(p, first, std::min(per_task, p.count - first));
+        parallel_ranges(ceil_div(p.count, kChunk), p.threads, p.threads, [&](int64_t begin, int64_t end) {
+            step_range<P, G>(p, begin * kChunk, std::min(end * kChunk, p.count) - begin * kChunk);
         });
     });
 }

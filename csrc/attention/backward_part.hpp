@@ -9,6 +9,9 @@
 // keys in the lanes, as the scores come.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+
 #include "attention/row_products.hpp"
 #include "attention/rows_ahead.hpp"
 #include "attention/scores.hpp"
@@ -34,6 +37,9 @@ class BackwardPart {
     static constexpr C infinity = std::numeric_limits<C>::infinity();
     static constexpr int64_t kScoreStride = E::kStrip + 64 / static_cast<int64_t>(sizeof(C));
     static constexpr int64_t kMostLines = 8;
+    // Beyond it half a unit in the last place of lse in bits, or of a score that is scaled in the same
+    // instruction in which lse is subtracted, would show as a factor of P.
+    static constexpr C kLargeLse = sizeof(T) == 2 ? 2048 : 64;
     // Rows that lie a power of two apart would fight for the same cache lines.
     static constexpr int64_t kSumStride = E::kKeysTogether + 64 / static_cast<int64_t>(sizeof(C));
     static constexpr int64_t kRightStride = E::kKeysTogether;
@@ -61,7 +67,7 @@ public:
                                3 * rows * width_ + 3 * transposed + 2 * E::kParts * rows * kRightStride +
                                rows * kLeftStride) +
                           sizeof(C) * (2 * columns_ * kSumStride + (dq_rows + rows) * columns_ +
-                                       heads * queries_ + 2 * rows + 3 * E::kRows * kScoreStride) +
+                                       heads * queries_ + 3 * rows + 3 * E::kRows * kScoreStride) +
                           sizeof(uint16_t) * 2 * (E::kStrip + Dropout<C>::kChunk));
         auto operands = [&](int64_t count) { return workspace.take<Operand>(count); };
         k_transposed_ = operands(E::right_transposed_size(keys, D_));
@@ -82,6 +88,7 @@ public:
         dq_block_ = workspace.take<C>(rows * columns_);
         delta_all_ = workspace.take<C>(heads * queries_);
         lse_ = workspace.take<C>(rows);
+        subtracted_ = workspace.take<C>(rows);
         delta_ = workspace.take<C>(rows);
         scores_ = {workspace.take<C>(E::kRows * kScoreStride), kScoreStride};
         dweights_ = {workspace.take<C>(E::kRows * kScoreStride), kScoreStride};
@@ -288,13 +295,14 @@ private:
         dout_transposed_ = E::left_transposed(dout_rows_, padded_count, D_, dout_scratch_);
         const C* lse = static_cast<const C*>(p_.lse) + (s_.batch * p_.heads + head) * p_.n_q + row;
         const C* delta = delta_of(head, query);
+        large_lse_ = std::any_of(lse, lse + count, [](C x) { return std::abs(x) > kLargeLse; });
         for (int64_t i = 0; i < padded_count; ++i) {
             // A query with no visible key, or none at all, has lse = +inf here: its weights are exp(-inf) =
             // 0.
-            const bool sees = i < count && lse[i] != -infinity;
-            const C scaled = lse[i < count ? i : 0] * static_cast<C>(Exp::unit);
-            // Where every score is near the least number, bits of lse can be -inf: no score is then over it.
-            lse_[i] = !sees ? infinity : scaled == -infinity ? std::numeric_limits<C>::lowest() : scaled;
+            const C own = i < count && lse[i] != -infinity ? lse[i] : infinity;
+            const bool apart = large_lse_ && std::isfinite(own);
+            subtracted_[i] = apart ? own : C(0);
+            lse_[i] = apart ? C(0) : own * static_cast<C>(Exp::unit);
             delta_[i] = i < count ? delta[i] : C(0);
         }
     }
@@ -356,12 +364,12 @@ private:
         if (score_rows.adjusts()) {
             score_rows.adjust(scores_, at, sloped ? slopes_.data : nullptr);
             factor = static_cast<C>(Exp::unit);
+        } else if (factor <= 0 || large_lse_) {
+            // Times a negative factor -inf would be seen, and times 0 it would be NaN.
+            scale(scores_, at.queries, at.keys, static_cast<C>(p_.softmax_scale));
+            factor = static_cast<C>(Exp::unit);
         }
-        // Times a negative factor -inf would be seen, and times 0 it would be NaN.
-        if (factor <= 0) {
-            scale(scores_, at.queries, at.keys, factor);
-            factor = 1;
-        }
+        if (large_lse_) subtract_lse(row, at);
         const bool masked =
             score_rows.outside_band(scores_, at, -infinity) || p_.mask != nullptr || p_.bias != nullptr;
         if (p_.dropout_threshold > 0 || part_.dbias || p_.drelative_bias != nullptr || sloped)
@@ -371,6 +379,15 @@ private:
         else
             gradients<false, false>(score_rows, dropout, head, row, j, at, factor);
         return masked;
+    }
+
+    // Of scores in natural units, as the forward pass rounded them: a score that is all of lse leaves 0.
+    void subtract_lse(int64_t row, const BlockPlace& at) {
+        for (int64_t i = 0; i < at.queries; ++i)
+            for (int64_t j = 0; j < at.keys; j += lanes) {
+                C* place = scores_.data + i * kScoreStride + j;
+                store(place, load(place) - subtracted_[row + i]);
+            }
     }
 
     // Turns scores and dP into P and dS, two rows at a time. masked: some scores may be -inf. all: with
@@ -464,7 +481,9 @@ private:
     typename E::Left q_transposed_{}, dout_transposed_{};
     Operand *weights_, *dscores_, *dscores_left_;  // (queries, keys)
     Block<C> dk_{}, dv_{};                         // (D, keys)
-    C *dq_all_, *dq_block_, *delta_all_, *lse_, *delta_;
+    C *dq_all_, *dq_block_, *delta_all_, *delta_;
+    C *lse_, *subtracted_;  // what is subtracted from scores in units of Exp, and from natural ones before
+    bool large_lse_ = false;
     Block<C> scores_{}, dweights_{}, slopes_{};
     uint16_t* bits_;
     RowsAhead ahead_;

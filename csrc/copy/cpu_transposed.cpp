@@ -27,8 +27,10 @@ constexpr int64_t kMaxLineRows = kLineRows<uint16_t>;
 // Rows that are asked for ahead where elements are converted first, which is too slow to have many under way.
 constexpr int64_t kRowsAhead = 16;
 
-template <int bytes>
-using Element = std::conditional_t<bytes == 2, uint16_t, std::conditional_t<bytes == 4, uint32_t, uint64_t>>;
+// The bits of elements of whatever type.
+template <class T>
+using Bits [[gnu::may_alias]] =
+    std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
 
 // The lower (half 0) or upper (half 1) halves of the 16-byte lanes of a and b, interleaved.
 template <int half, int n, class V, int... i>
@@ -82,7 +84,7 @@ void turn(const E* x, int64_t x_stride, int64_t rows, int64_t columns, E* y, int
 // Some rows of a strip of columns of x, at most kStrip, into as many rows of y.
 template <bool streaming, class From, class To>
 void turn_strip(const From* x, int64_t x_stride, int64_t rows, int64_t columns, To* y, int64_t y_stride) {
-    using E = Element<sizeof(To)>;
+    using E = Bits<To>;
     E* out = reinterpret_cast<E*>(y);
     if constexpr (std::is_same_v<From, To>) {
         turn<streaming>(reinterpret_cast<const E*>(x), x_stride, rows, columns, out, y_stride);
@@ -121,13 +123,10 @@ void transposed_copy(const CopyParams& p) {
         using From = typename decltype(from)::type;
         using To = typename decltype(to)::type;
         const int64_t strips = ceil_div(p.columns, kStrip), pieces = p.batch * strips;
-        const int64_t tasks = std::min(p.threads, pieces);
-        const int64_t pieces_per_task = ceil_div(pieces, std::max<int64_t>(tasks, 1));
         const int64_t row_bytes = p.rows * static_cast<int64_t>(sizeof(To));
         const bool streaming = streams_to(p.y, row_bytes) && p.batch * p.columns * row_bytes >= kStreamed;
-        parallel_for(tasks, p.threads, [&](int64_t task) {
-            const int64_t end = std::min(pieces, (task + 1) * pieces_per_task);
-            for (int64_t piece = task * pieces_per_task; piece < end;) {
+        parallel_ranges(pieces, p.threads, p.threads, [&](int64_t begin, int64_t end) {
+            for (int64_t piece = begin; piece < end;) {
                 const int64_t matrix = piece / strips, strip = piece % strips,
                               count = std::min(strips - strip, end - piece);
                 const int64_t first = strip * kStrip, last = std::min(p.columns, first + count * kStrip);

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <exception>
 
+#include "core/types.hpp"
 #include "core/workspace.hpp"
 
 #if defined(__SSE2__)
@@ -108,6 +109,16 @@ void parallel_for(int64_t tasks, int64_t threads, const Body& body) {
         }
     }
     if (failure) std::rethrow_exception(failure);
+}
+
+// body(begin, end) for ranges that make up [0, count), at most so many, neighbours on one thread: two threads
+// that write to one fresh page both wait for it.
+template <class Body>
+void parallel_ranges(int64_t count, int64_t ranges, int64_t threads, const Body& body) {
+    if (count <= 0) return;
+    const int64_t length = ceil_div(count, std::clamp<int64_t>(ranges, 1, count));
+    parallel_for(ceil_div(count, length), threads,
+                 [&](int64_t range) { body(range * length, std::min(count, (range + 1) * length)); });
 }
 
 // As parallel_for, body(task, next): next() is the task that this thread will do after this one, if that is

@@ -107,8 +107,8 @@ struct Row {
 };
 
 // Of a row, block by block: the largest logit, log sum exp of the logits less that, and with `smoothed` the
-// mean of z too. A block's exponentials are taken relative to the largest logit so far; sums start anew each
-// block, so that rounding errors grow with the block and not with the row.
+// mean of z less it too. A block's exponentials are taken relative to the largest logit so far; sums start
+// anew each block, so that rounding errors grow with the block and not with the row.
 template <bool smoothed, class C>
 class Statistics {
     static constexpr int64_t lanes = kLanes<C>;
@@ -134,27 +134,28 @@ public:
             // As long as every logit is -inf, subtracting 0 keeps exp(-inf) = 0 and no NaN.
             const C next = row_max_ == -infinity ? C(0) : row_max_;
             row_sum_ *= exp<C>(broadcast(std::min(reference_ - next, C(0))))[0];
+            if (smoothed && start > 0) total_ += static_cast<C>(start) * (reference_ - next);
             reference_ = next;
         }
 
         Vector<C> sums[turns] = {}, totals[turns] = {};
-        auto add = [&](Vector<C> z, int turn) { sums[turn] += exp_for<T>(z - reference_); };
+        auto add = [&](Vector<C> below, int turn) { sums[turn] += exp_for<T>(below); };
         column = start;
         for (; column + turns * lanes <= whole; column += turns * lanes)
             for (int turn = 0; turn < turns; ++turn) {
-                const Vector<C> z = row.z(load(row.at(column + turn * lanes)));
-                add(z, turn);
-                if constexpr (smoothed) totals[turn] += z;
+                const Vector<C> below = row.z(load(row.at(column + turn * lanes))) - reference_;
+                add(below, turn);
+                if constexpr (smoothed) totals[turn] += below;
             }
         for (; column < whole; column += lanes) {
-            const Vector<C> z = row.z(load(row.at(column)));
-            add(z, 0);
-            if constexpr (smoothed) totals[0] += z;
+            const Vector<C> below = row.z(load(row.at(column))) - reference_;
+            add(below, 0);
+            if constexpr (smoothed) totals[0] += below;
         }
         if (rest > 0) {
-            const Vector<C> z = row.z(load(row.at(whole), rest));
-            add(first_lanes(z, rest, -infinity), 1);
-            if constexpr (smoothed) totals[1] += first_lanes(z, rest, C(0));
+            const Vector<C> below = row.z(load(row.at(whole), rest)) - reference_;
+            add(first_lanes(below, rest, -infinity), 1);
+            if constexpr (smoothed) totals[1] += first_lanes(below, rest, C(0));
         }
         row_sum_ += sum<C>((sums[0] + sums[1]) + (sums[2] + sums[3]));
         if constexpr (smoothed) total_ += sum<C>((totals[0] + totals[1]) + (totals[2] + totals[3]));
@@ -162,7 +163,7 @@ public:
 
     C row_max() const { return reference_; }
     C log_sum() const { return std::log(row_sum_); }
-    C mean(int64_t columns) const { return total_ / static_cast<C>(columns); }
+    C mean_below(int64_t columns) const { return total_ / static_cast<C>(columns); }
 
 private:
     C row_max_ = -infinity, reference_ = 0, row_sum_ = 0, total_ = 0;
@@ -239,7 +240,7 @@ void finish(const CrossEntropyParams& p, const Statistics<smoothed, typename R::
     C loss = (row_max - row.z(load_one(row.at(p.targets[index])))) + log_sum;
     if constexpr (smoothed) {
         const C s = static_cast<C>(p.label_smoothing);
-        loss = (C(1) - s) * loss + s * ((row_max - statistics.mean(p.columns)) + log_sum);
+        loss = (C(1) - s) * loss + s * (log_sum - statistics.mean_below(p.columns));
     }
     if (p.z_loss != 0) {
         const C lse = row_max + log_sum;
@@ -250,7 +251,7 @@ void finish(const CrossEntropyParams& p, const Statistics<smoothed, typename R::
     static_cast<C*>(p.log_sum)[index] = log_sum;
 }
 
-// Rows from `first` on that are worked on together, block by block.
+// body(start, end) of each block of columns.
 template <class R, class Body>
 void by_blocks(const CrossEntropyParams& p, const Body& body) {
     for (int64_t start = 0; start < p.columns; start += R::Layout::block)
@@ -277,6 +278,7 @@ void write_gradients(const CrossEntropyParams& p, int64_t first) {
     });
 }
 
+// Rows from `first` on that are worked on together, block by block.
 template <class R, bool smoothed>
 void forward_rows(const CrossEntropyParams& p, int64_t first) {
     using C = typename R::C;
@@ -313,16 +315,13 @@ void with_rows(const CrossEntropyParams& p, const Body& body) {
     });
 }
 
-// body(row) for the first of each rows that are worked on together: a range of neighbours for each task.
+// body(row) for the first of each rows that are worked on together.
 template <class Layout, class Body>
 void for_rows(const CrossEntropyParams& p, const Body& body) {
     const int64_t groups = ceil_div(Layout::rows(p.rows), Layout::together);
     const int64_t worth = ceil_div(p.rows * std::max<int64_t>(p.columns, 1), kTaskElements);
-    const int64_t tasks = std::max<int64_t>(std::min({4 * p.threads, groups, worth}), 1);
-    const int64_t groups_per_task = ceil_div(groups, tasks);
-    parallel_for(tasks, p.threads, [&](int64_t task) {
-        const int64_t end = std::min(groups, (task + 1) * groups_per_task);
-        for (int64_t group = task * groups_per_task; group < end; ++group) body(group * Layout::together);
+    parallel_ranges(groups, std::min(4 * p.threads, worth), p.threads, [&](int64_t begin, int64_t end) {
+        for (int64_t group = begin; group < end; ++group) body(group * Layout::together);
     });
 }
 

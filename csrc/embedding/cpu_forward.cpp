@@ -26,12 +26,10 @@ void embedding_forward(const EmbeddingParams& p) {
         using T = typename decltype(type)::type;
         // Fewer elements than this are not worth another thread.
         constexpr int64_t elements_per_task = 32768;
-        const int64_t tasks = std::min(p.threads, ceil_div(p.count * p.columns, elements_per_task));
-        const int64_t rows_per_task = ceil_div(p.count, std::max<int64_t>(tasks, 1));
+        const int64_t ranges = std::min(p.threads, ceil_div(p.count * p.columns, elements_per_task));
         const size_t row_bytes = static_cast<size_t>(p.columns) * sizeof(T);
-        parallel_for(tasks, p.threads, [&](int64_t task) {
-            const int64_t end = std::min(p.count, (task + 1) * rows_per_task);
-            for (int64_t row = task * rows_per_task; row < end; ++row) {
+        parallel_ranges(p.count, ranges, p.threads, [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; ++row) {
                 const int64_t token = p.tokens[row];
                 if (token < 0 || token >= p.vocabulary)
                     outside = true;

@@ -154,12 +154,9 @@ void norm_backward(const NormParams& p) {
         constexpr bool pairs_exist = std::is_same_v<T, bfloat16> && std::is_same_v<S, bfloat16>;
         const bool in_pairs = pairs_exist && p.columns % (2 * kLanes<C>) == 0 && p.keep_threshold == 0;
         const int64_t rows_per_chunk = ceil_div(p.rows, p.chunks);
-        // Neighbouring chunks go to one thread: two threads that write to one fresh page both wait for it.
-        const int64_t tasks = std::min(p.threads, p.chunks), chunks_per_task = ceil_div(p.chunks, tasks);
-        parallel_for(tasks, p.threads, [&](int64_t task) {
+        parallel_ranges(p.chunks, p.threads, p.threads, [&](int64_t begin, int64_t end) {
             const Scratch<C> scratch(p, in_pairs);
-            const int64_t end = std::min(p.chunks, (task + 1) * chunks_per_task);
-            for (int64_t chunk = task * chunks_per_task; chunk < end; ++chunk) {
+            for (int64_t chunk = begin; chunk < end; ++chunk) {
                 C* dweight = static_cast<C*>(p.partials) + chunk * 2 * p.columns;
                 C* dbias = dweight + p.columns;
                 std::fill_n(dweight, 2 * p.columns, C(0));

@@ -86,12 +86,20 @@ void forward_rows(const NormParams& p, int64_t first, const Scratch<Compute<T>>&
     C mean[rows], rstd[rows];
     if constexpr (centred) {
         for (int r = 0; r < rows; ++r) mean[r] = sums[r] / columns;
-        sums = sums_over_row<C, rows, 2>(p.columns, [&](auto at, auto add) {
+        // What the mean's rounding leaves of a sum of what lies off it corrects the mean and the variance:
+        // rows that are nearly constant hold little else.
+        const auto off_sums = sums_over_row<C, 2 * rows, 2>(p.columns, [&](auto at, auto add) {
             for (int r = 0; r < rows; ++r) {
                 const Vector<C> off = at.inside(at(wide[r]) - mean[r]);
                 add(r, off * off);
+                add(rows + r, off);
             }
         });
+        for (int r = 0; r < rows; ++r) {
+            const C off = off_sums[rows + r] / columns;
+            mean[r] += off;
+            sums[r] = std::max(off_sums[r] - off * off_sums[rows + r], C(0));
+        }
     }
     for (int r = 0; r < rows; ++r) {
         rstd[r] = C(1) / std::sqrt(sums[r] / columns + static_cast<C>(p.eps));
@@ -118,13 +126,10 @@ void norm_forward(const NormParams& p) {
     with_types(p, [&](auto type, auto residual_type, auto centred) {
         using T = typename decltype(type)::type;
         using S = typename decltype(residual_type)::type;
-        // A range of rows for each thread: two threads that write to one fresh page both wait for it.
-        const int64_t tasks = std::min(p.threads, ceil_div(p.rows, kRowsPerTask));
-        const int64_t rows_per_task = ceil_div(p.rows, std::max<int64_t>(tasks, 1));
-        parallel_for(tasks, p.threads, [&](int64_t task) {
+        const int64_t ranges = std::min(p.threads, ceil_div(p.rows, kRowsPerTask));
+        parallel_ranges(p.rows, ranges, p.threads, [&](int64_t begin, int64_t end) {
             const Scratch<Compute<T>> scratch(p);
-            const int64_t end = std::min(p.rows, (task + 1) * rows_per_task);
-            for_rows(rows_together<T>(p, false), task * rows_per_task, end, [&](int64_t row, auto rows) {
+            for_rows(rows_together<T>(p, false), begin, end, [&](int64_t row, auto rows) {
                 forward_rows<T, S, decltype(centred)::value, decltype(rows)::value>(p, row, scratch);
             });
         });

@@ -102,12 +102,9 @@ void rotary_forward(const RotaryParams& p) {
         const bool heads_inside = p.y_strides[1] < p.y_strides[2];
         const int64_t inner = heads_inside ? p.heads : p.tokens, outer = heads_inside ? p.tokens : p.heads;
         const int64_t rows = p.batch * outer;
-        const int64_t tasks =
-            std::min({p.threads, rows, ceil_div(rows * inner * p.head_dim, kElementsPerTask)});
-        const int64_t rows_per_task = ceil_div(rows, std::max<int64_t>(tasks, 1));
-        parallel_for(tasks, p.threads, [&](int64_t task) {
-            const int64_t end = std::min(rows, (task + 1) * rows_per_task);
-            for (int64_t row = task * rows_per_task; row < end; ++row)
+        const int64_t ranges = std::min(p.threads, ceil_div(rows * inner * p.head_dim, kElementsPerTask));
+        parallel_ranges(rows, ranges, p.threads, [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; ++row)
                 for (int64_t i = 0; i < inner; ++i)
                     rotate_row<T>(p, row / outer, heads_inside ? i : row % outer,
                                   heads_inside ? row % outer : i);

@@ -199,6 +199,16 @@ def test_nan_stays_in_its_element(target: Target) -> None:
     torch.testing.assert_close(ill, expected, equal_nan=True, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("target", IN_FLOAT32, ids=str)
+def test_a_gradient_whose_square_overflows_is_no_end(target: Target) -> None:
+    param, (grad, *_) = problem((40,))
+    grad[17] = 1e20
+    with target.active():
+        mine = train(param, [grad], backend=target.backend)
+    assert mine["param"].isfinite().all()
+    torch.testing.assert_close(mine["param"], torchs(param, [grad])["param"])
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("target", [t for t in TARGETS if t.backend == "cpu"], ids=str)
 def test_results_are_bit_equal_for_any_number_of_threads(target: Target, threads: int) -> None:

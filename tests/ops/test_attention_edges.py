@@ -206,6 +206,44 @@ def test_scores_that_overflow_exp_are_no_trouble(target: Target) -> None:
     assert all(value.isfinite().all() for value in results.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("target", KERNELS, ids=str)
+def test_a_bias_that_hides_all_keys_of_a_query_gives_no_large_gradients(
+    target: Target, dtype: torch.dtype
+) -> None:
+    if not target.takes(dtype) or target.backend == "cuda":
+        pytest.skip(f"{target} takes no {dtype} with a bias")
+    shape = AttentionShape(1, 1, 16, 64, 64, 1)
+    q, k, v, dout = attention_inputs(shape, dtype, device=target.device)
+    bias = torch.zeros(16, 64, device=target.device)
+    # Added to a score it leaves nothing of it: every weight of the first query is e^0, or 1 of 64.
+    bias[0] = -1e9
+    inputs = leaves(q, k, v)
+    with target.active():
+        out = lmkern.attention(*inputs, bias=bias, backend=target.backend)
+        dq, dk, dv = (x.double() for x in torch.autograd.grad(out, inputs, dout))
+    most = dout.double().abs().sum(2, keepdim=True)
+    assert (dv.abs() <= 1.01 * most).all()
+    # |dS| is at most |dP| + |delta|.
+    dscore = 2 * (dout.double() @ v.double().mT).abs().amax()
+    assert dq.abs().max() <= dscore * k.double().abs().sum(2).max() / 8
+    assert dk.abs().max() <= dscore * q.double().abs().sum(2).max() / 8
+
+
+@pytest.mark.parametrize("head_dim", [40, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("target", [t for t in KERNELS if t.backend == "cpu"], ids=str)
+def test_a_score_of_millions_has_its_weight_in_the_backward_pass(
+    target: Target, dtype: torch.dtype, head_dim: int
+) -> None:
+    q, k, v, dout = attention_inputs(AttentionShape(1, 2, 96, head_dim, 96, 2), dtype)
+    q, k, v = inputs = leaves(q * 500, k * 500, v)
+    with target.active():
+        (dv,) = torch.autograd.grad(lmkern.attention(*inputs, backend=target.backend), v, dout)
+    exact = torch.softmax((q.double() @ k.double().mT) / head_dim**0.5, -1).mT @ dout.double()
+    assert (dv.double() - exact).norm() <= 5e-3 * exact.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_every_16_bit_number_comes_through(target: Target, dtype: torch.dtype) -> None:

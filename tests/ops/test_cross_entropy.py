@@ -228,6 +228,16 @@ def test_large_and_small_logits(target: Target, factor: float) -> None:
             torch.testing.assert_close(mine[result].double(), right, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("target", IN_FLOAT32, ids=str)
+def test_what_all_logits_share_costs_no_digits(target: Target) -> None:
+    logits, y, dloss = cross_entropy_inputs(CrossEntropyShape(20, 5000))
+    logits -= 1e4
+    with target.active():
+        mine = results(ours(target.backend, label_smoothing=0.1), logits, y, dloss)
+    exact = long_double.cross_entropy(logits, y, dloss, label_smoothing=0.1)["loss"]
+    torch.testing.assert_close(mine["loss"].double(), torch.tensor(exact.astype("float64")), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("target", [t for t in KERNELS if t.backend == "cpu"], ids=str)
 def test_results_are_bit_equal_for_any_number_of_threads(target: Target, threads: int) -> None:

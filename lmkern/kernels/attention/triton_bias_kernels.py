@@ -47,7 +47,7 @@ def _gradients(
     queries = first_query + tl.arange(0, BLOCK_M)
     keys = first_key + tl.arange(0, BLOCK_N)
     keys = tl.where(keys < 0, n_k, keys)
-    unit: tl.constexpr = unit_of(q_ptr.dtype.element_ty)
+    unit: tl.constexpr = unit_of(q_ptr.dtype.element_ty, bias_ptr is not None or relative_ptr is not None)
     q = load(q_ptr, queries, n_q, stride_qn, stride_qd, D, BLOCK_D, GRAIN)
     dout = load(dout_ptr, queries, n_q, stride_gn, stride_gd, D, BLOCK_D, GRAIN)
     k = load(k_ptr, keys, n_k, stride_kn, stride_kd, D, BLOCK_D, GRAIN)
@@ -63,7 +63,7 @@ def _gradients(
     )  # fmt: skip
     seen = visible(queries[:, None], keys[None, :], n_q, n_k, offset, left, right, HAS_LEFT, HAS_RIGHT)
     scores = tl.where(seen, scores, float("-inf"))
-    weights = exp(scores - lse[:, None], q.dtype)
+    weights = exp(scores - lse[:, None], unit)
     dweights = dot(dout, tl.trans(v), None)
     if seed_ptr is not None:
         dweights *= kept_anywhere(

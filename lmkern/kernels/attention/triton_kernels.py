@@ -89,7 +89,7 @@ def forward_kernel(
     out_ptr += offset_of(batch, stride_ob, head, stride_oh, first_q, stride_on, GRAIN)
     lse_ptr += long(row) * N_q + first_q
 
-    unit: tl.constexpr = unit_of(q_ptr.dtype.element_ty)
+    unit: tl.constexpr = unit_of(q_ptr.dtype.element_ty, bias_ptr is not None or relative_ptr is not None)
     q = load(q_ptr, queries, n_q, stride_qn, stride_qd, D, BLOCK_D, GRAIN)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -118,8 +118,8 @@ def forward_kernel(
             new_max = tl.maximum(row_max, tl.max(scores, 1))
             # A row with no visible key has row_max = -inf: subtracting 0 keeps exp2(-inf) = 0 and no NaN.
             subtract = tl.where(new_max == float("-inf"), 0.0, new_max)
-            weights = exp(scores - subtract[:, None], q.dtype)
-            rescale = exp(row_max - subtract, q.dtype)
+            weights = exp(scores - subtract[:, None], unit)
+            rescale = exp(row_max - subtract, unit)
             row_sum = row_sum * rescale + tl.sum(weights, 1)
             if seed_ptr is not None:
                 weights *= kept(seed_ptr, threshold, keep_scale, queries, first_key, head, sequence, BLOCK_N)
@@ -134,8 +134,8 @@ def forward_kernel(
         sink = tl.load(sinks_ptr + head) * unit
         highest = tl.maximum(row_max, sink)
         subtract = tl.where(highest == float("-inf"), 0.0, highest)
-        factor = exp(row_max - subtract, q.dtype)
-        total = row_sum * factor + exp(sink - subtract, q.dtype)
+        factor = exp(row_max - subtract, unit)
+        total = row_sum * factor + exp(sink - subtract, unit)
         divisor = tl.where(empty, 1.0, total / tl.where(empty, 1.0, factor))
         lse = tl.where(total == 0.0, float("-inf"), subtract / unit + tl.log(total))
     else:
@@ -222,7 +222,7 @@ def backward_dq_kernel(
     v_ptr += offset_of(batch, stride_vb, head_kv, stride_vh, first_k, stride_vn, GRAIN)
     dout_ptr += offset_of(batch, stride_gb, head, stride_gh, first_q, stride_gn, GRAIN)
 
-    unit: tl.constexpr = unit_of(q_ptr.dtype.element_ty)
+    unit: tl.constexpr = unit_of(q_ptr.dtype.element_ty, bias_ptr is not None or relative_ptr is not None)
     CHOSEN: tl.constexpr = (mask_ptr is not None) or (bias_ptr is not None)
     q = load(q_ptr, queries, n_q, stride_qn, stride_qd, D, BLOCK_D, GRAIN)
     dout = load(dout_ptr, queries, n_q, stride_gn, stride_gd, D, BLOCK_D, GRAIN)
@@ -251,7 +251,7 @@ def backward_dq_kernel(
                     queries[:, None], keys[None, :], n_q, n_k, offset, left, right, HAS_LEFT, HAS_RIGHT
                 )
                 scores = tl.where(seen, scores, float("-inf"))
-            weights = exp(scores - lse[:, None], q.dtype)
+            weights = exp(scores - lse[:, None], unit)
             dweights = dot(dout, tl.trans(v), None)
             if seed_ptr is not None:
                 dweights *= kept(seed_ptr, threshold, keep_scale, queries, first_key, head, sequence, BLOCK_N)
@@ -317,7 +317,7 @@ def backward_dk_dv_kernel(
     first_key = block * BLOCK_N
     keys = first_key + tl.arange(0, BLOCK_N)
 
-    unit: tl.constexpr = unit_of(q_ptr.dtype.element_ty)
+    unit: tl.constexpr = unit_of(q_ptr.dtype.element_ty, bias_ptr is not None or relative_ptr is not None)
     CHOSEN: tl.constexpr = (mask_ptr is not None) or (bias_ptr is not None)
     k_ptr += offset_of(batch, stride_kb, head_kv, stride_kh, first_k, stride_kn, GRAIN)
     v_ptr += offset_of(batch, stride_vb, head_kv, stride_vh, first_k, stride_vn, GRAIN)
@@ -354,7 +354,7 @@ def backward_dk_dv_kernel(
                         queries[None, :], keys[:, None], n_q, n_k, offset, left, right, HAS_LEFT, HAS_RIGHT
                     )
                     scores = tl.where(seen, scores, float("-inf"))
-                weights = exp(scores - lse[None, :], q.dtype)
+                weights = exp(scores - lse[None, :], unit)
                 dweights = dot(v, tl.trans(dout), None)
                 dscores = weights * (dweights - delta[None, :]) * slope
                 if seed_ptr is not None:

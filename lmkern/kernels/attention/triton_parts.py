@@ -237,19 +237,20 @@ def finite(x):
 
 
 @triton.constexpr_function
-def unit_of(dtype):
+def unit_of(dtype, biased):
     """What scores are counted in, as a factor of natural units.
 
-    16-bit inputs: log2(e). exp2 is one instruction, and the factor goes into the scale. float32 inputs: 1,
-    because the rounding error of lse * log2(e) grows with lse, and would be a relative error of the weights.
+    16-bit inputs: log2(e). exp2 is one instruction, and the factor goes into the scale. float32 inputs, or a
+    bias, which may be -1e9 for all keys: 1, because the rounding error of lse * log2(e) grows with lse, and
+    would be a relative error of the weights.
     """
-    return 1.0 if dtype == tl.float32 else LOG2_E.value
+    return 1.0 if dtype == tl.float32 or biased else LOG2_E.value
 
 
 @triton.jit
-def exp(scores, dtype: tl.constexpr):
-    """The exponential of scores or their differences, counted in the unit of inputs of this dtype."""
-    if dtype == tl.float32:
+def exp(scores, unit: tl.constexpr):
+    """The exponential of scores or their differences, counted in `unit`."""
+    if unit == 1.0:
         return tl.exp(scores)
     return tl.exp2(scores)
 

@@ -48,7 +48,7 @@ def split_kernel(
     there = rows < group * N_q
     heads, queries = head_kv * group + rows // N_q, rows % N_q
     columns = tl.arange(0, BLOCK_D)
-    unit: tl.constexpr = unit_of(q_ptr.dtype.element_ty)
+    unit: tl.constexpr = unit_of(q_ptr.dtype.element_ty, False)
 
     n = N_max
     if lengths_ptr is not None:
@@ -101,8 +101,8 @@ def split_kernel(
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         # Without a visible key new_max = -inf, and -inf - -inf would be NaN.
         subtract = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = exp(scores - subtract[:, None], q.dtype)
-        rescale = exp(row_max - subtract, q.dtype)
+        weights = exp(scores - subtract[:, None], unit)
+        rescale = exp(row_max - subtract, unit)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         v_rows = (holder * stride_vb + head_kv.to(tl.int64) * stride_vh + places * stride_vn) * GRAIN
         v = tl.load(v_ptr + v_rows[:, None] + columns[None, :] * stride_vd, mask=inside, other=0.0)
@@ -135,7 +135,7 @@ def combine_kernel(
     batch, head, query = row // N_q // H, row // N_q % H, row % N_q
     columns = tl.arange(0, BLOCK_D)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    unit: tl.constexpr = unit_of(dtype)
+    unit: tl.constexpr = unit_of(dtype, False)
 
     total_max = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
@@ -149,8 +149,8 @@ def combine_kernel(
         sums = tl.load(sums_ptr + places[:, None] * D + columns[None, :], mask=inside, other=0.0)
         new_max = tl.maximum(total_max, tl.max(row_max, 0))
         subtract = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = exp(row_max - subtract, dtype)
-        rescale = exp(total_max - subtract, dtype)
+        weights = exp(row_max - subtract, unit)
+        rescale = exp(total_max - subtract, unit)
         total = total * rescale + tl.sum(weights * row_sum, 0)
         acc = acc * rescale + tl.sum(weights[:, None] * sums, 0)
         total_max = new_max
@@ -158,8 +158,8 @@ def combine_kernel(
         sink = tl.load(sinks_ptr + head) * unit
         new_max = tl.maximum(total_max, sink)
         subtract = tl.where(new_max == float("-inf"), 0.0, new_max)
-        rescale = exp(total_max - subtract, dtype)
-        total = total * rescale + exp(sink - subtract, dtype)
+        rescale = exp(total_max - subtract, unit)
+        total = total * rescale + exp(sink - subtract, unit)
         acc = acc * rescale
         total_max = new_max
 

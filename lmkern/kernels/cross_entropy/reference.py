@@ -33,7 +33,7 @@ def forward(
     hit = z.gather(1, targets.where(~ignored, 0)[:, None])[:, 0] if z.shape[1] else row_max  # (R,)
     loss = (1 - label_smoothing) * (row_max - hit + log_sum)
     if label_smoothing:
-        loss = loss + label_smoothing * (row_max - z.mean(1) + log_sum)
+        loss = loss + label_smoothing * (log_sum - (z - row_max[:, None]).mean(1))
     if z_loss:
         loss = loss + z_loss * (row_max + log_sum).square()
     statistics = (loss, row_max, log_sum)

@@ -46,16 +46,20 @@ def forward_kernel(
     row_max = tl.full((), float("-inf"), dtype)
     row_sum = tl.full((), 0.0, dtype)
     total = tl.full((), 0.0, dtype)
+    subtracted = tl.full((), 0.0, dtype)
     # An ignored row is not read.
     columns_read = tl.where(target == ignore_index, 0, V)
     for first in range(0, columns_read, BLOCK_V):
         columns = first + tl.arange(0, BLOCK_V)
         z = _scores(logits_ptr, columns, V, softcap, CAPPED)
-        if SMOOTHED:
-            total += tl.sum(tl.where(columns < V, z, 0.0), 0)
         largest = tl.maximum(row_max, tl.max(z, 0))
         # With nothing but -inf so far, a difference to 0 instead keeps exp at 0 and away from NaN.
         finite = tl.where(largest == float("-inf"), 0.0, largest)
+        if SMOOTHED:
+            # Of z less the largest so far, whose size would be lost in a difference at the end.
+            total += tl.where(first == 0, 0.0, first * (subtracted - finite))
+            total += tl.sum(tl.where(columns < V, z - finite, 0.0), 0)
+            subtracted = finite
         row_sum = row_sum * tl.exp(tl.where(row_max == largest, 0.0, row_max - finite))
         row_sum += tl.sum(tl.exp(z - finite), 0)
         row_max = largest
@@ -63,7 +67,7 @@ def forward_kernel(
     loss = row_max - hit + log_sum
     if SMOOTHED:
         smoothing = tl.full((), label_smoothing, dtype)
-        loss = (1.0 - smoothing) * loss + smoothing * (row_max - total / V + log_sum)
+        loss = (1.0 - smoothing) * loss + smoothing * (log_sum - total / V)
     if Z_LOSS:
         lse = row_max + log_sum
         loss += tl.full((), z_loss, dtype) * lse * lse

@@ -59,6 +59,10 @@ def forward_kernel(
         mean = tl.sum(x, 1) / E
         # Padding is zero in x, so -mean in the difference: it must not count.
         x = tl.where((columns < E)[None, :], x - mean[:, None], 0.0)
+        # What the mean's rounding left: rows that are nearly constant hold little else.
+        left = tl.sum(x, 1) / E
+        x = tl.where((columns < E)[None, :], x - left[:, None], 0.0)
+        mean += left
         tl.store(mean_ptr + rows, mean, mask=rows < R)
     rstd = _reciprocal_root(tl.sum(x * x, 1) / E, eps)
     y = _shifted(x * rstd[:, None] * _factors(weight_ptr, offset, columns, E, x.dtype), bias_ptr, columns, E)
@@ -109,6 +113,8 @@ def wide_forward_kernel(
     if mean_ptr is not None:
         counts = ((E - lanes + BLOCK_E - 1) // BLOCK_E)[None, :]
         mean = tl.sum(lane_mean * counts, 1) / E
+        # What the mean's rounding left.
+        mean += tl.sum((lane_mean - mean[:, None]) * counts, 1) / E
         difference = lane_mean - mean[:, None]
         squares += counts * difference * difference
         tl.store(mean_ptr + rows, mean, mask=rows < R)
