@@ -51,7 +51,7 @@ constexpr EntryPoint kEntryPoints[] = {
     entry<NormParams, norm_forward>("norm_forward"),
     entry<RotaryParams, rotary_forward>("rotary_forward"),
 #endif
-// Nor does BF16 to what reads alone, or copies.
+// Nor does BF16 to what reads alone, or copies rows as they are.
 #if !defined(__AVX512BF16__)
     entry<CachedAttentionParams, cached_attention_forward>("cached_attention_forward"),
     entry<EmbeddingParams, embedding_backward>("embedding_backward"),

@@ -15,6 +15,7 @@
 #include "attention/row_products.hpp"
 #include "attention/rows_ahead.hpp"
 #include "attention/scores.hpp"
+#include "attention/tasks.hpp"
 
 namespace lmkern {
 
@@ -25,6 +26,12 @@ struct Part {
     int64_t first_query, end_query;
     int64_t first_key, end_key;
     bool dq, dk, dv, dbias;
+    int64_t scores = 0;
+
+    void count_scores(const AttentionParams& p) {
+        const Band band(p, sequence_of(p, sequence));
+        scores = seen_scores(band, first_query, end_query, first_key, end_key) * (end_head - first_head);
+    }
 };
 
 template <class E>
@@ -37,6 +44,7 @@ class BackwardPart {
     static constexpr C infinity = std::numeric_limits<C>::infinity();
     static constexpr int64_t kScoreStride = E::kStrip + 64 / static_cast<int64_t>(sizeof(C));
     static constexpr int64_t kMostLines = 8;
+    static_assert(E::kRows + E::kStrip <= ScoreRows<T>::kDiagonals);
     // Beyond it half a unit in the last place of lse in bits, or of a score that is scaled in the same
     // instruction in which lse is subtracted, would show as a factor of P.
     static constexpr C kLargeLse = sizeof(T) == 2 ? 2048 : 64;

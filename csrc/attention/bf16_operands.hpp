@@ -47,7 +47,7 @@ struct Bf16Engine {
                 const T* row = i + r < rows ? from.row(i + r) : nullptr;
                 for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(T)))
                     prefetch_ahead(from, i + r, d);
-                T gathered[256];
+                T gathered[kMaxHeadDim];
                 if (row != nullptr && from.column_stride != 1) {
                     for (int64_t d = 0; d < D; ++d) gathered[d] = row[d * from.column_stride];
                     row = gathered;
@@ -117,7 +117,7 @@ struct Bf16Engine {
                                                bfloat16* to) {
         to += first * width(D);
         Facts facts;
-        alignas(64) bfloat16 scratch[32 * 256 * kParts];
+        alignas(64) bfloat16 scratch[32 * kMaxHeadDim * kParts];
         for (int64_t i = 0; i < rows; i += 32) {
             const Bf16Left source = whole_rows(from, i, rows, D, scratch);
             for (int64_t half = 0; half < 32; half += 16) {
@@ -154,7 +154,7 @@ struct Bf16Engine {
     static Packed<float> pack_right_rows(Matrix<const T> from, int64_t rows, int64_t D, int64_t first,
                                          bfloat16* to, bool clean = false) {
         Facts facts;
-        alignas(64) bfloat16 scratch[32 * 256 * kParts];
+        alignas(64) bfloat16 scratch[32 * kMaxHeadDim * kParts];
         for (int64_t i = 0; i < rows; i += 32) {
             const Bf16Left source = whole_rows(from, i, rows, D, scratch, clean);
             for (int64_t d = 0; d < columns(D); d += 32)

@@ -7,16 +7,6 @@
 namespace lmkern {
 namespace {
 
-// Scores of the part that are seen, about.
-int64_t work_of(const AttentionParams& p, const Part& part) {
-    const Band band(p, sequence_of(p, part.sequence));
-    int64_t seen = 0;
-    for (int64_t query = part.first_query; query < part.end_query; ++query)
-        seen += std::max<int64_t>(
-            std::min(band.end(query), part.end_key) - std::max(band.begin(query), part.first_key), 0);
-    return seen * (part.end_head - part.first_head);
-}
-
 template <class E>
 void run_parts(const AttentionParams& p, const std::vector<Part>& parts) {
     const auto count = static_cast<int64_t>(parts.size());
@@ -81,15 +71,10 @@ void backward(const AttentionParams& p) {
             }
         }
     }
-    // Longest first, so that no thread is left with a long one at the end.
-    auto by_work = [&](std::vector<Part>& list) {
-        std::vector<std::pair<int64_t, Part>> weighed;
-        for (const Part& part : list) weighed.emplace_back(work_of(p, part), part);
-        std::stable_sort(weighed.begin(), weighed.end(), [](auto& a, auto& b) { return a.first > b.first; });
-        for (size_t i = 0; i < list.size(); ++i) list[i] = weighed[i].second;
-    };
-    by_work(parts);
-    by_work(query_parts);
+    for (auto* list : {&parts, &query_parts}) {
+        for (Part& part : *list) part.count_scores(p);
+        longest_first(*list);
+    }
     run_parts<E>(p, parts);
     run_parts<E>(p, query_parts);
 }
@@ -97,8 +82,7 @@ void backward(const AttentionParams& p) {
 }  // namespace
 
 void attention_backward(const AttentionParams& p) {
-    with_engine(static_cast<Dtype>(p.dtype),
-                [&](auto engine) { backward<typename decltype(engine)::type>(p); });
+    with_engine(p, [&](auto engine) { backward<typename decltype(engine)::type>(p); });
 }
 
 }  // namespace lmkern

@@ -411,7 +411,7 @@ private:
 }  // namespace
 
 void attention_forward(const AttentionParams& p) {
-    with_engine(static_cast<Dtype>(p.dtype), [&](auto engine) {
+    with_engine(p, [&](auto engine) {
         using E = typename decltype(engine)::type;
         const auto tasks = query_tasks(p, E::kQueries * kBlocksTogether);
         parallel_for(static_cast<int64_t>(tasks.size()), p.threads,

@@ -49,10 +49,6 @@ bool streams(const Matrix<T>& to, int64_t D, int64_t elements) {
            streams_to(to.data, to.row_stride * size);
 }
 
-inline int64_t round_up(int64_t n, int64_t step) {
-    return ceil_div(n, step) * step;
-}
-
 // Columns of a block, from begin to before end; none where that is not more.
 struct Columns {
     int64_t begin, end;
@@ -86,13 +82,7 @@ struct VectorEngine {
     using Operand = C;
     static constexpr int64_t kParts = 1;
     using Right = Block<C>;
-    struct Left {
-        const C* data;
-        int64_t row_stride, depth_stride;
-
-        Left row(int64_t i) const { return {data + i * row_stride, row_stride, depth_stride}; }
-        Left depth(int64_t k) const { return {data + k * depth_stride, row_stride, depth_stride}; }
-    };
+    using Left = lmkern::Left<C>;
 
     // Dropout draws the bits of 8 keys at a time.
     static constexpr int64_t kStep = std::max<int64_t>(2 * kLanes<C>, 8);
@@ -163,7 +153,7 @@ struct VectorEngine {
                                            C* to) {
         constexpr int64_t lanes = kLanes<C>;
         const int64_t stride = width(D);
-        alignas(64) C dense[lanes * 256];
+        alignas(64) C dense[lanes * kMaxHeadDim];
         Packed<C> packed;
         for (int64_t i = 0; i < round_up(rows, kStep); i += lanes) {
             const auto facts = pack_left({from.row(i), from.row_stride, from.column_stride},
@@ -230,7 +220,7 @@ struct VectorEngine {
     static void write_transposed(Block<C> from, int64_t keys, int64_t D, Matrix<T> to, bool, C factor) {
         constexpr int64_t lanes = kLanes<C>;
         const int64_t stride = width(D);
-        C square[lanes * 256];
+        C square[lanes * kMaxHeadDim];
         for (int64_t key = 0; key < keys; key += lanes) {
             for (int64_t d = 0; d < stride; d += lanes)
                 transpose_square(from.data + d * from.stride + key, from.stride, square + d, stride);
@@ -242,8 +232,7 @@ struct VectorEngine {
     // passes: b lies in the second cache and is read for these rows only.
     static void product(Left a, Right b, int64_t rows, int64_t columns, int64_t depth, Block<C> c,
                         bool accumulate, bool /*passes*/ = false) {
-        lmkern::product(lmkern::Left<C>{a.data, a.row_stride, a.depth_stride}, b, rows, columns, depth, c,
-                        accumulate);
+        lmkern::product(a, b, rows, columns, depth, c, accumulate);
     }
 
     // What a thread needs while it multiplies.

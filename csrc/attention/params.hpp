@@ -7,6 +7,9 @@
 
 namespace lmkern {
 
+// The widest heads that the kernels on a CPU have room for (lmkern/kernels/attention/cpu.py: MAX_HEAD_DIM).
+constexpr int64_t kMaxHeadDim = 256;
+
 // Elements between neighbours along each dimension; 0 where a tensor is broadcast.
 struct Strides {
     int64_t batch, head, row, column;

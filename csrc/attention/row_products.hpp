@@ -38,7 +38,7 @@ private:
     }
 
     C of_row(Matrix<const T> out, Matrix<const T> dout, int64_t row) const {
-        T gathered[2][256];
+        T gathered[2][kMaxHeadDim];
         const T* a = whole_row(out, row, gathered[0]);
         const T* b = whole_row(dout, row, gathered[1]);
         Vector<C> sums{};
@@ -65,7 +65,7 @@ private:
 
     // As many as a vector has lanes, without a product.
     void of_rows(Matrix<const T> out, Matrix<const T> dout, int64_t rows, C* products) const {
-        C blocks[2][lanes * 256];
+        C blocks[2][lanes * kMaxHeadDim];
         if (rows < lanes)
             for (C* block : {blocks[0], blocks[1]}) std::fill_n(block, lanes * width_, C(0));
         pack(out.data, out.row_stride, out.column_stride, rows, D_, Block<C>{blocks[0], width_});

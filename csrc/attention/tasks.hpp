@@ -12,8 +12,9 @@ namespace lmkern {
 
 // body(Type<engine>{}): products of bfloat16 pairs where the module has them.
 template <class Body>
-void with_engine(Dtype dtype, const Body& body) {
-    with_any_type(dtype, [&](auto type) {
+void with_engine(const AttentionParams& p, const Body& body) {
+    if (p.head_dim > kMaxHeadDim) throw std::invalid_argument("lmkern: head_dim beyond what attention takes");
+    with_any_type(static_cast<Dtype>(p.dtype), [&](auto type) {
         using T = typename decltype(type)::type;
         if constexpr ((kAttentionTypes >> static_cast<int64_t>(kDtype<T>) & 1) == 0)
             throw std::invalid_argument("lmkern: this module does not compute in that dtype");
@@ -31,14 +32,24 @@ void with_engine(Dtype dtype, const Body& body) {
 struct QueryTask {
     int64_t sequence, head_kv;
     int64_t first_query, end_query;
-    int64_t scores;  // that are seen, about: what the time goes with
+    int64_t scores;
 };
 
-inline int64_t seen_scores(const Band& band, int64_t first_query, int64_t end_query) {
+// About the scores of some queries that are seen, of the keys in a range.
+inline int64_t seen_scores(const Band& band, int64_t first_query, int64_t end_query, int64_t first_key,
+                           int64_t end_key) {
     int64_t seen = 0;
     for (int64_t query = first_query; query < end_query; ++query)
-        seen += std::max<int64_t>(band.end(query) - band.begin(query), 0);
+        seen +=
+            std::max<int64_t>(std::min(band.end(query), end_key) - std::max(band.begin(query), first_key), 0);
     return seen;
+}
+
+// So that no thread is left with a long one at the end. scores: of a task, what the time goes with.
+template <class Task>
+void longest_first(std::vector<Task>& tasks) {
+    std::stable_sort(tasks.begin(), tasks.end(),
+                     [](const Task& a, const Task& b) { return a.scores > b.scores; });
 }
 
 // Whole heads where there are enough of them to go round; else heads cut into ranges of about equal work,
@@ -52,19 +63,18 @@ inline std::vector<QueryTask> query_tasks(const AttentionParams& p, int64_t step
     for (int64_t index = 0; index < p.sequences; ++index) {
         const Sequence s = sequence_of(p, index);
         const Band band(p, s);
-        const int64_t total = seen_scores(band, 0, s.n_q);
+        const int64_t total = seen_scores(band, 0, s.n_q, 0, s.n_k);
         int64_t first = 0, sum = 0;
         for (int64_t query = 0; query < s.n_q; query += step) {
             const int64_t end = std::min(query + step, s.n_q);
-            sum += seen_scores(band, query, end);
+            sum += seen_scores(band, query, end, 0, s.n_k);
             if (end < s.n_q && sum * parts < total) continue;
             for (int64_t head = 0; head < p.heads_kv; ++head) tasks.push_back({index, head, first, end, sum});
             first = end;
             sum = 0;
         }
     }
-    std::stable_sort(tasks.begin(), tasks.end(),
-                     [](const QueryTask& a, const QueryTask& b) { return a.scores > b.scores; });
+    longest_first(tasks);
     return tasks;
 }
 

@@ -63,8 +63,7 @@ struct Partial {
     Block<C> acc;
 
     Partial(const CachedAttentionParams& p, int64_t batch, int64_t head_kv, int64_t split) {
-        const int64_t rows = p.heads / p.heads_kv * p.n_q,
-                      width = ceil_div(p.head_dim, kWidthStep) * kWidthStep;
+        const int64_t rows = p.heads / p.heads_kv * p.n_q, width = round_up(p.head_dim, kWidthStep);
         const int64_t index = (batch * p.heads_kv + head_kv) * ceil_div(p.n_max, p.split) + split;
         row_max = static_cast<C*>(p.partials) + index * rows * (width + 2);
         row_sum = row_max + rows;

@@ -90,5 +90,8 @@ inline To bit_cast(const From& from) {
 inline int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
 }
+inline int64_t round_up(int64_t n, int64_t step) {
+    return ceil_div(n, step) * step;
+}
 
 }  // namespace lmkern

@@ -53,8 +53,8 @@ struct TileRows {
         return static_cast<T*>(const_cast<void*>(logits)) + row / 16 * stride + row % 16 * 32;
     }
     static int64_t at(int64_t column) { return column / 32 * 512 + column % 32; }
-    static int64_t rows(int64_t rows) { return ceil_div(rows, 32) * 32; }
-    static int64_t columns(int64_t columns) { return ceil_div(columns, 32) * 32; }
+    static int64_t rows(int64_t rows) { return round_up(rows, 32); }
+    static int64_t columns(int64_t columns) { return round_up(columns, 32); }
 };
 #endif
 

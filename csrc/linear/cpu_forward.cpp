@@ -64,7 +64,7 @@ void linear_forward(const LinearParams& p) {
     if (p.rows == 0 || p.outputs == 0) return;
     // A task has whole vectors of outputs.
     const int64_t tasks = std::clamp<int64_t>(p.outputs * p.inputs / kElementsPerTask, 1, p.threads);
-    const int64_t per_task = ceil_div(ceil_div(p.outputs, tasks), kOutputsTogether) * kOutputsTogether;
+    const int64_t per_task = round_up(ceil_div(p.outputs, tasks), kOutputsTogether);
     with_type(static_cast<Dtype>(p.dtype), [&](auto type) {
         using T = typename decltype(type)::type;
         auto run = [&](auto order) {

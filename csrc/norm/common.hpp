@@ -113,7 +113,7 @@ constexpr int kDrawnTogether = 8 * kLanes<uint32_t>;
 
 // A row's place in scratch memory: whole vectors, and whole draws.
 inline int64_t scratch_width(const NormParams& p) {
-    return ceil_div(p.columns, kDrawnTogether) * kDrawnTogether;
+    return round_up(p.columns, kDrawnTogether);
 }
 
 // bits[counter][word] = apart[word][counter]. A function of its own: inlined, GCC 12 moves word by word.

@@ -104,7 +104,7 @@ inline void amx_step(Bf16Rows left, const bfloat16* right, int64_t column_stride
 }
 
 // sums = left right over `steps` times 32 of the depth, or += with `accumulate`: they stay in four tiles.
-// once: the right tiles are not read again soon, and leave the nearest cache to what is.
+// passes: the right tiles are not read again soon, and leave the nearest cache to what is.
 template <int parts, bool passes = false>
 inline void bf16_block(Bf16Rows left, Bf16Right right, int64_t steps, const Bf16Sums& sums, bool accumulate) {
     const int64_t bytes = sums.stride * 4;
@@ -169,7 +169,7 @@ inline void bf16_pair_rows(const bfloat16* left, int64_t stride, int64_t depth_s
 }
 
 // sums = left right over `steps` times 32 of the depth, or += with `accumulate`.
-template <int parts, bool passes = false>
+template <int parts, bool /*passes*/ = false>
 inline void bf16_block(Bf16Rows left, Bf16Right right, int64_t steps, const Bf16Sums& sums, bool accumulate) {
     static_assert(parts == 1);
     for (int64_t row = 0; row < 32; row += kPairRows) {

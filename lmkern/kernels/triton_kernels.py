@@ -17,14 +17,14 @@ def compute_dtype(dtype):
     return tl.float64 if dtype == tl.float64 else tl.float32
 
 
-# The interpreter cuts float32 off where it should round to bfloat16, and takes numbers under the smallest
-# normal one for others: these two move the bits by hand there.
-
-
 @triton.jit
 def long(number):
     """In 64 bits; the interpreter counts loops in Python's integers."""
     return tl.full((), 0, tl.int64) + number
+
+
+# The interpreter cuts float32 off where it should round to bfloat16, and takes numbers under the smallest
+# normal one for others: these two move the bits by hand there.
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from lmkern.ops.dispatch import (
     as_tensors,
     check_dtype,
     direct,
+    fake_gradients,
     flag,
     rows,
     takes_tensors,
@@ -191,8 +192,7 @@ def _(
     backend: str | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    wanted = zip((x, bias), needs, strict=True)
-    return as_tensors([t.new_empty(t.shape) if need and t is not None else None for t, need in wanted], x)  # type: ignore[return-value]
+    return fake_gradients((x, bias), needs, x)  # type: ignore[return-value]
 
 
 def _registered_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

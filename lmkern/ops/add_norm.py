@@ -14,7 +14,16 @@ from torch import Tensor
 from lmkern.kernels import backends, philox
 from lmkern.kernels.add_norm import Options
 from lmkern.kernels.statistics import statistics_dtype
-from lmkern.ops.dispatch import as_tensors, check_dtype, direct, rows, takes_tensors, wants_gradient
+from lmkern.ops.dispatch import (
+    as_optional,
+    as_tensors,
+    check_dtype,
+    direct,
+    fake_gradients,
+    rows,
+    takes_tensors,
+    wants_gradient,
+)
 from lmkern.ops.norm_arguments import check_beside, parameters, to_dtype_of
 from lmkern.ops.once_differentiable import once_differentiable
 from lmkern.ops.registration import call_registered, register_gradients
@@ -205,8 +214,7 @@ def _add_norm_backward_op(
 def _(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    wanted = zip((dy, h, weight, bias), rest[-1], strict=True)
-    return tuple(t.new_empty(t.shape) if need and t is not None else dy.new_empty(0) for t, need in wanted)
+    return fake_gradients((dy, h, weight, bias), rest[-1], dy)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -225,8 +233,7 @@ def _registered_gradients(
         dy = torch.zeros_like(saved[0], dtype=ctx.dtype)
     needs = list(ctx.needs_input_grad[:4])
     gradients = call_registered("add_norm_backward", dy, dh, *saved, *ctx.scalars, seed, ctx.backend, needs)
-    wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
-    return (*wanted, *(None,) * 6)
+    return (*as_optional(gradients, needs), *(None,) * 6)
 
 
 register_gradients("add_norm", _registered_gradients, _setup_context)

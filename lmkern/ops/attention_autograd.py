@@ -13,10 +13,11 @@ from lmkern.kernels import backends
 from lmkern.kernels.attention import Options, reference
 from lmkern.kernels.statistics import statistics_dtype
 from lmkern.ops.attention_checks import check_documents
-from lmkern.ops.dispatch import direct, wants_gradient
+from lmkern.ops.dispatch import as_tensors, direct, wants_gradient
 from lmkern.ops.once_differentiable import once_differentiable
 from lmkern.ops.plain_gradients import plain_gradients
 from lmkern.ops.registration import call_registered, register_gradients
+from lmkern.ops.vjp import leaf, vjp
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -117,12 +118,12 @@ class _Backward(torch.autograd.Function):
     @once_differentiable("attention's backward")
     def backward(ctx: Any, *directions: Tensor | None) -> Gradients:
         *saved, options = _saved(ctx)
-        q, k, v, dout, dlse = (_leaf(x) for x in saved)
-        options = dataclasses.replace(options, **{n: _leaf(getattr(options, n)) for n in _DIFFERENTIABLE})
+        q, k, v, dout, dlse = (leaf(x) for x in saved)
+        options = dataclasses.replace(options, **{n: leaf(getattr(options, n)) for n in _DIFFERENTIABLE})
         inputs = (q, k, v, *_of(options, _DIFFERENTIABLE))
         with torch.enable_grad():
-            first = _vjp(reference.attention(q, k, v, options), (dout, dlse), inputs)
-            ddout, ddlse, dq, dk, dv, *others = _vjp(first, directions, (dout, dlse, *inputs))
+            first = vjp(reference.attention(q, k, v, options), (dout, dlse), inputs)
+            ddout, ddlse, dq, dk, dv, *others = vjp(first, directions, (dout, dlse, *inputs))
         # None for out and lse: what they would hand on is in the gradients of the others already.
         return (ddout, ddlse, dq, dk, dv, None, None, *others, None, None, None)
 
@@ -148,34 +149,6 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
 
 def _of(options: Options, names: Sequence[str]) -> list[Any]:
     return [getattr(options, name) for name in names]
-
-
-def _leaf(x: Tensor | None) -> Any:
-    return None if x is None else x.detach().requires_grad_()
-
-
-def _vjp(
-    outputs: Sequence[Tensor | None], cotangents: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """The gradient of each input, itself differentiable; None where an input is None or has no influence."""
-    pairs = [
-        (output, cotangent)
-        for output, cotangent in zip(outputs, cotangents, strict=True)
-        if output is not None and cotangent is not None and output.requires_grad
-    ]
-    present = [x for x in inputs if x is not None]
-    if not pairs:
-        return [None] * len(inputs)
-    found = iter(
-        torch.autograd.grad(
-            [output for output, _ in pairs],
-            present,
-            [cotangent for _, cotangent in pairs],
-            create_graph=True,
-            allow_unused=True,
-        )
-    )
-    return [None if x is None else next(found) for x in inputs]
 
 
 @torch.library.custom_op(
@@ -204,8 +177,7 @@ def _attention_backward_op(
 ) -> tuple[Tensor, ...]:
     *fields, backend, needs = rest
     gradients = _backward(dout, dlse, q, k, v, out, lse, Options(*fields), backend, needs)
-    # A registered op returns tensors only; a gradient nobody asked for is an empty one.
-    return tuple(dout.new_empty(0) if x is None else x for x in gradients)
+    return as_tensors(gradients, dout)
 
 
 @_attention_backward_op.register_fake

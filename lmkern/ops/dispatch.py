@@ -156,6 +156,14 @@ def as_tensors(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor
     return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
+def fake_gradients(
+    tensors: Sequence[Tensor | None], needs: Sequence[bool], like: Tensor
+) -> tuple[Tensor, ...]:
+    """What `as_tensors` returns of the gradients of tensors, contiguous, as a compiler traces it."""
+    wanted = zip(tensors, needs, strict=True)
+    return as_tensors([t.new_empty(t.shape) if need and t is not None else None for t, need in wanted], like)
+
+
 def as_optional(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """The way back from `as_tensors`."""
     return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))

@@ -12,7 +12,15 @@ from torch import Tensor
 from lmkern.kernels import backends
 from lmkern.kernels.layer_norm import reference
 from lmkern.kernels.statistics import statistics_dtype
-from lmkern.ops.dispatch import as_tensors, direct, rows, takes_tensors, wants_gradient
+from lmkern.ops.dispatch import (
+    as_optional,
+    as_tensors,
+    direct,
+    fake_gradients,
+    rows,
+    takes_tensors,
+    wants_gradient,
+)
 from lmkern.ops.norm_arguments import (
     as_matrix,
     as_shape,
@@ -25,6 +33,7 @@ from lmkern.ops.norm_arguments import (
 from lmkern.ops.once_differentiable import once_differentiable
 from lmkern.ops.plain_gradients import plain_gradients
 from lmkern.ops.registration import call_registered, register_gradients
+from lmkern.ops.vjp import leaf, vjp
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -130,27 +139,13 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     @once_differentiable("layer_norm's backward")
     def backward(ctx: Any, *directions: Tensor | None) -> Gradients:
-        saved: list[Any] = [t if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
-        dy, x, weight, bias = saved
-        inputs = [t for t in (x, weight, bias) if t is not None]
+        dy, x, weight, bias = (leaf(t) for t in ctx.saved_tensors)
+        inputs = (x, weight, bias)
         with torch.enable_grad():
             y = reference.forward(x, weight, bias, eps=ctx.eps)[0]
-            first = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
-            pairs = [
-                (gradient, direction)
-                for t, direction in zip((x, weight, bias), directions, strict=True)
-                if t is not None and (gradient := next(first)) is not None and direction is not None
-            ]
-            second = torch.autograd.grad(
-                [gradient for gradient, _ in pairs],
-                [dy, *inputs],
-                [direction for _, direction in pairs],
-                allow_unused=True,
-            )
-        ddy, *rest = second
-        found = iter(rest)
-        placed = [None if t is None else next(found) for t in (x, weight, bias)]
-        return (None, ddy, *placed, *(None,) * 4)
+            first = vjp((y,), (dy,), inputs)
+            ddy, *others = vjp(first, directions, (dy, *inputs))
+        return (None, ddy, *others, *(None,) * 4)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -201,16 +196,14 @@ def _(
     backend: str | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wanted = zip((x, weight, bias), needs, strict=True)
-    return tuple(t.new_empty(t.shape) if need and t is not None else x.new_empty(0) for t, need in wanted)  # type: ignore[return-value]
+    return fake_gradients((x, weight, bias), needs, x)  # type: ignore[return-value]
 
 
 def _registered_gradients(ctx: Any, dy: Tensor, *_statistics: Tensor | None) -> Gradients:
     # Through the registered backward, which has no derivative of its own and says so to a double backward.
     needs = list(ctx.needs_input_grad[:3])
     gradients = call_registered("layer_norm_backward", dy, *ctx.saved_tensors, ctx.backend, needs)
-    wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
-    return (*wanted, None, None)
+    return (*as_optional(gradients, needs), None, None)
 
 
 register_gradients("layer_norm", _registered_gradients, _setup_context)

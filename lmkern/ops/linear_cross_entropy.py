@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lmkern.kernels import backends
 from lmkern.kernels.statistics import gradient_dtype, statistics_dtype
-from lmkern.ops.dispatch import DTYPE_NAMES, DTYPES, as_tensors, autocast, direct, takes_tensors
+from lmkern.ops.dispatch import DTYPE_NAMES, DTYPES, as_optional, as_tensors, autocast, direct, takes_tensors
 from lmkern.ops.losses import check_options, check_range, check_targets, reduce
 from lmkern.ops.once_differentiable import once_differentiable
 from lmkern.ops.registration import call_registered, register_gradients
@@ -287,8 +287,7 @@ def _registered_gradients(ctx: Any, dloss: Tensor, *_unused: Tensor | None) -> t
         needs,
         ctx.backend,
     )
-    wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
-    return (*wanted, *[None] * 8)
+    return (*as_optional(gradients, needs), *[None] * 8)
 
 
 register_gradients("linear_cross_entropy", _registered_gradients, _setup_context)

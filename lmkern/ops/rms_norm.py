@@ -11,7 +11,15 @@ from torch import Tensor
 
 from lmkern.kernels import backends
 from lmkern.kernels.statistics import statistics_dtype
-from lmkern.ops.dispatch import as_tensors, direct, rows, takes_tensors, wants_gradient
+from lmkern.ops.dispatch import (
+    as_optional,
+    as_tensors,
+    direct,
+    fake_gradients,
+    rows,
+    takes_tensors,
+    wants_gradient,
+)
 from lmkern.ops.norm_arguments import (
     as_matrix,
     as_shape,
@@ -150,8 +158,7 @@ def _(
     backend: str | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    wanted = zip((x, weight), needs, strict=True)
-    return tuple(t.new_empty(t.shape) if need and t is not None else x.new_empty(0) for t, need in wanted)  # type: ignore[return-value]
+    return fake_gradients((x, weight), needs, x)  # type: ignore[return-value]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -163,8 +170,7 @@ def _registered_gradients(ctx: Any, dy: Tensor, *_statistics: Tensor | None) -> 
     # Through the registered backward, which has no derivative of its own and says so to a double backward.
     needs = list(ctx.needs_input_grad[:2])
     gradients = call_registered("rms_norm_backward", dy, *ctx.saved_tensors, ctx.offset, ctx.backend, needs)
-    wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
-    return (*wanted, None, None, None)
+    return (*as_optional(gradients, needs), None, None, None)
 
 
 register_gradients("rms_norm", _registered_gradients, _setup_context)

@@ -44,7 +44,7 @@ def train(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Train a GPT as config says and leave the weights that were best on validation in folder/model.
+    """Train the model that config describes and leave its best weights, by validation, in folder/model.
 
     Writes config.toml, run.json, metrics.jsonl and checkpoints/ as it goes, and the tokenizer beside the
     weights. Before its first step it removes what was made from earlier weights: evaluation, samples, report.

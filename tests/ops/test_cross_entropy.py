@@ -235,7 +235,9 @@ def test_what_all_logits_share_costs_no_digits(target: Target) -> None:
     with target.active():
         mine = results(ours(target.backend, label_smoothing=0.1), logits, y, dloss)
     exact = long_double.cross_entropy(logits, y, dloss, label_smoothing=0.1)["loss"]
-    torch.testing.assert_close(mine["loss"].double(), torch.tensor(exact.astype("float64")), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        mine["loss"].double(), torch.tensor(exact.astype("float64")), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
