@@ -11,7 +11,8 @@ def checked(index: Tensor) -> bool:
     """On the CPU, where it costs nothing; on a GPU on request alone: LMKERN_CHECKED=1.
 
     There the host would wait for the device. Without the request the Triton kernels give NaN for an index out
-    of range, and never read or write beyond a tensor.
+    of range (cached attention: what the nearest length or the first page has), and never read or write beyond
+    a tensor.
     """
     return index.device.type == "cpu" or os.environ.get("LMKERN_CHECKED", "0").lower() in ("1", "true", "on")
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lmkern.kernels import backends
 from lmkern.kernels.cached_attention import Options
+from lmkern.kernels.checked import checked
 from lmkern.kernels.statistics import statistics_dtype
 from lmkern.ops import attention_checks as checks
 from lmkern.ops.dispatch import checked_softcap, direct, flag, int32, takes_tensors, wants_gradient
@@ -51,7 +52,7 @@ def cached_attention(
 
     Returns (B, H, N_q, D) in q's dtype, laid out as q is; the bits of a sequence depend neither on the
     threads nor on the rest of the batch. A query before the first key (length < N_q) gives zeros. Raises
-    ValueError for shapes, dtypes and devices, for lengths and pages out of range where they are on the CPU,
+    ValueError for shapes, dtypes and devices, for lengths and pages out of range where they are on the CPU or
     and where a gradient would be wanted: take `attention` then. UnsupportedBackend if the named backend
     cannot run this here.
     """
@@ -182,21 +183,21 @@ def _check(
 
 
 def _check_range(q: Tensor, k_cache: Tensor, lengths: Tensor | None, page_table: Tensor | None) -> None:
-    """ValueError for lengths and pages out of range, where reading them costs nothing: on the CPU."""
+    """ValueError for lengths and pages out of range, where `checked` says that they are looked at."""
     rows = k_cache.shape[2]
     N_max = rows if page_table is None else rows * page_table.shape[1]
-    if lengths is not None and lengths.device.type == "cpu" and lengths.numel():
+    if lengths is not None and lengths.numel() and checked(lengths):
         least, most = (int(x) for x in lengths.aminmax())
         if least < 0 or most > N_max:
             _fail(f"lengths must lie in [0, {N_max}]", f"{least} to {most}")
-    if page_table is None or page_table.device.type != "cpu" or not page_table.numel():
+    if page_table is None or not page_table.numel() or not checked(page_table):
         return
     least, most = (int(x) for x in page_table.aminmax())
     if least >= 0 and most < k_cache.shape[0]:
         return
     used = page_table.shape[1] if lengths is None else (lengths[:, None] + rows - 1) // rows  # (B, 1)
     wrong = (page_table < 0) | (page_table >= k_cache.shape[0])
-    wrong &= torch.arange(page_table.shape[1]) < used
+    wrong &= torch.arange(page_table.shape[1], device=page_table.device) < used
     if wrong.any():
         b, j = wrong.nonzero()[0].tolist()
         _fail(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lmkern.kernels.backends import Call
+from lmkern.kernels.checked import check_range
 
 
 def unavailable() -> str | None:
@@ -17,10 +18,7 @@ def unsupported(call: Call) -> str | None:
 
 
 def forward(tokens: Tensor, weight: Tensor) -> Tensor:
-    if tokens.device.type == "cpu" and tokens.numel():
-        low, high = (int(token) for token in tokens.aminmax())
-        if low < 0 or high >= weight.shape[0]:
-            raise IndexError(f"embedding: tokens must lie in [0, {weight.shape[0]}); got {low} to {high}")
+    check_range("embedding", "tokens", tokens, weight.shape[0])
     return weight.index_select(0, tokens)
 
 
