@@ -52,9 +52,9 @@ def cached_attention(
 
     Returns (B, H, N_q, D) in q's dtype, laid out as q is; the bits of a sequence depend neither on the
     threads nor on the rest of the batch. A query before the first key (length < N_q) gives zeros. Raises
-    ValueError for shapes, dtypes and devices, for lengths and pages out of range where they are on the CPU or
-    and where a gradient would be wanted: take `attention` then. UnsupportedBackend if the named backend
-    cannot run this here.
+    ValueError for shapes, dtypes and devices, for lengths and pages out of range (on a GPU with
+    LMKERN_CHECKED=1), and where a gradient would be wanted: take `attention` then. UnsupportedBackend if the
+    named backend cannot run this here.
     """
     name = "cached_attention"
     return_lse = flag(name, "return_lse", return_lse)
