@@ -86,19 +86,25 @@ void forward_rows(const NormParams& p, int64_t first, const Scratch<Compute<T>>&
     C mean[rows], rstd[rows];
     if constexpr (centred) {
         for (int r = 0; r < rows; ++r) mean[r] = sums[r] / columns;
-        // What the mean's rounding leaves of a sum of what lies off it corrects the mean and the variance:
-        // rows that are nearly constant hold little else.
-        const auto off_sums = sums_over_row<C, 2 * rows, 2>(p.columns, [&](auto at, auto add) {
+        // The sum of what lies off the mean is what the mean's rounding left, and corrects it and the
+        // variance: rows that are nearly constant hold little else. Sums of 16-bit numbers are exact where it
+        // matters.
+        constexpr bool corrected = sizeof(S) > 2;
+        constexpr int count = corrected ? 2 * rows : rows;
+        const auto off_sums = sums_over_row<C, count, 2>(p.columns, [&](auto at, auto add) {
             for (int r = 0; r < rows; ++r) {
                 const Vector<C> off = at.inside(at(wide[r]) - mean[r]);
                 add(r, off * off);
-                add(rows + r, off);
+                if constexpr (corrected) add(rows + r, off);
             }
         });
         for (int r = 0; r < rows; ++r) {
-            const C off = off_sums[rows + r] / columns;
-            mean[r] += off;
-            sums[r] = std::max(off_sums[r] - off * off_sums[rows + r], C(0));
+            sums[r] = off_sums[r];
+            if constexpr (corrected) {
+                const C off = off_sums[rows + r] / columns;
+                mean[r] += off;
+                sums[r] = std::max(sums[r] - off * off_sums[rows + r], C(0));
+            }
         }
     }
     for (int r = 0; r < rows; ++r) {
