@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lmkern.kernels import philox, triton_runtime, tuning
-from lmkern.kernels.backends import Call
 from lmkern.kernels.statistics import statistics_dtype
+from lmkern.kernels.triton_runtime import unavailable, unsupported
 
 __all__ = ["NOTE", "backward", "constants", "forward", "unavailable", "unsupported"]
 
@@ -43,14 +43,6 @@ RESIDENT = {
 
 # Philox makes the bits of so many columns at once.
 _MIN_BLOCK_E = 8
-
-
-def unavailable() -> str | None:
-    return triton_runtime.unavailable()
-
-
-def unsupported(call: Call) -> str | None:
-    return triton_runtime.unsupported(call, float64=True)
 
 
 def forward(

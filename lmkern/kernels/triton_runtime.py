@@ -50,7 +50,7 @@ def unavailable() -> str | None:
     )
 
 
-def unsupported(call: Call, *, float64: bool = False) -> str | None:
+def unsupported(call: Call, *, float64: bool = True) -> str | None:
     """Why these tensors cannot go through a Triton kernel, in words; None when they can.
 
     float64: whether the kernel takes that too.

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from lmkern.kernels import cpu_call, native
 from lmkern.kernels.activation import FUNCTIONS
-from lmkern.kernels.backends import Call
-from lmkern.kernels.cpu_call import on_huge_pages, pointer, unavailable
+from lmkern.kernels.cpu_call import on_huge_pages, pointer, unavailable, unsupported
 from lmkern.kernels.statistics import statistics_dtype
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
@@ -24,10 +23,6 @@ FUNCTION_CODES = {name: code for code, name in enumerate(FUNCTIONS)}
 # so that the result does not depend on the threads.
 _MAX_CHUNKS = 64
 _MIN_CHUNK_ROWS = 16
-
-
-def unsupported(call: Call) -> str | None:
-    return cpu_call.unsupported(call)
 
 
 def forward(x: Tensor, bias: Tensor | None, *, function: str, gated: bool) -> Tensor:

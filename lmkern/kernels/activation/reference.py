@@ -9,16 +9,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from lmkern.kernels.backends import Call
+from lmkern.kernels.anywhere import unavailable, unsupported
 from lmkern.kernels.statistics import wide
 
-
-def unavailable() -> str | None:
-    return None
-
-
-def unsupported(call: Call) -> str | None:
-    return None
+__all__ = ["backward", "forward", "unavailable", "unsupported"]
 
 
 def forward(x: Tensor, bias: Tensor | None, *, function: str, gated: bool) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lmkern.kernels import triton_runtime, tuning
-from lmkern.kernels.backends import Call
 from lmkern.kernels.statistics import statistics_dtype
+from lmkern.kernels.triton_runtime import unavailable, unsupported
 
 __all__ = ["NOTE", "backward", "constants", "forward", "unavailable", "unsupported"]
 
@@ -21,14 +21,6 @@ BLOCK_F = 1024
 NUM_WARPS = 4
 # Programs of the backward pass that a multiprocessor holds at once.
 RESIDENT = 4
-
-
-def unavailable() -> str | None:
-    return triton_runtime.unavailable()
-
-
-def unsupported(call: Call) -> str | None:
-    return triton_runtime.unsupported(call, float64=True)
 
 
 def forward(x: Tensor, bias: Tensor | None, *, function: str, gated: bool) -> Tensor:

@@ -7,18 +7,13 @@ import struct
 
 from torch import Tensor
 
-from lmkern.kernels import cpu_call, native
-from lmkern.kernels.backends import Call
-from lmkern.kernels.cpu_call import DTYPE_CODES, pointer, unavailable
+from lmkern.kernels import native
+from lmkern.kernels.cpu_call import DTYPE_CODES, pointer, unavailable, unsupported
 
 __all__ = ["step", "unavailable", "unsupported"]
 
 # AdamwParams: 5 pointers, count; 7 numbers; two dtypes, threads.
 _PARAMS = struct.Struct("=6q 7d 3q")
-
-
-def unsupported(call: Call) -> str | None:
-    return cpu_call.unsupported(call)
 
 
 def step(

@@ -6,15 +6,9 @@ import math
 
 from torch import Tensor
 
-from lmkern.kernels.backends import Call
+from lmkern.kernels.anywhere import unavailable, unsupported
 
-
-def unavailable() -> str | None:
-    return None
-
-
-def unsupported(call: Call) -> str | None:
-    return None
+__all__ = ["step", "unavailable", "unsupported"]
 
 
 def step(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lmkern.kernels import triton_runtime, tuning
-from lmkern.kernels.backends import Call
+from lmkern.kernels.triton_runtime import unavailable, unsupported
 
 __all__ = ["NOTE", "constants", "step", "unavailable", "unsupported"]
 
@@ -17,14 +17,6 @@ NOTE = triton_runtime.NOTE
 # Elements of a program, and the threads that share them.
 BLOCK = 1024
 NUM_WARPS = 4
-
-
-def unavailable() -> str | None:
-    return triton_runtime.unavailable()
-
-
-def unsupported(call: Call) -> str | None:
-    return triton_runtime.unsupported(call, float64=True)
 
 
 def step(

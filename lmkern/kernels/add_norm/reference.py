@@ -6,18 +6,12 @@ from torch import Tensor
 
 from lmkern.kernels import philox
 from lmkern.kernels.add_norm.options import Options
-from lmkern.kernels.backends import Call
+from lmkern.kernels.anywhere import unavailable, unsupported
 from lmkern.kernels.layer_norm import reference as layer_norm
 from lmkern.kernels.rms_norm import reference as rms_norm
 from lmkern.kernels.statistics import wide
 
-
-def unavailable() -> str | None:
-    return None
-
-
-def unsupported(call: Call) -> str | None:
-    return None
+__all__ = ["backward", "forward", "unavailable", "unsupported"]
 
 
 def forward(

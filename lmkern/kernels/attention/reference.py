@@ -11,22 +11,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lmkern.kernels.anywhere import unavailable, unsupported
 from lmkern.kernels.attention import Options
 from lmkern.kernels.autocast import outside_autocast
-from lmkern.kernels.backends import Call
 from lmkern.kernels.philox import keep_mask, keep_scale, threshold
 from lmkern.kernels.statistics import wide
 
+__all__ = ["attention", "backward", "forward", "unavailable", "unsupported"]
+
 # The sequence's number, as dropout counts (that of the first one of a batch), and its queries and keys.
 Sequence = tuple[int, slice, slice]
-
-
-def unavailable() -> str | None:
-    return None
-
-
-def unsupported(call: Call) -> str | None:
-    return None
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:

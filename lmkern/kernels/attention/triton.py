@@ -18,6 +18,9 @@ from lmkern.kernels.attention.few_queries import as_cache
 from lmkern.kernels.attention.sinks import sink_gradient
 from lmkern.kernels.backends import Call
 from lmkern.kernels.cached_attention import triton as cached_attention
+from lmkern.kernels.triton_runtime import unavailable
+
+__all__ = ["NOTE", "backward", "constants", "delta_constants", "forward", "unavailable", "unsupported"]
 
 MAX_HEAD_DIM = 256
 
@@ -73,12 +76,8 @@ _NO_FEATURES = (None, 0, 0, 0, 0, None, 0, 0, 0, 0, None, 0, 0, None, 0, 1.0)
 NOTE = triton_runtime.NOTE
 
 
-def unavailable() -> str | None:
-    return triton_runtime.unavailable()
-
-
 def unsupported(call: Call) -> str | None:
-    if reason := triton_runtime.unsupported(call):
+    if reason := triton_runtime.unsupported(call, float64=False):
         return reason
     q = call.tensors["q"]
     if q is not None and q.shape[3] > MAX_HEAD_DIM:

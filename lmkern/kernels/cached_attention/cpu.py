@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from lmkern.kernels import cpu_call, native
-from lmkern.kernels.backends import Call
 from lmkern.kernels.cached_attention.options import Options
-from lmkern.kernels.cpu_call import pointer, unavailable
+from lmkern.kernels.cpu_call import pointer, unavailable, unsupported
 from lmkern.kernels.statistics import statistics_dtype
 
 __all__ = ["forward", "unavailable", "unsupported"]
@@ -23,10 +22,6 @@ _PARAMS = struct.Struct("=10q 16q 6q 4q 2d 2q")
 _SPLIT = 512
 # What the kernel rounds head_dim up to in its partial results.
 _WIDTH_STEP = 16
-
-
-def unsupported(call: Call) -> str | None:
-    return cpu_call.unsupported(call)
 
 
 def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> tuple[Tensor, Tensor]:

@@ -5,18 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lmkern.kernels.anywhere import unavailable, unsupported
 from lmkern.kernels.autocast import outside_autocast
-from lmkern.kernels.backends import Call
 from lmkern.kernels.cached_attention.options import Options
 from lmkern.kernels.statistics import wide
 
-
-def unavailable() -> str | None:
-    return None
-
-
-def unsupported(call: Call) -> str | None:
-    return None
+__all__ = ["forward", "unavailable", "unsupported"]
 
 
 @outside_autocast

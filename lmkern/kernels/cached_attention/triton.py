@@ -14,6 +14,7 @@ from torch import Tensor
 from lmkern.kernels import triton_runtime, tuning
 from lmkern.kernels.backends import Call
 from lmkern.kernels.cached_attention.options import Options
+from lmkern.kernels.triton_runtime import unavailable
 
 __all__ = ["NOTE", "constants", "forward", "unavailable", "unsupported"]
 
@@ -40,12 +41,8 @@ ROWS = (16, 64)
 BLOCK_S = 16
 
 
-def unavailable() -> str | None:
-    return triton_runtime.unavailable()
-
-
 def unsupported(call: Call) -> str | None:
-    if reason := triton_runtime.unsupported(call):
+    if reason := triton_runtime.unsupported(call, float64=False):
         return reason
     q = call.tensors.get("q")
     if q is not None and q.shape[3] > MAX_HEAD_DIM:

@@ -7,18 +7,13 @@ import struct
 import torch
 from torch import Tensor
 
-from lmkern.kernels import cpu_call, native
-from lmkern.kernels.backends import Call
-from lmkern.kernels.cpu_call import DTYPE_CODES, on_huge_pages, unavailable
+from lmkern.kernels import native
+from lmkern.kernels.cpu_call import DTYPE_CODES, on_huge_pages, unavailable, unsupported
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
 # CopyParams: 2 pointers; 2 strides; 3 sizes; transposed, two dtypes, threads.
 _PARAMS = struct.Struct("=2q 2q 3q 4q")
-
-
-def unsupported(call: Call) -> str | None:
-    return cpu_call.unsupported(call)
 
 
 def forward(x: Tensor, *, dtype: torch.dtype, transposed: bool) -> Tensor:

@@ -7,8 +7,7 @@ import struct
 from torch import Tensor
 
 from lmkern.kernels import cpu_call, native
-from lmkern.kernels.backends import Call
-from lmkern.kernels.cpu_call import on_huge_pages, pointer, unavailable
+from lmkern.kernels.cpu_call import on_huge_pages, pointer, unavailable, unsupported
 from lmkern.kernels.statistics import statistics_dtype
 
 __all__ = ["backward", "forward", "forward_in_place", "forward_in_tiles", "unavailable", "unsupported"]
@@ -16,10 +15,6 @@ __all__ = ["backward", "forward", "forward_in_place", "forward_in_tiles", "unava
 # CrossEntropyParams: 7 pointers; logits_stride, dloss_stride, dlogits_stride, rows, columns, ignore_index;
 # label_smoothing, z_loss, softcap; dtype, tiles, threads.
 _PARAMS = struct.Struct("=7q 6q 3d 3q")
-
-
-def unsupported(call: Call) -> str | None:
-    return cpu_call.unsupported(call)
 
 
 def forward(

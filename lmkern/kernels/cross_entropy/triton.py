@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lmkern.kernels import triton_runtime, tuning
-from lmkern.kernels.backends import Call
 from lmkern.kernels.statistics import statistics_dtype
+from lmkern.kernels.triton_runtime import unavailable, unsupported
 
 __all__ = [
     "NOTE",
@@ -26,14 +26,6 @@ NOTE = triton_runtime.NOTE
 # Classes that a program holds at once, and the threads that share them.
 BLOCK_V = {"forward": 8192, "backward": 4096}
 ELEMENTS_PER_THREAD = {"forward": 32, "backward": 16}
-
-
-def unavailable() -> str | None:
-    return triton_runtime.unavailable()
-
-
-def unsupported(call: Call) -> str | None:
-    return triton_runtime.unsupported(call, float64=True)
 
 
 def forward(

@@ -6,18 +6,13 @@ import struct
 
 from torch import Tensor
 
-from lmkern.kernels import cpu_call, native
-from lmkern.kernels.backends import Call
-from lmkern.kernels.cpu_call import DTYPE_CODES, on_huge_pages, pointer, unavailable
+from lmkern.kernels import native
+from lmkern.kernels.cpu_call import DTYPE_CODES, on_huge_pages, pointer, unavailable, unsupported
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
 # EmbeddingParams: 7 pointers; dy_stride, count, columns, vocabulary, padding_idx, dtype, threads.
 _PARAMS = struct.Struct("=7q 7q")
-
-
-def unsupported(call: Call) -> str | None:
-    return cpu_call.unsupported(call)
 
 
 def forward(tokens: Tensor, weight: Tensor) -> Tensor:

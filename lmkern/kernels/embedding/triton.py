@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lmkern.kernels import triton_runtime, tuning
-from lmkern.kernels.backends import Call
 from lmkern.kernels.checked import check_range
+from lmkern.kernels.triton_runtime import unavailable, unsupported
 
 __all__ = ["NOTE", "backward", "constants", "forward", "unavailable", "unsupported"]
 
@@ -20,14 +20,6 @@ NOTE = triton_runtime.NOTE
 BLOCK_N = {"forward": 4, "backward": 8}
 BLOCK_E = {"forward": 1024, "backward": 256}
 NUM_WARPS = 4
-
-
-def unavailable() -> str | None:
-    return triton_runtime.unavailable()
-
-
-def unsupported(call: Call) -> str | None:
-    return triton_runtime.unsupported(call, float64=True)
 
 
 def forward(tokens: Tensor, weight: Tensor) -> Tensor:

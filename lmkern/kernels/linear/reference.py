@@ -5,15 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmkern.kernels.backends import Call
+from lmkern.kernels.anywhere import unavailable, unsupported
 
-
-def unavailable() -> str | None:
-    return None
-
-
-def unsupported(call: Call) -> str | None:
-    return None
+__all__ = ["forward", "unavailable", "unsupported"]
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmkern.kernels import cpu_call, widened
-from lmkern.kernels.backends import Call
-from lmkern.kernels.cpu_call import torch_multiplies, unavailable
+from lmkern.kernels import widened
+from lmkern.kernels.cpu_call import torch_multiplies, unavailable, unsupported
 from lmkern.kernels.cross_entropy import cpu as cross_entropy
 from lmkern.kernels.linear_cross_entropy import bf16
 from lmkern.kernels.linear_cross_entropy.chunks import WeightSum, by_chunks, multiply_logits
@@ -27,10 +26,6 @@ _CHUNK_TOKENS = 256
 
 # Below this share of tokens that count, they are gathered first: masked language models count 15 in 100.
 _GATHERED_SHARE = 0.875
-
-
-def unsupported(call: Call) -> str | None:
-    return cpu_call.unsupported(call)
 
 
 def forward(

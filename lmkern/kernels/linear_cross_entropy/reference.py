@@ -7,18 +7,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from lmkern.kernels.anywhere import unavailable, unsupported
 from lmkern.kernels.autocast import outside_autocast
-from lmkern.kernels.backends import Call
 from lmkern.kernels.cross_entropy import reference as cross_entropy
 from lmkern.kernels.statistics import gradient_dtype
 
-
-def unavailable() -> str | None:
-    return None
-
-
-def unsupported(call: Call) -> str | None:
-    return None
+__all__ = ["backward", "forward", "unavailable", "unsupported"]
 
 
 @outside_autocast

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lmkern.kernels import triton_runtime
-from lmkern.kernels.backends import Call
 from lmkern.kernels.cross_entropy import triton as cross_entropy
 from lmkern.kernels.linear_cross_entropy.chunks import WeightSum, by_chunks
+from lmkern.kernels.triton_runtime import unavailable, unsupported
 
 __all__ = ["NOTE", "backward", "forward", "unavailable", "unsupported"]
 
@@ -27,14 +27,6 @@ CHUNK_BYTES = 384 * 2**20
 MIN_CHUNK_TOKENS = 128
 # Tokens of a chunk are rounded up to a tile of a product.
 ROUND_TOKENS = 128
-
-
-def unavailable() -> str | None:
-    return triton_runtime.unavailable()
-
-
-def unsupported(call: Call) -> str | None:
-    return triton_runtime.unsupported(call, float64=True)
 
 
 def forward(

@@ -6,9 +6,8 @@ import struct
 
 from torch import Tensor
 
-from lmkern.kernels import cpu_call, native
-from lmkern.kernels.backends import Call
-from lmkern.kernels.cpu_call import DTYPE_CODES, on_huge_pages, pointer, unavailable
+from lmkern.kernels import native
+from lmkern.kernels.cpu_call import DTYPE_CODES, on_huge_pages, pointer, unavailable, unsupported
 from lmkern.kernels.rotary.layout import empty_like
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
@@ -16,10 +15,6 @@ __all__ = ["backward", "forward", "unavailable", "unsupported"]
 # RotaryParams: 5 pointers; 3 + 3 strides; 4 sizes, pairs; table_stride, offset; interleaved, inverse; dtype,
 # threads.
 _PARAMS = struct.Struct("=5q 6q 5q 2q 2q 2q")
-
-
-def unsupported(call: Call) -> str | None:
-    return cpu_call.unsupported(call)
 
 
 def forward(

@@ -5,16 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lmkern.kernels.backends import Call
+from lmkern.kernels.anywhere import unavailable, unsupported
 from lmkern.kernels.rotary.layout import empty_like
 
-
-def unavailable() -> str | None:
-    return None
-
-
-def unsupported(call: Call) -> str | None:
-    return None
+__all__ = ["backward", "forward", "unavailable", "unsupported"]
 
 
 def forward(

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lmkern.kernels import triton_runtime, tuning
-from lmkern.kernels.backends import Call
 from lmkern.kernels.rotary.layout import empty_like
+from lmkern.kernels.triton_runtime import unavailable, unsupported
 
 __all__ = ["NOTE", "backward", "constants", "forward", "unavailable", "unsupported"]
 
@@ -16,14 +16,6 @@ NOTE = triton_runtime.NOTE
 # Elements of x that a program turns, and the threads that share them.
 TILE = 4096
 NUM_WARPS = 4
-
-
-def unavailable() -> str | None:
-    return triton_runtime.unavailable()
-
-
-def unsupported(call: Call) -> str | None:
-    return triton_runtime.unsupported(call, float64=True)
 
 
 def forward(
