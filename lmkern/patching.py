@@ -84,8 +84,8 @@ def patch(model: nn.Module, *, verbose: bool = True) -> Patch:
 
     Returns a `Patch`, printed unless verbose is False. Patching twice changes nothing more. If a rule raises,
     all is as before. Patch before torch.compile, and after what asks for torch's very classes, as
-    torch.ao.quantization does. A model saved whole (torch.save(model)) is read where lmkern is installed; its
-    state dict (save_pretrained) is read anywhere.
+    torch.ao.quantization and torch.fx.symbolic_trace do. A model saved whole (torch.save(model)) is read
+    where lmkern is installed; its state dict (save_pretrained) is read anywhere.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: expected a torch.nn.Module; got {type(model).__name__}")

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmkern.huggingface.modelling import asks_registry, says_causal
 from lmkern.ops import attention
 
 NAME = "lmkern"
@@ -44,8 +45,16 @@ def lmkern_mask(
 
     Returns None where the attention's own causal flag and window say all; boolean (B, 1, 1, N_k), True: seen,
     where they and the padding do; else boolean (B, 1, N_q, N_k) that says all by itself.
+    Raises ValueError if the attention of config's models would not take it.
     """
     theirs = _masking()
+    config = options.get("config")
+    if config is not None and not asks_registry(config):
+        raise ValueError(
+            f'attn_implementation="lmkern": expected a model whose attention asks transformers\' registry; '
+            f"got one of {type(config).__name__}, whose own does not. Build it with "
+            'attn_implementation="eager" and call lmkern.patch(model)'
+        )
     mask_function = theirs.causal_mask_function if mask_function is None else mask_function
     padding: Tensor | None = theirs.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None and padding.shape[-1] > kv_length:
@@ -56,6 +65,8 @@ def lmkern_mask(
         # The attention counts from the last key; a static cache has empty rows behind it.
         tracing = isinstance(q_offset, Tensor) and theirs.is_tracing(q_offset)
         implied = not tracing and int(q_offset) + q_length == kv_offset + kv_length
+        # Attention without a flag takes the mask at its word.
+        implied = implied and (config is None or says_causal(config))
     else:
         implied = False
     if implied and (padding is None or (not theirs.is_tracing(padding) and bool(padding.all()))):
@@ -114,6 +125,7 @@ def lmkern_attention(
     query: (B, H, N_q, D); key, value: (B, H_kv, N_k, D); values may have another width.
     attention_mask: what `lmkern_mask` gave, or a caller's own, boolean (True: seen) or floating (added).
         With a boolean (B, 1, 1, N_k) beside several queries a causal module stays causal; any other says all.
+        A module without a flag is_causal is not causal.
     position_bias: (1 or B, H, N_q, N_k), T5's; or (1, H, 1, 2 R + 1), a relative bias.
     s_aux: (H,) sinks.
 
@@ -126,7 +138,8 @@ def lmkern_attention(
             'expected output_attentions=False, or attn_implementation="eager"; got output_attentions=True'
         )
     n_q, n_k = query.shape[2], key.shape[2]
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    # Eager attention sees all that no mask hides; only a flag says more.
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     mask = bias = relative_bias = None
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         mask = attention_mask

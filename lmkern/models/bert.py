@@ -13,11 +13,10 @@ from lmkern.models.arguments import check_config, check_packed, check_targets, c
 from lmkern.models.config import check_fields, check_heads
 from lmkern.models.decoder import initialise
 from lmkern.models.head import head_loss
-from lmkern.models.tied import tie
+from lmkern.models.tied import MayBeTied, tie
 from lmkern.nn import Block, Dropout, Embedding, LayerNorm, LearnedPositions, Linear
 from lmkern.nn.feed_forward import mapped
 from lmkern.nn.positions import positions_within
-from lmkern.nn.state_dict import LoadsWhole
 from lmkern.ops import cross_entropy
 
 Head = Literal["masked", "sequence", "token"]
@@ -69,7 +68,7 @@ class BertConfig:
         check_heads(self, self.width, self.heads, 0)
 
 
-class Bert(LoadsWhole):
+class Bert(MayBeTied):
     """Token ids to what the head says.
 
     Embeddings of token, position and type, norm, and blocks with the norm after each half. Matrices begin

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from lmkern.models.arguments import check_packed, check_targets, check_tokens
 from lmkern.models.head import head_loss
+from lmkern.models.tied import MayBeTied
 from lmkern.nn import KeyValueCache
 from lmkern.nn.block import in_turn
 from lmkern.nn.positions import positions_within
 from lmkern.nn.residual import normed
-from lmkern.nn.state_dict import LoadsWhole
 
 
 class DecoderCache:
@@ -35,7 +35,7 @@ class DecoderCache:
         self.batch = rows.shape[0]
 
 
-class Decoder(LoadsWhole):
+class Decoder(MayBeTied):
     """Token ids to logits of the next token.
 
     A subclass makes the parts: embedding, positions (or None), embedding_scale, dropout, blocks, norm and

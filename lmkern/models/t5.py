@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from lmkern.models.arguments import check_config, check_tokens
 from lmkern.models.config import check_fields, check_heads
 from lmkern.models.head import head_loss
-from lmkern.models.tied import tie
+from lmkern.models.tied import MayBeTied, tie
 from lmkern.nn import Block, CrossAttention, Dropout, Embedding, KeyValueCache, Linear, RMSNorm, SelfAttention
 from lmkern.nn.block import in_turn
 from lmkern.nn.feed_forward import Activation
 from lmkern.nn.residual import closed
-from lmkern.nn.state_dict import LoadsWhole
 from lmkern.ops.relative_bias import bucketed_bias
 
 
@@ -111,7 +110,7 @@ class T5Cache:
             self.memory = [(k[sources], v[sources]) for k, v in self.memory]
 
 
-class T5(LoadsWhole):
+class T5(MayBeTied):
     """Source and target tokens to logits of the next target token.
 
     Pre-norm blocks with RMS norm and without biases; no positions but a bias on the scores that depends on

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lmkern.nn.state_dict import LoadsWhole
+
+
+class MayBeTied(LoadsWhole):
+    """A model that `tie` may have tied, and that stays so wherever it is moved."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # .to_empty() and torch.__future__'s conversions put two parameters where one was.
+        tied = _tied(self)
+        super()._apply(fn, recurse)
+        if tied:
+            _share(self)
+        return self
 
 
 def tie(model: nn.Module) -> None:
@@ -16,22 +30,30 @@ def tie(model: nn.Module) -> None:
     whose head or embedding was changed later (LoRA, pruning, a weight of its own) is tied no more, and its
     state_dict holds what there is.
     """
-    model.head.weight = model.embedding.weight  # type: ignore[union-attr]
+    _share(model)
     model.register_state_dict_post_hook(_drop_head)
     model.register_load_state_dict_pre_hook(_restore_head)
     model.register_load_state_dict_post_hook(_share_again)
 
 
 def _tied(model: Any) -> bool:
-    head = getattr(model.head, "weight", None)
-    return head is not None and head is getattr(model.embedding, "weight", None)
+    head, embedding = (getattr(getattr(model, x, None), "weight", None) for x in ("head", "embedding"))
+    return head is not None and head is embedding
+
+
+def _share(model: Any) -> None:
+    model.head.weight = model.embedding.weight
 
 
 def _drop_head(
-    module: nn.Module, state: MutableMapping[str, Tensor], prefix: str, metadata: dict[str, Any]
+    module: Any, state: MutableMapping[str, Tensor], prefix: str, metadata: dict[str, Any]
 ) -> None:
-    """Leaves the shared matrix in the state_dict once: safetensors refuses two names for one memory."""
-    if _tied(module):
+    """Leaves the shared matrix in the state_dict once: safetensors refuses two names for one memory.
+
+    With keep_vars the dict holds the parameters themselves, and who asks for these, by every name that they
+    have in the model, as torch.distributed.pipelining does, gets both.
+    """
+    if _tied(module) and state[prefix + "head.weight"] is not module.head.weight:
         del state[prefix + "head.weight"]
 
 
@@ -53,4 +75,4 @@ def _restore_head(module: Any, state: MutableMapping[str, Tensor], prefix: str, 
 def _share_again(module: Any, _incompatible_keys: object) -> None:
     """load_state_dict(assign=True) puts two parameters where one was."""
     if module._tied_when_loaded:
-        module.head.weight = module.embedding.weight
+        _share(module)

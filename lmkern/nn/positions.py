@@ -125,6 +125,10 @@ class Rotary(nn.Module):
         positions: (B, N) int64 instead. Computed in float32 (float64 for float64). Raises ValueError past the
         end of the tables.
         """
+        if self.cos.is_meta and not x.is_meta:
+            # load_state_dict(assign=True) gives a model from meta its parameters, and no tables.
+            with torch.inference_mode(False):
+                self._build_tables(x.device)
         length, head_dim = x.shape[1], x.shape[3]
         if head_dim != self.head_dim or (positions is None and offset + length > self.context):
             raise ValueError(

@@ -17,8 +17,9 @@ class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW, whose state_dict it shares, on the one-pass op `lmkern.adamw_`.
 
     params, lr, betas, eps, weight_decay: as torch's. The moments of 16-bit parameters are float32, here and
-    when they are loaded. Left to torch's own step, and to what it keeps: groups whose parameters are not all
-    on the CPU (fused, unless they say otherwise), and groups with amsgrad, maximize or a decay that is not
+    when they are loaded. Of a parameter that is a DTensor, as FSDP2's are, each process steps its own part.
+    Left to torch's own step, and to what it keeps: groups whose parameters are not all on the CPU (fused,
+    unless they say otherwise) or not all real, and groups with amsgrad, maximize or a decay that is not
     decoupled.
     """
 
@@ -100,10 +101,7 @@ class AdamW(torch.optim.AdamW):
         state["step"] += 1
         beta1, beta2 = group["betas"]
         adamw_(
-            param,
-            param.grad,  # type: ignore[arg-type]
-            state["exp_avg"],
-            state["exp_avg_sq"],
+            *(_local(x, param) for x in (param, param.grad, *(state[entry] for entry in _MOMENTS))),
             lr=float(group["lr"]),
             beta1=beta1,
             beta2=beta2,
@@ -126,7 +124,16 @@ def _on_cpu(group: Mapping[str, Any]) -> bool:
 def _ours(group: Mapping[str, Any]) -> bool:
     """Whether `adamw_` computes what the group asks for; asked anew, as a model may move."""
     plain = group["decoupled_weight_decay"] and not (group["amsgrad"] or group["maximize"])
-    return plain and _on_cpu(group)
+    return plain and _on_cpu(group) and not any(param.is_complex() for param in group["params"])
+
+
+def _local(x: Any, param: Any) -> Tensor:
+    """The part of x that this process holds of param, a DTensor: every element is stepped by itself."""
+    if not hasattr(param, "placements"):
+        return x  # type: ignore[no-any-return]
+    if x.placements != param.placements:
+        x = x.redistribute(placements=param.placements)
+    return x.to_local()  # type: ignore[no-any-return]
 
 
 def _moment_dtype(param: Tensor) -> torch.dtype:

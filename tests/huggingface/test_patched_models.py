@@ -347,7 +347,7 @@ def test_a_query_that_sees_no_key_gives_zeros() -> None:
     padded = batch("left")["attention_mask"].bool()
     mask = lmkern_mask(batch_size=3, q_length=11, kv_length=11, attention_mask=padded)
     q, k, v = (torch.randn(3, 4, 11, 8, requires_grad=True) for _ in range(3))
-    out, _ = lmkern_attention(torch.nn.Identity(), q, k, v, mask)
+    out, _ = lmkern_attention(torch.nn.Identity(), q, k, v, mask, is_causal=True)
     assert not out[1, :4].any() and out[1, 4:].all()
     out.sum().backward()
     assert q.grad is not None and not q.grad[1, :, :4].any()

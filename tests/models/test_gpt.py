@@ -119,6 +119,38 @@ def test_head_and_embedding_are_one_parameter():
     assert model.head.weight.grad is model.embedding.weight.grad
 
 
+def test_head_and_embedding_stay_one_parameter_from_meta_and_where_parameters_are_replaced():
+    model, outer = _model(), torch.nn.ModuleDict({"inner": _model().to("meta")})
+    outer.to_empty(device="cpu")
+    empty = outer["inner"]
+    assert empty.head.weight is empty.embedding.weight
+    empty.load_state_dict(model.state_dict())
+    torch.testing.assert_close(empty(_tokens()), model(_tokens()), rtol=0, atol=0)
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert model.head.weight is model.embedding.weight
+
+
+def test_a_state_dict_of_parameters_has_them_by_every_name():
+    model = _model()
+    state = model.state_dict(keep_vars=True)
+    assert state["head.weight"] is state["embedding.weight"] is model.embedding.weight
+    model.load_state_dict(state)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+def test_a_tied_model_is_cut_into_a_pipeline():
+    pipelining = pytest.importorskip("torch.distributed.pipelining")
+    model, tokens = _model().eval(), _tokens()
+    cut = {"blocks.1": pipelining.SplitPoint.BEGINNING}
+    pipe = pipelining.pipeline(model, mb_args=(tokens,), split_spec=cut)
+    assert pipe.num_stages == 2
+    torch.testing.assert_close(pipe(tokens)[0], model(tokens))
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_state_dict_holds_the_tied_matrix_once_and_loads_strictly(assign):
     model, other = _loud(_model()), _model()

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -98,6 +99,18 @@ def test_rotary_tables_stay_float32_and_filled():
         assert rotary.cos.dtype == torch.float32
         torch.testing.assert_close((rotary.cos, rotary.sin), (expected.cos, expected.sin), rtol=0, atol=0)
         assert not rotary.state_dict()
+
+
+@pytest.mark.parametrize(
+    "trace", [lambda module: module, partial(torch.compile, backend="eager", fullgraph=True)]
+)
+def test_rotary_of_a_model_from_meta_builds_its_tables_where_it_is_asked(trace):
+    x, rotary = torch.randn(2, 5, 3, 8, requires_grad=True), Rotary(8, 16).to("meta")
+    with torch.inference_mode():
+        trace(rotary)(x)
+    y = rotary(x)
+    torch.testing.assert_close(y, Rotary(8, 16)(x), rtol=0, atol=0)
+    y.sum().backward()
 
 
 def test_rotary_checks_sizes():

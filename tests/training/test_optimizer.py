@@ -272,3 +272,12 @@ def test_moments_follow_the_memory_format(loads: bool) -> None:
     for ours, theirs in zip(*(net.parameters() for net in nets), strict=True):
         torch.testing.assert_close(ours, theirs)
         assert optimizers[0].state[ours]["step"] == 2
+
+
+def test_complex_parameters_are_left_to_torch() -> None:
+    torch.manual_seed(0)
+    mine, theirs = (nn.Parameter(torch.ones(3, dtype=torch.complex64)) for _ in range(2))
+    mine.grad = theirs.grad = torch.randn(3, dtype=torch.complex64)
+    AdamW([mine]).step()
+    torch.optim.AdamW([theirs]).step()
+    assert torch.equal(mine, theirs)
