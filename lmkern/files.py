@@ -175,9 +175,12 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text to the path, whole or not at all."""
+    """Write UTF-8 text to the path, whole or not at all.
+
+    The bytes of a path that are no text (lone surrogates in Python) are written as escapes: JSON's own.
+    """
     with replacing(path) as (part,):
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:

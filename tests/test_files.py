@@ -199,3 +199,9 @@ def test_json_comes_back(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"text": "ä", "none": None})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"text": "ä", "none": None}
     assert names(tmp_path) == {"a.json"}
+
+
+def test_a_path_that_is_no_text_comes_back_from_json(tmp_path: Path) -> None:
+    path = os.fsdecode(b"l\xe4uf")
+    write_json(tmp_path / "a.json", {"path": path})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"path": path}
