@@ -4,6 +4,9 @@
 #             make gpu-build, gpu-test, gpu-bench, gpu-report are its stages, and what has passed is not run again
 # VENV=path uses an environment that you have; otherwise .venv is made and kept.
 
+ifneq ($(words $(or $(VENV),.venv)),1)
+$(error VENV: expected a path without white space, which make takes for several; got '$(VENV)')
+endif
 override VENV := $(patsubst ./%,%,$(patsubst %/,%,$(or $(VENV),.venv)))
 PYTHON ?= python3
 MINUTES ?= 3

@@ -4,7 +4,9 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import re
+import secrets
 import shutil
 import stat
 import tempfile
@@ -80,6 +82,35 @@ def known_as(names: Mapping[Path, Path]) -> Iterator[None]:
         raise
 
 
+def _aside(path: Path) -> Path:
+    """A path beside this one to write to, which no other thread, process or machine takes.
+
+    Those that processes of this machine did not live to clear away go.
+    """
+    machine = f".{path.name}.{platform.node()}."
+    for left in path.parent.glob(".*.part"):
+        found = re.fullmatch(re.escape(machine) + r"(\d+)\.[0-9a-f]{8}\.part", left.name)
+        if found and not _alive(int(found[1])):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+    return path.with_name(f"{machine}{os.getpid()}.{secrets.token_hex(4)}.part")
+
+
+def _alive(process: int) -> bool:
+    """Whether a process of this machine has that id."""
+    if os.name != "posix":
+        return True  # elsewhere signal 0 is no question
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
+
+
 @contextlib.contextmanager
 def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
     """Paths to write instead of `paths`, in folders that exist.
@@ -88,7 +119,7 @@ def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
     file's old content or its new, never a part of it. If anything goes wrong before, none of them does, and
     nothing is left behind.
     """
-    parts = tuple(path.with_name(f".{path.name}.part") for path in paths)
+    parts = tuple(map(_aside, paths))
     with known_as(dict(zip(parts, paths, strict=True))):
         try:
             yield parts
@@ -121,9 +152,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     The folders above it are made if need be; it holds files only.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    shutil.rmtree(part, ignore_errors=True)  # of a killed process that had the same id
+    part = _aside(folder)
+    old = part.with_suffix(".old")
     try:
         with known_as({part: folder}):
             part.mkdir()
@@ -145,9 +175,12 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text to the path, whole or not at all."""
+    """Write UTF-8 text to the path, whole or not at all.
+
+    The bytes of a path that are no text (lone surrogates in Python) are written as escapes: JSON's own.
+    """
     with replacing(path) as (part,):
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:

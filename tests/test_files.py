@@ -1,6 +1,8 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,37 @@ def test_of_several_files_none_is_replaced_before_all_are_written(tmp_path: Path
     assert names(tmp_path) == {"first", "second"}
 
 
+def test_two_writers_of_a_file_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with replacing(path) as (first,):
+        first.write_text("first")
+        with replacing(path) as (second,):
+            second.write_text("second")
+        assert path.read_text() == "second"
+        assert first.read_text() == "first"
+    assert path.read_text() == "first"
+    assert names(tmp_path) == {"file"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="asks for a process by signal 0")
+def test_what_a_killed_writer_left_goes_with_the_next_and_a_living_ones_stays(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from pathlib import Path; from lmkern.files import replacing, replacing_folder\n"
+        "with replacing_folder(Path(sys.argv[1])) as part, replacing(Path(sys.argv[2])) as (file,):\n"
+        "    (part / 'a').write_text('a'), file.write_text('a'), os._exit(0)"
+    )
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    subprocess.run([sys.executable, "-c", script, str(folder), str(file)], check=True, timeout=120)
+    assert len(names(tmp_path)) == 2
+    with replacing_folder(folder) as living:
+        (living / "a").write_text("new")
+        write_text(file, "new")
+        assert names(tmp_path) == {"file", living.name}
+        with replacing_folder(tmp_path / "other"):
+            assert living.is_dir()
+    assert names(tmp_path) == {"file", "folder", "other"}
+
+
 def test_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     folder = tmp_path / "above" / "folder"
     with replacing_folder(folder) as part:
@@ -166,3 +199,9 @@ def test_json_comes_back(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"text": "ä", "none": None})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"text": "ä", "none": None}
     assert names(tmp_path) == {"a.json"}
+
+
+def test_a_path_that_is_no_text_comes_back_from_json(tmp_path: Path) -> None:
+    path = os.fsdecode(b"l\xe4uf")
+    write_json(tmp_path / "a.json", {"path": path})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"path": path}

@@ -19,8 +19,8 @@ class Doctor:
 
     def run(self) -> int:
         """Print the tables."""
+        from lmkern.kernels import native
         from lmkern.kernels.backends import describe
-        from lmkern.kernels.native import cpu_modules
         from lmkern.machine import hardware, versions
         from lmkern.memory import huge_pages
 
@@ -29,9 +29,15 @@ class Doctor:
         print(columns(rows))
         compiled = {
             "huge pages": huge_pages(),
-            "CPU modules": ", ".join(cpu_modules()) or "none compiled",
+            "CPU modules": ", ".join(native.cpu_modules()) or "none compiled",
         }
-        for name, module in cpu_modules().items():
+        if not (native.cpu_unavailable() or native.refusal()):
+            compiled["CPU module used"] = native.instruction_set() + (
+                " (LMKERN_CPU_ISA)" if native.forced() else ""
+            )
+        for name, error in native.import_errors().items():
+            compiled[f"CPU module {name}"] = f"cannot be loaded: {error}"
+        for name, module in native.cpu_modules().items():
             compiled[f"workspaces, {name}"] = (
                 f"{module.workspace_bytes() / 2**20:.1f} MiB of scratch memory kept"
             )

@@ -11,6 +11,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from lmkern.cli.options import parse
+from lmkern.cli.show import text_streams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,7 @@ class Generate:
         """Print the prompt and its continuation."""
         from lmkern.jobs.steps import continue_text
 
+        text_streams()
         pieces = continue_text(
             self.run_folder,
             self.prompt,

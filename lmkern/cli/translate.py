@@ -10,6 +10,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from lmkern.cli.options import parse
+from lmkern.cli.show import text_streams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,7 @@ class Translate:
         from lmkern.jobs.steps import translate
         from lmkern.training.progress import ProgressLine
 
+        text_streams()
         sources = [self.source] if self.source else sys.stdin.read().split("\n")
         if sources[-1] == "":
             del sources[-1]

@@ -52,6 +52,13 @@ class DataConfig:
             if isinstance(paths, str):
                 raise ValueError(f"DataConfig: {name} must be a sequence of paths; got the string {paths!r}")
             object.__setattr__(self, name, tuple(str(path) for path in paths))
+            for path in getattr(self, name):
+                # A configuration is TOML, in which bytes that are no text have no place.
+                if any("\ud800" <= character <= "\udfff" for character in path):
+                    raise ValueError(
+                        f"DataConfig: expected {name} whose names are text; got {path!a}: rename it, name "
+                        "its folder, or set PYTHONUTF8=1 if it is UTF-8"
+                    )
             if name != "paths" and len(paths) > 2:
                 raise ValueError(
                     f"DataConfig: {name} must be one JSON-lines file or two parallel files, source before "
@@ -168,7 +175,7 @@ def _write(
         splits = {split: write_split(partial, split) for split in SPLITS}
         progress("write", 0, 1)
         (partial / shards.TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        with (partial / shards.REMOVED).open("w", encoding="utf-8") as file:
+        with (partial / shards.REMOVED).open("w", encoding="utf-8", errors="backslashreplace") as file:
             for removed in corpus.removed:
                 file.write(json.dumps(asdict(removed), ensure_ascii=False) + "\n")
         files = shards.PAIR_FILES if kind == shards.PAIRS_FORMAT else shards.FILES

@@ -115,5 +115,8 @@ def describe() -> list[Support]:
         for backend in backend_names(op):
             module = load(op, backend)
             reason = module.unavailable()
+            if backend == "cpu":
+                # A choice that cannot be met is no gap to pass over: each call raises it.
+                reason = reason or native.refusal()
             rows.append(Support(op, backend, reason is None, reason or getattr(module, "NOTE", "")))
     return rows

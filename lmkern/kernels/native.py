@@ -35,18 +35,37 @@ def function(name: str, dtype: torch.dtype) -> Callable[[bytes], None]:
 def instruction_set() -> str:
     """The best instruction set of this processor, or the one LMKERN_CPU_ISA names.
 
-    RuntimeError when no module was built, ValueError when LMKERN_CPU_ISA names one that is not here.
+    RuntimeError when no module was built, ValueError when LMKERN_CPU_ISA names one that is not here or cannot
+    be loaded.
     """
     modules = cpu_modules()
-    forced = os.environ.get("LMKERN_CPU_ISA")
-    if forced is not None and forced not in modules:
+    name = forced()
+    if name in _import_errors:
+        raise ValueError(f"LMKERN_CPU_ISA: the module of {name!r} cannot be loaded: {_import_errors[name]}")
+    if name and name not in modules:
         here = ", ".join(modules) or "none"
         raise ValueError(
-            f"LMKERN_CPU_ISA: expected an instruction set of this machine ({here}); got {forced!r}"
+            f"LMKERN_CPU_ISA: expected an instruction set of this machine ({here}); got {name!r}"
         )
     if not modules:
         raise RuntimeError(f"lmkern: the CPU kernels {cpu_unavailable()}")
-    return forced or next(iter(modules))
+    return name or next(iter(modules))
+
+
+def forced() -> str:
+    """What LMKERN_CPU_ISA says; nothing where it is not set."""
+    return os.environ.get("LMKERN_CPU_ISA", "")
+
+
+def refusal() -> str | None:
+    """Why every call raises although there are modules: LMKERN_CPU_ISA names another. Else None."""
+    try:
+        instruction_set()
+    except ValueError as error:
+        return str(error)
+    except RuntimeError:
+        pass  # that is cpu_unavailable's
+    return None
 
 
 def serves(chosen: str, name: str, dtype: torch.dtype) -> bool:
@@ -71,6 +90,12 @@ def cpu_modules() -> dict[str, ModuleType]:
     supported = baseline.supported_instruction_sets()
     found = {name: _import(name) for name in INSTRUCTION_SETS if name in supported}
     return {name: module for name, module in found.items() if module is not None}
+
+
+def import_errors() -> dict[str, str]:
+    """What the loader said of each module that is there, for this processor, and cannot be loaded."""
+    cpu_modules()
+    return _import_errors
 
 
 @cache

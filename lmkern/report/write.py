@@ -24,7 +24,7 @@ def write_report(folder: str | Path) -> Path:
     files = {**pictures, PAGE_MARKDOWN: markdown, PAGE: page(markdown, title=title(run), pictures=pictures)}
     with replacing(*(run.folder / name for name in files)) as parts:
         for part, content in zip(parts, files.values(), strict=True):
-            part.write_text(content, encoding="utf-8")
+            part.write_text(content, encoding="utf-8", errors="backslashreplace")
     return run.folder / PAGE
 
 

@@ -184,7 +184,7 @@ def load_config(path: str | Path, *, vocab_size: int | None = None) -> RunConfig
     if not path.is_file():
         raise FileNotFoundError(f"load_config: expected a TOML file; there is none at {path}")
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         model = table.setdefault("model", {})
         if vocab_size is not None and isinstance(model, dict):
             model.setdefault("vocab_size", vocab_size)

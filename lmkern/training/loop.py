@@ -49,9 +49,10 @@ def train(
     Writes config.toml, run.json, metrics.jsonl and checkpoints/ as it goes, and the tokenizer beside the
     weights. Before its first step it removes what was made from earlier weights: evaluation, samples, report.
 
-    SIGINT or SIGTERM finishes the step, saves and returns with reason "interrupted"; a second SIGINT stops at
-    once, and the run goes on from its last checkpoint. With resume=True it then gives bit-identical weights
-    and metrics to a run that was never interrupted, on the same machine with the same number of threads.
+    SIGINT, SIGTERM or SIGHUP finishes the step, saves and returns with reason "interrupted"; a second SIGINT
+    stops at once, and the run goes on from its last checkpoint. With resume=True it then gives bit-identical
+    weights and metrics to a run that was never interrupted, on the same machine with the same number of
+    threads.
 
     config.data only describes: the text comes from dataset. progress: show a live line on stderr.
 

@@ -10,7 +10,10 @@ LIVE, LOGGED = 0.1, 5.0
 
 
 class ProgressLine:
-    """Shows the latest state of a run in one line that is written over; `say` leaves a line that stays."""
+    """Shows the latest state of a run in one line that is written over; `say` leaves a line that stays.
+
+    A stream that takes no more, as that of a terminal that was closed, ends the showing and not the run.
+    """
 
     def __init__(self, enabled: bool = True, stream: TextIO | None = None) -> None:
         self.enabled = enabled
@@ -26,8 +29,7 @@ class ProgressLine:
             return
         self._shown = now
         # \x1b[K clears what a longer line left behind.
-        self.stream.write(f"\r{text}\x1b[K" if self.live else f"{text}\n")
-        self.stream.flush()
+        self._write(f"\r{text}\x1b[K" if self.live else f"{text}\n")
         self._open = self.live
 
     def count(self, stage: str, done: int, total: int | None) -> None:
@@ -38,15 +40,22 @@ class ProgressLine:
         """Write a line that stays."""
         if self.enabled:
             self.close()
-            self.stream.write(f"{text}\n")
-            self.stream.flush()
+            self._write(f"{text}\n")
 
     def close(self) -> None:
         """End the live line, so that what is printed next starts on its own."""
         if self._open:
-            self.stream.write("\n")
-            self.stream.flush()
+            self._write("\n")
             self._open = False
+
+    def _write(self, text: str) -> None:
+        if not self.enabled:
+            return
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            self.enabled = False
 
     def __enter__(self) -> Self:
         return self

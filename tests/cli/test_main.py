@@ -1,7 +1,9 @@
 """Verbs, help, errors in one line, and exit statuses."""
 
 import errno
+import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 import lmkern.cli.report
 from lmkern.cli.main import BROKEN_PIPE, INTERRUPTED, USAGE_ERROR, VERBS, main
+from lmkern.files import replacing_folder
 from lmkern.kernels.backends import UnsupportedBackend
 
 
@@ -165,15 +168,111 @@ def test_module_runs_and_a_missing_folder_is_one_line_in_a_real_process(tmp_path
     assert done.stderr.count("\n") == 1
 
 
-def test_reader_that_goes_away_is_no_error() -> None:
-    read, write = os.pipe()
-    os.close(read)
+def run_into(output: Any, *argv: str) -> subprocess.CompletedProcess[bytes]:
+    """A real process that writes to the output."""
     # Buffered, as it is by default: only then does the exit of Python flush what could not be written.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    command = [sys.executable, "-m", "lmkern", "doctor"]
-    done = subprocess.run(
-        command, stdout=write, stderr=subprocess.PIPE, env=environment, timeout=120, check=False
+    command = [sys.executable, "-m", "lmkern", *argv]
+    return subprocess.run(
+        command, stdout=output, stderr=subprocess.PIPE, env=environment, timeout=120, check=False
     )
+
+
+@pytest.mark.parametrize("argv", [("doctor",), ("--help",), ("report", "--help")])
+def test_reader_that_goes_away_is_no_error(argv: tuple[str, ...]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = run_into(write, *argv)
     os.close(write)
-    assert done.returncode == BROKEN_PIPE
-    assert done.stderr == b""
+    assert (done.returncode, done.stderr) == (BROKEN_PIPE, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_an_output_that_takes_no_more_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = run_into(full, "--version")
+    assert done.returncode == USAGE_ERROR
+    assert done.stderr.decode() == (
+        "lmkern: error: --version: the system refuses standard output: no space left on device; "
+        "make room there, or choose another path\n"
+    )
+
+
+def test_a_refusal_while_a_verb_prints_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def fileno(self) -> int:
+            return spare
+
+    spare = os.open(os.devnull, os.O_WRONLY)
+    try:
+        monkeypatch.delenv("LMKERN_TRACEBACK", raising=False)
+        monkeypatch.setattr(sys, "stdout", Full())
+        error = OSError(errno.ENOSPC, "No space left on device")
+        monkeypatch.setattr(lmkern.cli.report, "command", failing(error))
+        assert main(["report"]) == USAGE_ERROR
+    finally:
+        os.close(spare)
+    shown = capsys.readouterr().err
+    assert shown.startswith("lmkern: error: report: the system refuses standard output: no space left")
+    assert shown.count("\n") == 1
+
+
+def test_closed_streams_are_empty_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert main(["--version"]) == 0
+    assert main(["xyz"]) == USAGE_ERROR
+    assert sys.stdin.read() == ""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        stream.close()
+
+
+def test_what_an_encoding_cannot_say_is_written_as_an_escape(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(
+        lmkern.cli.report, "command", lambda argv: SimpleNamespace(run=lambda: print("läuf\udcff") or 0)
+    )
+    assert main(["report"]) == 0
+    assert written.getvalue() == b"l\\xe4uf\\udcff\n"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_that_asks_for_the_end_leaves_nothing_behind(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not hasattr(signal, name):
+        pytest.skip(f"no {name} here")
+    number = getattr(signal, name)
+
+    def run() -> int:
+        with replacing_folder(tmp_path / "data"):
+            os.kill(os.getpid(), number)
+            pytest.fail("went on")
+
+    command = SimpleNamespace(run=run, kept=lambda: "all is kept")
+    monkeypatch.setattr(lmkern.cli.report, "command", lambda argv: command)
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        assert main(["report"]) == 128 + number
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert capsys.readouterr().err == "\nlmkern: interrupted; all is kept\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs hangups")
+def test_a_hangup_that_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = SimpleNamespace(run=lambda: os.kill(os.getpid(), signal.SIGHUP) or 0)
+    monkeypatch.setattr(lmkern.cli.report, "command", lambda argv: command)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert main(["report"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)

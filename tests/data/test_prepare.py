@@ -2,6 +2,7 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -92,6 +93,23 @@ def test_the_tokenizer_sees_the_train_split_only(
     monkeypatch.setattr(module, "train_tokenizer", spy)
     prepare(config, tmp_path / "data")
     assert seen == load(tmp_path / "data").train.text()
+
+
+def test_a_file_whose_name_is_no_text_is_read_with_its_folder_and_not_by_its_name(
+    config: DataConfig, tmp_path: Path
+) -> None:
+    name = os.fsdecode(b"l\xe4uf")
+    folder = tmp_path / "texts"
+    shutil.copytree(config.paths[0], folder)
+    try:
+        (folder / name).write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0")
+    except OSError:
+        pytest.skip("a file system whose names are text")
+    prepare(replace(config, paths=(str(folder),)), tmp_path / "data")
+    removed = (tmp_path / "data" / "removed.jsonl").read_text(encoding="utf-8").splitlines()
+    assert str(folder / name) in [json.loads(line)["source"] for line in removed]
+    with pytest.raises(ValueError, match=r"whose names are text; got '.*l.udce4uf': rename it"):
+        replace(config, paths=(str(folder / name),))
 
 
 def test_one_file_is_enough(config: DataConfig, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The compiled CPU modules: choice of instruction set, the packed call, forks and threads."""
 
+import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,11 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 import lmkern
+from lmkern.cli.main import main
 from lmkern.kernels import backends, native, norm_call
 from lmkern.kernels.activation import cpu as activation
 from lmkern.kernels.adamw import cpu as adamw
@@ -107,6 +111,64 @@ def test_an_unknown_instruction_set_is_refused(chosen_again: pytest.MonkeyPatch)
     chosen_again.setenv("LMKERN_CPU_ISA", "mmx")
     with pytest.raises(ValueError, match=r"LMKERN_CPU_ISA: expected .*baseline.*; got 'mmx'"):
         native.instruction_set()
+
+
+def test_an_empty_choice_is_none(chosen_again: pytest.MonkeyPatch) -> None:
+    chosen_again.setenv("LMKERN_CPU_ISA", "")
+    assert native.instruction_set() == next(iter(native.cpu_modules()))
+    assert native.refusal() is None
+
+
+def test_doctor_says_which_module_is_used_and_who_chose_it(
+    chosen_again: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def line(start: str) -> str:
+        assert main(["doctor"]) == 0
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith(start))
+
+    chosen_again.delenv("LMKERN_CPU_ISA", raising=False)
+    assert line("CPU module used").split()[3:] == [next(iter(native.cpu_modules()))]
+    native.instruction_set.cache_clear()
+    chosen_again.setenv("LMKERN_CPU_ISA", "baseline")
+    assert line("CPU module used").split()[3:] == ["baseline", "(LMKERN_CPU_ISA)"]
+
+
+def test_a_choice_that_cannot_be_met_is_the_reason_in_doctor(
+    chosen_again: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen_again.setenv("LMKERN_CPU_ISA", "mmx")
+    rows = [row for row in backends.describe() if row.backend == "cpu"]
+    assert {row.op for row in rows} == set(OPS)
+    assert all(not row.usable and row.reason.endswith("got 'mmx'") for row in rows)
+    assert main(["doctor"]) == 0
+    assert "CPU module used" not in capsys.readouterr().out
+
+
+def test_a_module_that_cannot_be_loaded_is_named_with_the_reason(
+    chosen_again: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = importlib.import_module
+    best = next(iter(native.cpu_modules()))
+
+    def broken(name: str) -> ModuleType:
+        if name == f"lmkern._cpu_{best}":
+            raise ImportError("undefined symbol: omp_get_thread_num")
+        return loaded(name)
+
+    chosen_again.setattr(native, "_import_errors", {})
+    chosen_again.setattr(native.importlib, "import_module", broken)
+    native.cpu_modules.cache_clear()
+    try:
+        chosen_again.setenv("LMKERN_CPU_ISA", best)
+        with pytest.raises(ValueError, match=f"the module of '{best}' cannot be loaded: undefined symbol"):
+            native.instruction_set()
+        chosen_again.setenv("LMKERN_CPU_ISA", "")
+        assert main(["doctor"]) == 0
+    finally:
+        chosen_again.undo()
+        native.cpu_modules.cache_clear()
+    shown = capsys.readouterr().out
+    assert re.search(rf"^CPU module {best} +cannot be loaded: undefined symbol", shown, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", native.INSTRUCTION_SETS)

@@ -34,6 +34,10 @@ def test_fields_that_are_not_named_keep_their_defaults(tmp_path: Path) -> None:
     assert type(config.training.learning_rate) is float
 
 
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "\ufeff[training]\nseed = 3\n")).training.seed == 3
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

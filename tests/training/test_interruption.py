@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lmkern.training.interruption import Interruption
+from lmkern.training.interruption import SIGNALS, Interruption
 
 
 @pytest.fixture(autouse=True)
@@ -15,13 +15,13 @@ def handlers() -> Iterator[None]:
     def ours(number: int, frame: object) -> None:
         pytest.fail(f"signal {number} was not held back")
 
-    before = {number: signal.signal(number, ours) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ours) for number in SIGNALS}
     yield
     found = {number: signal.signal(number, handler) for number, handler in before.items()}
     assert found == dict.fromkeys(before, ours)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_first_signal_is_a_request(number: signal.Signals) -> None:
     with Interruption() as interruption:
         assert not interruption.requested
@@ -29,7 +29,7 @@ def test_first_signal_is_a_request(number: signal.Signals) -> None:
         assert interruption.requested
 
 
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("first", SIGNALS)
 def test_sigint_after_a_request_stops_at_once(first: signal.Signals) -> None:
     with Interruption() as interruption:
         os.kill(os.getpid(), first)
@@ -43,6 +43,18 @@ def test_sigterm_again_stays_a_request() -> None:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
         assert interruption.requested
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs hangups")
+def test_a_hangup_that_is_ignored_stays_ignored() -> None:
+    ours = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interruption.requested
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, ours)
 
 
 def test_another_thread_leaves_the_handlers_alone() -> None:

@@ -1,9 +1,12 @@
 import dataclasses
+import errno
+import io
 import json
 import os
 import shlex
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -99,6 +102,20 @@ def test_an_interrupted_run_says_the_command_that_goes_on(
     command = shlex.split(said.partition(" To go on: ")[2])
     assert command == ["lmkern", "train", "--data", str(dataset.folder), "--out", str(out), "--resume"]
     assert main(command[1:]) == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs hangups")
+def test_a_run_whose_terminal_is_closed_is_saved(
+    make_config: Make, dataset: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Closed())
+    signal_at(monkeypatch, 3, signal.SIGHUP)
+    assert train(make_config(), dataset, tmp_path)["reason"] == "interrupted"
+    assert (tmp_path / "checkpoints" / "step-00000004").is_dir()
 
 
 def test_killed_between_checkpoints_goes_on_from_the_last_one(

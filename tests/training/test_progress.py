@@ -1,3 +1,4 @@
+import errno
 import io
 
 import pytest
@@ -27,6 +28,20 @@ def test_log_gets_whole_lines_and_not_every_one() -> None:
         line.update(str(i))
     line.update("last", force=True)
     assert stream.getvalue() == "0\nlast\n"
+
+
+class Gone(Terminal):
+    """A terminal that was closed."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_terminal_that_is_gone_ends_the_showing_and_nothing_else() -> None:
+    with ProgressLine(stream=Gone()) as line:
+        line.update("1", force=True)
+        line.say("2")
+        assert not line.enabled
 
 
 def test_stages_are_counted_with_and_without_a_total_and_the_line_is_ended() -> None:
