@@ -114,7 +114,12 @@ def test_a_run_whose_terminal_is_closed_is_saved(
 
     monkeypatch.setattr(sys, "stderr", Closed())
     signal_at(monkeypatch, 3, signal.SIGHUP)
-    assert train(make_config(), dataset, tmp_path)["reason"] == "interrupted"
+    # Under nohup the tests inherit it ignored, and then it is no request.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        assert train(make_config(), dataset, tmp_path)["reason"] == "interrupted"
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert (tmp_path / "checkpoints" / "step-00000004").is_dir()
 
 
