@@ -10,6 +10,7 @@ import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+
+# Seconds.
+_DAY = 86_400.0
 
 
 def checksum(path: Path) -> dict[str, Any]:
@@ -85,16 +89,17 @@ def known_as(names: Mapping[Path, Path]) -> Iterator[None]:
 def _aside(path: Path) -> Path:
     """A path beside this one to write to, which no other thread, process or machine takes.
 
-    Those that processes of this machine did not live to clear away go.
+    Those that processes of this machine did not live to clear away go after a day: containers share its name
+    and not its processes.
     """
     machine = f".{path.name}.{platform.node()}."
     for left in path.parent.glob(".*.part"):
         found = re.fullmatch(re.escape(machine) + r"(\d+)\.[0-9a-f]{8}\.part", left.name)
-        if found and not _alive(int(found[1])):
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
+        if not found or _alive(int(found[1])):
+            continue
+        with contextlib.suppress(FileNotFoundError):  # another process clears away too
+            if time.time() - left.stat().st_mtime > _DAY:
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
     return path.with_name(f"{machine}{os.getpid()}.{secrets.token_hex(4)}.part")
 
 

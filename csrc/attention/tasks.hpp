@@ -45,6 +45,22 @@ inline int64_t seen_scores(const Band& band, int64_t first_query, int64_t end_qu
     return seen;
 }
 
+// Backward: a part of the work on one key/value head: the query heads, queries and keys it covers, and what
+// it makes.
+struct Part {
+    int64_t sequence, head_kv;
+    int64_t first_head, end_head;
+    int64_t first_query, end_query;
+    int64_t first_key, end_key;
+    bool dq, dk, dv, dbias;
+    int64_t scores = 0;
+
+    void count_scores(const AttentionParams& p) {
+        const Band band(p, sequence_of(p, sequence));
+        scores = seen_scores(band, first_query, end_query, first_key, end_key) * (end_head - first_head);
+    }
+};
+
 // So that no thread is left with a long one at the end. scores: of a task, what the time goes with.
 template <class Task>
 void longest_first(std::vector<Task>& tasks) {

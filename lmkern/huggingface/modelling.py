@@ -23,9 +23,9 @@ def asks_registry(config: Any) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def says_causal(config: Any) -> bool:
-    """Whether each of its models' own attentions has a flag `is_causal`; False if the file is not known."""
-    sources = _attentions(config.__class__)
-    return sources is not None and all("is_causal" in source for source in sources if _REGISTRY in source)
+    """Whether each of its models' own attentions has a flag `is_causal`; False if none is known."""
+    asking = [source for source in _attentions(config.__class__) or () if _REGISTRY in source]
+    return bool(asking) and all("is_causal" in source for source in asking)
 
 
 @cache

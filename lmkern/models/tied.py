@@ -37,7 +37,10 @@ def tie(model: nn.Module) -> None:
 
 
 def _tied(model: Any) -> bool:
-    head, embedding = (getattr(getattr(model, x, None), "weight", None) for x in ("head", "embedding"))
+    """Whether both have the one parameter; one that is computed (torch.nn.utils.parametrize) is none."""
+    head, embedding = (
+        getattr(getattr(model, name, None), "_parameters", {}).get("weight") for name in ("head", "embedding")
+    )
     return head is not None and head is embedding
 
 

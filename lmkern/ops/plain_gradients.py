@@ -20,14 +20,21 @@ def of_each(
     dims: each argument's batch dimension, of that size; anything but a number for one that all calls share.
     """
     batched = [isinstance(dim, int) for dim in dims]
-    parts = [x.unbind(dim) if has else x for x, dim, has in zip(arguments, dims, batched, strict=True)]
+    parts = [_parts(x, dim) if has else x for x, dim, has in zip(arguments, dims, batched, strict=True)]
     results = [
-        call(*(x[i] if has else x for x, has in zip(parts, batched, strict=True))) for i in range(size)
+        call(*(x[i] if has else x for x, has in zip(parts, batched, strict=True))) for i in range(size or 1)
     ]
     if isinstance(results[0], Tensor):
-        return torch.stack(results), 0
-    stacked = tuple(None if each[0] is None else torch.stack(each) for each in zip(*results, strict=True))
+        return torch.stack(results)[:size], 0
+    stacked = tuple(
+        None if each[0] is None else torch.stack(each)[:size] for each in zip(*results, strict=True)
+    )
     return stacked, tuple(None if x is None else 0 for x in stacked)
+
+
+def _parts(x: Tensor, dim: int) -> tuple[Tensor, ...]:
+    """What each call has of x. No calls at all: zeros for one, which tells what the results look like."""
+    return x.unbind(dim) if x.shape[dim] else (x.new_zeros(x.shape[:dim] + x.shape[dim + 1 :]),)
 
 
 def plain_gradients(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:

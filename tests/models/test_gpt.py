@@ -141,6 +141,13 @@ def test_a_state_dict_of_parameters_has_them_by_every_name():
     model.load_state_dict(state)
 
 
+def test_a_head_that_is_parametrized_is_tied_no_more():
+    model = _model()
+    torch.nn.utils.parametrize.register_parametrization(model.head, "weight", torch.nn.Identity())
+    model.double().load_state_dict(model.state_dict())
+    assert "head.parametrizations.weight.original" in model.state_dict()
+
+
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 def test_a_tied_model_is_cut_into_a_pipeline():
     pipelining = pytest.importorskip("torch.distributed.pipelining")

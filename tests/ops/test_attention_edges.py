@@ -230,6 +230,30 @@ def test_a_bias_that_hides_all_keys_of_a_query_gives_no_large_gradients(
     assert dk.abs().max() <= dscore * q.double().abs().sum(2).max() / 8
 
 
+@pytest.mark.parametrize("target", IN_FLOAT32, ids=str)
+def test_a_bias_on_all_keys_of_a_query_leaves_a_mean(target: Target) -> None:
+    if target.backend == "cuda":
+        pytest.skip("takes no bias")
+    q, k, v, _ = attention_inputs(AttentionShape(1, 1, 3, 8, 70, 1), device=target.device)
+    bias = torch.full((70,), -1e9, device=target.device)
+    with target.active():
+        out = lmkern.attention(q, k, v, bias=bias, backend=target.backend)
+    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(out))
+
+
+def test_the_reference_has_the_gradients_of_a_mean_there() -> None:
+    shape = AttentionShape(1, 1, 3, 8, 70, 1)
+    q, k, v, dout = attention_inputs(shape)
+    inputs = leaves(q, k, v)
+    out = lmkern.attention(*inputs, bias=torch.full((70,), -1e9), backend="reference")
+    mine = torch.autograd.grad(out, inputs, dout)
+    weights = torch.full((1, 1, 3, 70), 1 / 70)
+    torch.testing.assert_close(mine[2], weights.mT @ dout)
+    dweights = dout @ v.mT
+    dscores = weights * (dweights - dweights.mean(-1, keepdim=True)) / 8**0.5
+    torch.testing.assert_close(mine[:2], (dscores @ k, dscores.mT @ q))
+
+
 @pytest.mark.parametrize("head_dim", [40, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("target", [t for t in KERNELS if t.backend == "cpu"], ids=str)

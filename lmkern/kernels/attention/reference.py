@@ -69,7 +69,7 @@ def backward(
         _add_gradients(
             (_part(dq, queries), _part(dk, keys), _part(dv, keys), *others),
             dout[:, :, queries], q[:, :, queries], k[:, :, keys], v[:, :, keys],
-            lse[:, :, queries], delta[:, :, queries], options, number,
+            delta[:, :, queries], options, number,
         )  # fmt: skip
     return tuple(
         None if x is None or g is None else torch.empty_like(x).copy_(g)
@@ -80,14 +80,7 @@ def backward(
 def _attend(q: Tensor, k: Tensor, v: Tensor, options: Options, number: int) -> tuple[Tensor, Tensor]:
     """out and lse of sequences that are not packed."""
     scores = _scores(_capped(q, k, options), options)  # (B, H, N_q, N_k)
-    beside = scores
-    if options.sinks is not None:
-        sinks = options.sinks[:, None, None].expand(*scores.shape[:3], 1)
-        beside = torch.cat((scores, sinks), -1)
-    # The gradient of logsumexp would be NaN where every score is -inf.
-    blind = (beside == -torch.inf).all(-1)  # (B, H, N_q)
-    lse = beside.masked_fill(blind[..., None], 0.0).logsumexp(-1).masked_fill(blind, -torch.inf)
-    weights = _weights(scores, lse)  # (B, H, N_q, N_k)
+    weights, _, lse = _softmax(scores, options)
     if (keep := _keep(weights, options, number)) is not None:
         weights = weights * keep
     return weights @ _repeat_heads(wide(v), q.shape[1]), lse
@@ -99,7 +92,6 @@ def _add_gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lse: Tensor,
     delta: Tensor,
     options: Options,
     number: int,
@@ -107,11 +99,10 @@ def _add_gradients(
     """Adds what sequences that are not packed give to dq, dk, dv, dbias, drelative_bias and dsinks."""
     dq, dk, dv, dbias, drelative_bias, dsinks = sums
     heads, heads_kv = q.shape[1], k.shape[1]
-    if dsinks is not None and options.sinks is not None:
-        weight = _weights(options.sinks[:, None, None], lse)[..., 0]  # (B, H, N_q)
-        dsinks -= (weight * delta).sum((0, 2))
     capped = _capped(q, k, options)
-    weights = _weights(_scores(capped, options), lse)  # (B, H, N_q, N_k)
+    weights, sink_weights, _ = _softmax(_scores(capped, options), options)
+    if dsinks is not None:
+        dsinks -= (sink_weights * delta).sum((0, 2))
     dweights = dout @ _repeat_heads(wide(v), heads).mT  # (B, H, N_q, N_k)
     kept = weights
     if (keep := _keep(weights, options, number)) is not None:
@@ -168,9 +159,20 @@ def _offsets(scores: Tensor, options: Options) -> Tensor:
     return torch.arange(n_k, device=scores.device) - position[:, None]
 
 
-def _weights(scores: Tensor, lse: Tensor) -> Tensor:
-    """softmax(scores); a row that sees nothing has lse = -inf and weights 0."""
-    return torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+def _softmax(scores: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights of the keys (B, H, N_q, N_k) and of the sink (B, H, N_q), and lse (B, H, N_q).
+
+    A row that sees nothing has weights of 0 and lse = -inf. The weights are not exp(scores - lse): of scores
+    of a billion lse holds no log of their number.
+    """
+    N_k = scores.shape[3]
+    sinks = scores.new_full((), -torch.inf) if options.sinks is None else options.sinks[:, None, None]
+    beside = torch.cat((scores, sinks.expand(*scores.shape[:3], 1)), -1)
+    # The gradients of both would be NaN where every score is -inf.
+    blind = (beside == -torch.inf).all(-1)
+    seen = beside.masked_fill(blind[..., None], 0.0)
+    weights = seen.softmax(-1).masked_fill(blind[..., None], 0.0)
+    return weights[..., :N_k], weights[..., N_k], seen.logsumexp(-1).masked_fill(blind, -torch.inf)
 
 
 def _keep(weights: Tensor, options: Options, number: int) -> Tensor | None:
